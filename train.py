@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import platform
 import signal
 import statistics
@@ -36,8 +35,7 @@ PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12
 MAY_CHANGE = {"steps", "micro_batch", "eval_every", "eval_tokens", "checkpoint_every", "out", "device",
               "precision", "compile", "wandb", "data_dir", "prompt", "sample_tokens", "temperature", "top_k"}
 
-COLUMNS = ["step", "tokens", "train_loss", "val_loss", "val_error", "val_bits_per_byte", "lr", "grad_norm",
-           "tokens_per_second"]
+COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Result:
     best_val_loss: float = math.inf
     best_step: int = 0
     tokens_per_second: float = math.nan  # median; evaluations and checkpoints left out
-    diverged: bool = False
+    diverged: bool = False  # and so ended early
     stopped: bool = False  # by a signal
     history: list = field(default_factory=list)  # the rows of metrics.csv, as dicts
     sample: str = ""
@@ -189,7 +187,7 @@ def take_step(model, optimizer, data, config, step, device, autocast):
         group["lr"] = group["peak_lr"] * schedule(config, step)  # the groups keep their ratio
     if config.dropout:
         torch.manual_seed(config.seed * 2**32 + step)  # so there is no random state to save
-    size, total = config.micro_batch or config.batch, 0.0
+    size, total = config.micro_batch or config.batch, torch.zeros((), device=device)
     for first in range(0, config.batch, size):
         batch = data.batch(config.seed, step, config.batch, config.context, slice(first, first + size))
         if device.type == "cuda":
@@ -197,7 +195,7 @@ def take_step(model, optimizer, data, config, step, device, autocast):
         with autocast:
             loss = model(*(x.to(device, non_blocking=True) for x in batch))[1] * (size / config.batch)
         loss.backward()
-        total = total + loss.detach()
+        total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
@@ -262,12 +260,12 @@ def train(config, quiet=False):
         metrics = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         metrics.writeheader()
         metrics.writerows(result.history)
-        fast, pending, speeds = compiled(model, config, device, autocast, say), [], []
-        clock = time.perf_counter()
+        fast = compiled(model, config, device, autocast, say)
+        pending, speeds, clock = [], [], time.perf_counter()
         for step in range(start, config.steps + 1):  # `step` steps are done
-            last, new = step == config.steps, step > start or step == 0
+            last = step == config.steps
             result.stopped = bool(caught) and not last
-            evaluating = last or config.eval_every and step % config.eval_every == 0 and new
+            evaluating = last or config.eval_every and step % config.eval_every == 0 and not 0 < step == start
             saving = last or result.stopped or config.checkpoint_every and step % config.checkpoint_every == 0
             rows, bad = [{"step": 0, "tokens": 0}] if evaluating and step == 0 else [], []
             if pending and (evaluating or saving or time.perf_counter() - clock > 0.5):
@@ -277,8 +275,8 @@ def train(config, quiet=False):
                          "lr": config.lr * schedule(config, done - 1), "tokens_per_second": round(speeds[-1])}
                         for done, (loss, norm) in enumerate(numbers, step + 1 - len(pending))]
                 mfu = f", MFU {speeds[-1] * flops / peak:.1%}" if peak else ""
-                bar.set_postfix_str(f"loss {numbers[-1][0]:.3f}, {speeds[-1]:,.0f} tokens/s{mfu}, lr "
-                                    f"{rows[-1]['lr']:.1e}")
+                loss, lr = rows[-1]["train_loss"], rows[-1]["lr"]
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speeds[-1]:,.0f} tokens/s{mfu}")
                 bar.update(len(pending))
                 bad = [row for row in rows if not math.isfinite(row["train_loss"] + row["grad_norm"])]
             if evaluating and not bad:
@@ -310,7 +308,7 @@ def train(config, quiet=False):
     result.tokens_per_second = statistics.median(speeds) if speeds else math.nan
     if log:
         log.finish()
-    if last and not result.diverged:
+    if not (result.stopped or result.diverged):
         result.sample = sample(model, data, config, device)
         if config.out:
             write(path("sample.txt"), result.sample + "\n")
@@ -320,7 +318,7 @@ def train(config, quiet=False):
 def main(argv):
     config = configure(argv)
     if config.out is None:  # out/NAME, or the first of out/NAME-2, out/NAME-3, ... that is not there
-        stem = [pathlib.Path(word).stem for word in ["run.py", *argv] if word.endswith(".py")][-1]
+        stem = [os.path.basename(word)[:-3] for word in ["run.py", *argv] if word.endswith(".py")][-1]
         names = itertools.chain([f"out/{stem}"], (f"out/{stem}-{i}" for i in itertools.count(2)))
         config = replace(config, out=next(name for name in names if not os.path.exists(name)))
     try:
