@@ -18,18 +18,18 @@ from operator import add, mul, sub, truediv
 from typing import Annotated, get_args, get_type_hints
 
 Count = Annotated[int, lambda x: x >= 1, "a whole number, 1 or more"]
-Whole = Annotated[int, lambda x: x >= 0, "a whole number, 0 or more"]
+Whole = Annotated[int, lambda x: 0 <= x < 2**31, "a whole number from 0 to below 2**31"]
 Positive = Annotated[float, lambda x: 0 < x < math.inf, "a finite number above 0"]
 NotNegative = Annotated[float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more"]
 Fraction = Annotated[float, lambda x: 0 <= x < 1, "a number from 0 to below 1"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Flag = Annotated[bool, lambda x: True, "true or false"]
-Text = Annotated[str, lambda x: True, "text"]
-Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, mps, cuda, cuda:N"]
+Text = Annotated[str, bool, "text"]
+Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d\d?)?").fullmatch, "auto, cpu, mps, cuda, cuda:N"]
 
 
 def one_of(*choices):
-    return Annotated[object, choices.__contains__, ", ".join(map(str, choices))]
+    return Annotated[object, lambda x: repr(x) in map(repr, choices), ", ".join(map(str, choices))]
 
 
 class UserError(ValueError):
@@ -98,7 +98,7 @@ class Config:
     precision: one_of("auto", "bf16", "fp32") = "auto"  # matrix products; auto: bf16 on cuda
     compile: one_of("auto", True, False) = "auto"  # torch.compile; auto: on cuda where it works
     wandb: Flag = False  # log to Weights & Biases too, offline without a login
-    prompt: Text = ""  # what the sample at the end goes on from
+    prompt: Annotated[str, lambda x: True, "text"] = ""  # what the sample at the end goes on from
     sample_tokens: Whole = 200  # tokens in the sample
     temperature: NotNegative = 0.8  # x 1/temperature on the logits; 0: always the likeliest token
     top_k: Count | None = 50  # tokens to choose among; None: all
@@ -131,7 +131,7 @@ def check(name, value, where=""):
     kind, fits, words, optional = KINDS[name]
     if value is None and optional:
         return None
-    if type(value) in (int, float) and (kind is float or kind is int and value % 1 == 0):
+    if type(value) in (int, float) and abs(value) < 1e99 and (kind is float or kind is int and not value % 1):
         value = kind(value)
     if kind not in (type(value), object) or not fits(value):
         raise UserError(f"{where}{name}: got {value!r}, takes {words}{hint(str(value), words.split(', '))}")
@@ -159,9 +159,9 @@ def read(source):
     try:
         if path != source:
             with open(path, encoding="utf-8") as file:
-                return dict(json.load(file), out=source)
+                return {**json.load(file), "out": source}
         return {name: value for name, value in runpy.run_path(path).items()
-                if not (name.startswith("_") or inspect.ismodule(value) or callable(value))}
+                if name in KINDS or not (name[0] == "_" or inspect.ismodule(value) or callable(value))}
     except (Exception, SystemExit) as error:
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: {what}{hint(path, glob.glob('config/*.py'))}") from None
@@ -197,4 +197,4 @@ def command(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print("error:", *str(error).split(), file=sys.stderr) or 2)

@@ -54,8 +54,8 @@ TABLES = {"mup": mup, "sp": sp}
 
 ROLES = {  # role: the names of its parameters. Nothing hangs on tensors, so nothing gets lost on the way.
     "embedding": r"(token|position)_embedding\.weight",
-    "hidden": r"blocks\.\d+\.(attention|mlp)\.\w+\.weight",
-    "norm": r"blocks\.\d+\.\w+_norm\.weight",
+    "hidden": r"blocks\.\d+\.(attention|mlp)\.\w+(?<!_norm)\.weight",
+    "norm": r"blocks\.\d+\.(\w+\.)?\w+_norm\.weight",
     "bias": r"blocks\.\d+\..+\.bias",
     "final_norm": r"final_norm\.(weight|bias)",
     "readout": r"readout\.weight",

@@ -1,20 +1,16 @@
 """Train a GPT: `python train.py CONFIG.py [--name=value ...]`; `python train.py RUN_DIR` goes on with a run.
-
-`train(config)` is the same for scripts and notebooks; `--help` lists every setting.
-"""
+`train(config)` is the same for scripts and notebooks; `--help` lists every setting."""
 
 import contextlib
 import csv
 import ctypes
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
 import signal
-import statistics
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +37,6 @@ COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_n
 @dataclass
 class Result:
     """What train() returns. Losses are mean cross-entropies in nats a token, errors standard errors."""
-
     model: torch.nn.Module
     val_loss: float = math.nan
     val_error: float = math.nan  # over the evaluation windows
@@ -123,12 +118,12 @@ def write(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def load_checkpoint(path, config, tokens, device):
-    """The checkpoint at `path`, or None. UserError when it is none, of another run, or of other tokens."""
+def load_checkpoint(path, config, tokens, model, optimizer):
+    """The checkpoint at `path`, loaded into model and optimizer, or None. Raises UserError."""
     if not os.path.exists(path):
         return None
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
         settings, trained_on, step = (checkpoint[name] for name in ("config", "tokens", "step"))
     except Exception as error:
         raise UserError(f"{path}: not a checkpoint: {' '.join(str(error).split())[:120]}") from None
@@ -140,6 +135,11 @@ def load_checkpoint(path, config, tokens, device):
         raise UserError(f"dataset: {path} was trained on other tokens than {config.dataset} now gives")
     if step > config.steps:
         raise UserError(f"steps: got {config.steps}, takes at least the {step} that {path} has done")
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except Exception as error:
+        raise UserError(f"{path}: does not fit model.py: {' '.join(str(error).split())[:200]}") from None
     return checkpoint
 
 
@@ -202,22 +202,15 @@ def take_step(model, optimizer, data, config, step, device, autocast):
     return torch.stack((total, norm))
 
 
-def start_wandb(config):
-    """A Weights & Biases run, offline without a login. Raises UserError."""
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb: got true, but it is not installed; pip install wandb, or --wandb=false")
-    import wandb
-    mode = None if wandb.api.api_key or os.environ.get("WANDB_MODE") else "offline"
-    return wandb.init(project="mup-gpt", name=os.path.basename(config.out or "run"), dir=config.out,
-                      mode=mode, config=asdict(config))
-
-
 def train(config, quiet=False):
     """Train what `config` describes and return its Result. With config.out the run is kept there, and goes on
     from its last checkpoint when there is one. Raises UserError."""
     say = (lambda text: None) if quiet else tqdm.write
     data = Data(prepare(config))
     data.check(config.context, config.batch)
+    data.windows(config.context, config.eval_tokens)  # refused now, rather than at the first evaluation
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb: got true, but it is not installed; pip install wandb, or --wandb=false")
     device, autocast = pick_device(config)
     keep_freed_memory()
     vocab_size = config.vocab_size or data.vocab_size
@@ -230,16 +223,18 @@ def train(config, quiet=False):
     result, start, path = Result(model), 0, functools.partial(os.path.join, config.out or "")
     tokens = {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}
     if config.out:
-        if checkpoint := load_checkpoint(path("last.pt"), config, tokens, device):
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            start, result.history = checkpoint["step"], checkpoint["history"]
-            result.best_step, result.best_val_loss = checkpoint["best"]
+        if checkpoint := load_checkpoint(path("last.pt"), config, tokens, model, optimizer):
+            start = checkpoint["step"]
+            result.best_step, result.best_val_loss, result.history = checkpoint["past"]
             say(f"{config.out}: going on from step {start:,}")
         os.makedirs(config.out, exist_ok=True)
         write(path("config.json"), json.dumps(asdict(config), indent=1))
-        write(path("table.txt"), model.table() + "\n")
-    log = start_wandb(config) if config.wandb else None
+        write(path("table.txt"), f"{model.table()}\n")
+    log = None
+    if config.wandb:
+        import wandb
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        log = wandb.init(project="mup-gpt", name=config.out, dir=config.out, mode=mode, config=asdict(config))
     per_step, flops, peak = config.batch * config.context, model.flops_per_token(), None
     if device.type == "cuda" and config.precision != "fp32":
         peak = next((p for name, p in PEAKS.items() if name in torch.cuda.get_device_name(device)), None)
@@ -251,9 +246,9 @@ def train(config, quiet=False):
     def save(name, step):
         if config.out:
             write(path(name), {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "best": (result.best_step, result.best_val_loss), "history": result.history,
-                "config": asdict(config), "table": model.table(), "tokens": tokens})
+                "step": step, "past": (result.best_step, result.best_val_loss, result.history),
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "tokens": tokens,
+                "config": asdict(config), "table": model.table()})
 
     with (open(path("metrics.csv") if config.out else os.devnull, "w", buffering=1, newline="") as file,
           signals_caught() as caught, tqdm(total=config.steps, initial=start, disable=quiet) as bar):
@@ -275,17 +270,19 @@ def train(config, quiet=False):
                          "lr": config.lr * schedule(config, done - 1), "tokens_per_second": round(speeds[-1])}
                         for done, (loss, norm) in enumerate(numbers, step + 1 - len(pending))]
                 mfu = f", MFU {speeds[-1] * flops / peak:.1%}" if peak else ""
-                loss, lr = rows[-1]["train_loss"], rows[-1]["lr"]
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speeds[-1]:,.0f} tokens/s{mfu}")
+                bar.set_postfix_str(f"loss {numbers[-1][0]:.3f}, lr {rows[-1]['lr']:.1e}, "
+                                    f"{speeds[-1]:,.0f} tokens/s{mfu}")
                 bar.update(len(pending))
                 bad = [row for row in rows if not math.isfinite(row["train_loss"] + row["grad_norm"])]
             if evaluating and not bad:
                 numbers = evaluate(model, data, config, device, autocast)
                 result.__dict__.update(numbers)
-                if rows:
-                    rows[-1] |= numbers
+                (rows or [{}])[-1].update(numbers)
                 say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
                     f"{result.val_bits_per_byte:.4f} bits per byte")
+            broken = (not math.isfinite(result.val_loss) if evaluating else  # by a step of sound loss
+                      saving and not all(p.isfinite().all() for p in model.parameters()))
+            bad = bad or rows[-1:] * broken
             result.history += rows
             metrics.writerows(rows)
             for row in rows if log else ():
@@ -305,7 +302,7 @@ def train(config, quiet=False):
             if rows or step == start:
                 pending, clock = [], time.perf_counter()
             pending.append(take_step(fast, optimizer, data, config, step, device, autocast))
-    result.tokens_per_second = statistics.median(speeds) if speeds else math.nan
+    result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
     if log:
         log.finish()
     if not (result.stopped or result.diverged):
@@ -319,13 +316,15 @@ def main(argv):
     config = configure(argv)
     if config.out is None:  # out/NAME, or the first of out/NAME-2, out/NAME-3, ... that is not there
         stem = [os.path.basename(word)[:-3] for word in ["run.py", *argv] if word.endswith(".py")][-1]
-        names = itertools.chain([f"out/{stem}"], (f"out/{stem}-{i}" for i in itertools.count(2)))
-        config = replace(config, out=next(name for name in names if not os.path.exists(name)))
+        config = replace(config, out=next(name for i in range(1, 10**6) if not os.path.exists(
+            name := f"out/{stem}" + f"-{i}" * (i > 1))))
     try:
         result = train(config)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
         raise UserError(f"micro_batch: got {config.micro_batch}, which does not fit in the device's memory; "
-                        f"takes a smaller divisor of batch={config.batch}") from None
+                        f"takes a smaller divisor of batch={config.batch}, or a smaller model") from None
     except OSError as error:
         raise UserError(f"out: cannot write {error.filename or config.out}: {error.strerror}") from None
     if result.diverged:

@@ -1,0 +1,169 @@
+"""Settings: layers of files and flags, each value checked, nothing evaluated."""
+
+import ast
+import dataclasses
+import glob
+import json
+import math
+import os
+import re
+
+import pytest
+
+from configure import Config, UserError, configure
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
+FILES = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/config/*.py"))
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_beat_later_files_which_beat_earlier_ones_which_beat_defaults(tmp_path):
+    first = write(tmp_path / "first.py", "lr = 1.0\ndepth = 1\nseed = 1\n")
+    second = write(tmp_path / "second.py", "lr = 2.0\ndepth = 2\n")
+    for argv in ([first, second, "--lr=3"], ["--lr=3", first, second], [first, "--lr=3", second]):
+        config = configure(argv)
+        assert (config.lr, config.depth, config.seed, config.steps) == (3.0, 2, 1, FIELDS["steps"])
+    assert configure([second, first]).depth == 1
+    assert configure(["--seed=1", "--seed=2"]).seed == 2
+    assert configure([]) == Config()
+
+
+def test_a_file_can_build_on_another_and_compute(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = write(tmp_path / "mine.py", """
+        import math
+        from config.proxy import *
+        _scale = math.sqrt(4)
+        def doubled(x):
+            return 2 * x
+        width = doubled(256)
+        lr = lr * _scale
+    """.replace("\n        ", "\n"))
+    config, proxy = configure([path]), configure(["config/proxy.py"])
+    assert config == dataclasses.replace(proxy, width=512, lr=2 * proxy.lr)
+
+
+@pytest.mark.parametrize(("words", "name", "value"), [
+    (["--lr=2**-9"], "lr", 0.001953125), (["--width=4*64"], "width", 256), (["--lr=1/8+1e-3"], "lr", 0.126),
+    (["--steps=1e3"], "steps", 1000), (["--lr=1"], "lr", 1.0), (["--steps=(3+4)*2-1"], "steps", 13),
+    (["--steps=1_000"], "steps", 1000), (["--lr= 2 ** -3 "], "lr", 0.125),
+    (["--lr=2**(-6/2)"], "lr", 0.125),
+    (["--top_k=None"], "top_k", None), (["--top_k=none"], "top_k", None), (["--out=None"], "out", None),
+    (["--tied=true"], "tied", True), (["--tied=TRUE"], "tied", True), (["--tied=False"], "tied", False),
+    (["--wandb=fAlSe"], "wandb", False), (["--compile=true"], "compile", True),
+    (["--compile=auto"], "compile", "auto"), (["--dataset=a b.txt"], "dataset", "a b.txt"),
+    (["--prompt='x'"], "prompt", "'x'"), (["--prompt=a=b=c"], "prompt", "a=b=c"),
+    (["--prompt="], "prompt", ""), (["--prompt=None"], "prompt", "None"),
+    (["--prompt=2**3"], "prompt", "2**3"), (["--prompt= def main(\n"], "prompt", " def main(\n"),
+    (["--out=1"], "out", "1"),
+    (["--dataset=true"], "dataset", "true"), (["--tokenizer=bpe:300"], "tokenizer", "bpe:300"),
+    (["--lr", "2**-9"], "lr", 0.001953125), (["--prompt", "def f(x=1):"], "prompt", "def f(x=1):"),
+    (["--tied", "true"], "tied", True), (["--prompt", "-"], "prompt", "-"), (["-lr=0.5"], "lr", 0.5)],
+    ids=str)
+def test_a_value_on_the_command_line_is_read_as_it_looks(words, name, value):
+    got = getattr(configure(words), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", [
+    "__import__('os').system('touch HERE')", "open('HERE', 'w')", "[open('HERE', 'w') for _ in '1']",
+    "(lambda: open('HERE', 'w'))()", "exec('open(\"HERE\", \"w\")')", "f'{open(\"HERE\", \"w\")}'"])
+@pytest.mark.parametrize("name", ["lr", "top_k", "position", "compile", "steps"])
+def test_a_value_is_never_run(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{name}: got "):
+        configure([f"--{name}={text}"])
+    assert os.listdir() == []
+
+
+NO_NUMBERS = ["9**9**9", "9**9**9**9", "1e999", "-1e999", "nan", "inf", "1/0", "1e308*10", "(" * 5000,
+              "1" * 400, "1" * 5000, "1j", "'3'", "b'3'", "[3]", "3 4", "", "3\0", "true", "None", "2**.5j",
+              "1 if 1 else 2", "x", "--3", "\ud800"]
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS, ids=lambda text: f"{ascii(text[:9])}-{len(text)}")
+def test_what_is_no_finite_number_is_refused_as_one(text):
+    with pytest.raises(UserError, match="^lr: got .*takes a finite number above 0"):
+        configure([f"--lr={text}"])
+
+
+def test_a_config_survives_its_json_to_the_last_bit(tmp_path):
+    config = Config(lr=0.1 + 0.2, eps=1e-300, weight_decay=1 / 3, warmup=math.nextafter(0.1, 1),
+                    prompt="é\n\"'", compile=True, top_k=None, out=str(tmp_path), final_lr=math.pi / 4)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    assert configure([str(tmp_path)]) == config
+    assert configure([str(tmp_path), "--lr=1"]) == dataclasses.replace(config, lr=1.0)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert configure([str(moved)]).out == str(moved), "a run directory stays one when it is moved"
+
+
+def test_help_lists_every_setting_once_with_its_default_and_unit(capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure(["config/proxy.py", "--help"])
+    output = capsys.readouterr().out
+    assert not caught.value.code and output.startswith("usage: python train.py")
+    listed = re.findall(r"^  --(\w+)=(.*?)  +(\S.+)$", output, re.MULTILINE)
+    assert [name for name, _, _ in listed] == [*FIELDS], "some setting is missing or listed twice"
+    assert {name: default for name, default, _ in listed} == {n: str(v) for n, v in FIELDS.items()}
+    assert all(len(line) < 130 for line in output.splitlines())
+    with pytest.raises(SystemExit):
+        configure(["-h"])
+    assert capsys.readouterr().out == output
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().lr = 1.0
+
+
+def test_multipliers_are_derived_and_cannot_be_typed():
+    config = Config(width=512, base_width=64, depth=6, base_depth=4)
+    assert (config.width_mult, config.depth_mult) == (8, 1.5)
+    for name in ("width_mult", "depth_mult"):
+        with pytest.raises(UserError, match=f"^{name}: no such setting"):
+            configure([f"--{name}=2"])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_refuses_what_is_not_of_its_kind_from_python_too(name):
+    for value in ([], {}, object(), 1j, b"x"):
+        with pytest.raises(UserError, match=f"^{name}: got .*, takes "):
+            Config(**{name: value})
+
+
+def test_a_number_that_equals_a_flag_is_no_flag():
+    for name in ("compile", "tied", "wandb"):
+        for value in (1, 0, 1.0):
+            with pytest.raises(UserError, match=f"^{name}: got "):
+                Config(**{name: value})
+    for name in ("lr", "steps", "depth_alpha"):
+        with pytest.raises(UserError, match=f"^{name}: got True"):
+            Config(**{name: True})
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_committed_file_holds_settings_that_differ_from_what_they_build_on(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with open(path) as file:
+        source = file.read()
+    base = Config()
+    for module in re.findall(r"^from (config\.\w+) import \*$", source, re.MULTILINE):
+        base = configure([f"{module.replace('.', '/')}.py"])
+    stated = {}
+    exec(re.sub(r"^from config.*$", "", source, flags=re.MULTILINE), stated)
+    stated = {name: value for name, value in stated.items() if not name.startswith("__")}
+    config = configure([path])
+    assert stated and all(getattr(config, name) == value for name, value in stated.items())
+    same = [name for name, value in stated.items() if getattr(base, name) == value]
+    assert not same, f"{path} sets what it already has: {', '.join(same)}"
+    assert ast.get_docstring(ast.parse(source))
+    assert len(source.splitlines()) <= 25
+
+
+def test_the_files_that_the_readme_names_are_there():
+    assert {"config/proxy.py", "config/target.py", "config/gpt2.py"} <= set(FILES)

@@ -1,0 +1,276 @@
+"""The model: one forward pass, causal, the same however it is called; and what it writes."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import adamw, plain_logits, tiny, tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as code
+from configure import Config, UserError
+from model import GPT
+
+VARIANTS = {"default": {}, "tied": {"tied": True}, "rotary": {"position": "rotary"}, "bias": {"bias": True},
+            "sp": {"parametrization": "sp"}, "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0,
+                                                             "attention_mult": 2.0, "embedding_std": 1.0},
+            "tied rotary bias": {"tied": True, "position": "rotary", "bias": True}}
+variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+
+
+def lively(**settings):
+    """A model in float64 in which every part matters: no weight at its start, embeddings of size 1."""
+    model = GPT(tiny(**{"embedding_std": 1.0, "hidden_std": 2.0, **settings})).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@variants
+def test_the_forward_pass_is_the_textbook_one(settings):
+    model = lively(**settings)
+    x_BT, _ = tokens(model.config)
+    c = model.config
+    branch, logits, attention = (1, 1, 0.25) if c.parametrization == "sp" else (0.5, 0.5, math.sqrt(8) / 16)
+    plain = plain_logits(model, x_BT, branch, logits * c.logit_mult, attention * c.attention_mult)
+    # rotary angles are taken in float32
+    assert (model(x_BT)[0] - plain).abs().max() < (1e-5 if c.position == "rotary" else 1e-11)
+
+
+@variants
+def test_logits_with_targets_are_those_without_and_the_loss_is_their_cross_entropy(settings):
+    model = lively(**settings)
+    x_BT, y_BT = tokens(model.config)
+    logits_BTV, loss = model(x_BT, y_BT)
+    alone_BTV, nothing = model(x_BT)
+    assert torch.equal(logits_BTV, alone_BTV) and nothing is None
+    right_BT = logits_BTV.log_softmax(-1).gather(-1, y_BT[..., None])
+    assert loss.item() == pytest.approx(-right_BT.mean().item(), rel=1e-6)
+
+
+@variants
+@pytest.mark.parametrize("cuts", [[16], [1] * 16, [5, 1, 1, 9], [7, 9], [15, 1]], ids=str)
+def test_logits_read_in_pieces_through_the_cache_are_those_of_one_pass(settings, cuts):
+    model = lively(**settings)
+    x_BT, _ = tokens(model.config)
+    cache = [[] for _ in model.blocks]
+    pieces = [model(piece_BT, cache=cache)[0] for piece_BT in x_BT.split(cuts, dim=1)]
+    # rotary angles are taken in float32, but the same ones
+    assert (torch.cat(pieces, 1) - model(x_BT)[0]).abs().max() < 1e-11
+
+
+@variants
+def test_a_later_token_never_changes_an_earlier_logit_and_always_changes_its_own(settings):
+    model = lively(**settings)
+    x_BT, _ = tokens(model.config, batch=1)
+    before = model(x_BT)[0][0]
+    for t in range(model.config.context):
+        changed_BT = x_BT.clone()
+        changed_BT[0, t] = (changed_BT[0, t] + 1) % model.config.vocab_size
+        differs = (model(changed_BT)[0][0] - before).abs().amax(-1) > 1e-9
+        assert differs.tolist() == [False] * t + [True] * (model.config.context - t), t
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    model = lively()
+    x_BT, _ = tokens(model.config)
+    assert torch.allclose(model(x_BT)[0][2], model(x_BT[2:3])[0][0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("settings", [{}, {"width": 256, "depth": 8}, {"tied": True}, {"position": "rotary"},
+                                      {"parametrization": "sp"}])
+def test_the_untrained_loss_is_that_of_knowing_nothing_at_the_default_settings(settings):
+    config = Config(**{"vocab_size": 300, "context": 32, "depth": 2, **settings})
+    # logits of size s add s^2/2 to ln V: the readout starts at s = 1 in the base, none of it knowledge
+    model, (x_BT, y_BT) = GPT(config), tokens(config, batch=32)
+    logits_BTV, loss = model(x_BT, y_BT)
+    assert loss.item() == pytest.approx(math.log(300) + logits_BTV.var().item() / 2, abs=0.1)
+    assert logits_BTV.var() < 1.1
+
+
+@variants
+def test_one_batch_can_be_learned_by_heart(settings):
+    config = tiny(**{"lr": 2**-6, "embedding_lr_mult": 4.0, "position": "learned", **settings})
+    model, (x_BT, y_BT) = GPT(config), tokens(config, batch=2)
+    optimizer = adamw(model)
+    for _ in range(80):
+        loss = model(x_BT, y_BT)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
+
+
+def test_tied_is_one_matrix_that_learns_from_both_ends_with_the_embeddings_rule():
+    tied, untied = GPT(tiny(tied=True, readout_lr_mult=9.0)), GPT(tiny())
+    assert "readout.weight" not in tied.state_dict()
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 64 * 32
+    assert torch.equal(tied.token_embedding.weight, untied.token_embedding.weight)
+    x_BT, y_BT = tokens(tied.config)
+    x_BT, y_BT = x_BT % 8, y_BT % 8 + 40  # ids 40 to 47 only come out, 0 to 7 only go in
+    tied(x_BT, y_BT)[1].backward()
+    gradient = tied.token_embedding.weight.grad.abs().sum(1)
+    assert gradient[:8].min() > 0 and gradient[40:48].min() > 2 * gradient[50:].max() > 0
+    group = next(g for g in tied.param_groups() if any(p is tied.token_embedding.weight for p in g["params"]))
+    rule = code.rule(tied.config, "embedding")
+    assert (group["role"], group["lr"], group["eps"]) == ("embedding", rule["lr"], rule["eps"])
+
+
+def test_rotary_attention_sees_relative_positions_only():
+    model = lively(position="rotary")
+    x_BT, _ = tokens(model.config, batch=1, length=8)
+    angles_TD = torch.outer(torch.arange(16), 10000.0 ** (-torch.arange(0, 16, 2) / 16))
+    x_BTC = model.token_embedding(x_BT)
+    there, later = (model.blocks[0].attention(x_BTC, angles_TD[shift:shift + 8]) for shift in (0, 8))
+    assert (there - later).abs().max() < 1e-5
+    assert (there - model.blocks[0].attention(x_BTC, 2 * angles_TD[:8])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_the_order_of_tokens_matters(position):
+    model = lively(position=position)
+    x_BT, _ = tokens(model.config, batch=1)
+    swapped_BT = x_BT[:, [1, 0, *range(2, 16)]]
+    assert (model(x_BT)[0] - model(swapped_BT)[0])[0, -1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("read", [17, 40])
+def test_more_tokens_than_the_context_are_refused(read):
+    model = lively()
+    x_BT, _ = tokens(model.config, length=read)
+    with pytest.raises(UserError, match=f"context: got {read} tokens, takes at most 16"):
+        model(x_BT)
+    cache = [[] for _ in model.blocks]
+    model(x_BT[:, :16], cache=cache)
+    with pytest.raises(UserError, match="context: got 17 tokens"):
+        model(x_BT[:, :1], cache=cache)
+
+
+def test_dropout_acts_in_training_only():
+    model, plain = lively(dropout=0.5), lively()
+    x_BT, _ = tokens(model.config)
+    torch.manual_seed(0)
+    assert not torch.equal(model(x_BT)[0], model(x_BT)[0])
+    assert torch.equal(model.eval()(x_BT)[0], plain(x_BT)[0])
+
+
+@pytest.mark.parametrize("part", ["embeddings", "attention", "attention's branch", "mlp's branch"])
+def test_dropout_reaches_the_embeddings_the_attention_and_both_branches(part):
+    model = lively(dropout=0.5)
+    if part != "embeddings":
+        model.dropout.eval()
+    for block in model.blocks:
+        block.attention.dropout *= part == "attention"
+        if "branch" not in part:
+            block.dropout.eval()
+        other = block.mlp.down if part == "attention's branch" else block.attention.out
+        if "branch" in part:
+            torch.nn.init.zeros_(other.weight)
+    x_BT, _ = tokens(model.config)
+    assert not torch.equal(model(x_BT)[0], model(x_BT)[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": True}, {"position": "rotary"}, {"bias": True, "depth": 3}])
+def test_flops_per_token_are_those_that_torch_counts(settings):
+    model = GPT(tiny(**{"context": 64, **settings}))
+    x_BT, y_BT = tokens(model.config, batch=2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no fused one
+        model(x_BT, y_BT)[1].backward()
+    assert model.flops_per_token() * x_BT.numel() == counter.get_total_flops()
+
+
+def test_the_weights_are_a_function_of_the_config_alone():
+    torch.manual_seed(1)
+    first = GPT(tiny(seed=3)).state_dict()
+    torch.manual_seed(2)
+    again, other = GPT(tiny(seed=3)).state_dict(), GPT(tiny(seed=4)).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "norm" not in name)
+
+
+@variants
+def test_the_likeliest_tokens_written_are_those_of_the_full_forward_pass(settings):
+    model = lively(**settings)
+    x_BT, _ = tokens(model.config, length=3)
+    written = model.generate(x_BT, 13, temperature=0)
+    assert written.shape == (4, 16) and torch.equal(written[:, :3], x_BT)
+    for t in range(3, 16):
+        assert torch.equal(written[:, t], model(written[:, :t])[0][:, -1].argmax(-1))
+
+
+def test_writing_hangs_on_its_seed_and_no_other_random_state():
+    model = lively()
+    x_BT, _ = tokens(model.config, length=3)
+    first = model.generate(x_BT, 12, seed=5)
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert torch.equal(first, model.generate(x_BT, 12, seed=5))
+    assert not torch.equal(first, model.generate(x_BT, 12, seed=6))
+    torch.set_rng_state(state)
+    model.generate(x_BT, 3, seed=9)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_choosing_among_one_token_is_taking_the_likeliest():
+    model = lively()
+    x_BT, _ = tokens(model.config, length=3)
+    assert torch.equal(model.generate(x_BT, 12, top_k=1), model.generate(x_BT, 12, temperature=0))
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (1.0, 3), (2.0, 500)])
+def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_k(temperature, top_k):
+    model = lively(vocab_size=8, logit_mult=0.5)
+    x_BT = tokens(model.config, batch=1, length=3)[0].expand(4000, -1)
+    drawn = model.generate(x_BT, 1, temperature, top_k)[:, -1].bincount(minlength=8) / 4000
+    logits_V = model(x_BT[:1])[0][0, -1] / temperature
+    if top_k and top_k < 8:
+        logits_V[logits_V < logits_V.sort().values[-top_k]] = -math.inf
+    assert (drawn - logits_V.softmax(0)).abs().max() < 0.03
+    assert drawn[logits_V == -math.inf].sum() == 0
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 16])
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_writing_goes_on_past_the_context_from_its_last_half(context, position):
+    model = lively(context=context, position=position)
+    x_BT, _ = tokens(model.config, length=1)
+    expected, read = x_BT, 1
+    for _ in range(40):
+        logits_BTV, _ = model(expected[:, -read:])
+        expected = torch.cat((expected, logits_BTV[:, -1:].argmax(-1)), 1)
+        read = read + 1 if read < context else max(1, context // 2)
+    assert torch.equal(model.generate(x_BT, 40, temperature=0), expected)
+
+
+def test_a_beginning_longer_than_the_context_is_kept_and_its_end_is_read():
+    model = lively()
+    x_BT, _ = tokens(model.config, length=50)
+    written = model.generate(x_BT, 5, temperature=0)
+    assert torch.equal(written[:, :50], x_BT)
+    assert torch.equal(written[:, 50:], model.generate(x_BT[:, -16:], 5, temperature=0)[:, 16:])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_writing_leaves_the_mode_as_it_was_and_drops_nothing_meanwhile(training):
+    model = lively(dropout=0.5).train(training)
+    x_BT, _ = tokens(model.config, length=3)
+    assert torch.equal(model.generate(x_BT, 8, temperature=0), lively().generate(x_BT, 8, temperature=0))
+    assert model.training is model.blocks[0].dropout.training is training
+
+
+def test_writing_nothing_returns_the_beginning():
+    model = lively()
+    x_BT, _ = tokens(model.config)
+    assert torch.equal(model.generate(x_BT, 0), x_BT)
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"vocab_size": None}, "vocab_size: got None"),
+    ({"position": "rotary", "head_dim": 1}, "head_dim: got 1, takes an even number")])
+def test_a_config_that_makes_no_model_is_refused(change, line):
+    with pytest.raises(UserError, match=line):
+        GPT(dataclasses.replace(tiny(), **change))

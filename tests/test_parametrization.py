@@ -1,0 +1,420 @@
+"""The parametrization: each rule is the papers', and acts.
+
+The checks are functions, so that the same ones can be seen to fail when a rule is broken on purpose. A
+coordinate check sees no error in weight decay; the table retyped here does.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import adamw, plain_logits, tiny, tokens
+
+import model as code
+import train
+from configure import UserError
+from data import Data, prepare
+from model import GPT
+
+# Width x 4 and depth x 8 from a base of width 16, 4 channels a head and 1 block; heads x 4.
+SHAPE = {"width": 64, "depth": 8, "head_dim": 16, "base_width": 16, "base_depth": 1, "base_head_dim": 4}
+UNITS = {"lr": 1.0, "weight_decay": 1.0, "eps": 1.0, "embedding_std": 1.0}
+# role: (std, lr, lr x weight decay, eps), retyped: arXiv 2203.03466 Table 8 for 1/4 and 4, arXiv 2505.01618
+# Table 1 for 8, arXiv 2512.22382 for the eps of embedding and readout. 0.35355 is 8^-1/2.
+PAPERS = {
+    ("mup", 1.0): {
+        "embedding": (1, 1, 1, 0.25), "hidden": (0.125, 0.25, 1, 0.03125), "norm": (None, 1, 0, 0.03125),
+        "bias": (None, 1, 0, 0.03125), "final_norm": (None, 1, 0, 0.25), "readout": (0.25, 1, 1, 0.25),
+        "factors": (0.125, 0.25, 0.125)},
+    ("mup", 0.5): {
+        "embedding": (1, 1, 1, 0.25), "hidden": (0.125, 0.0883883, 0.353553, 0.0883883),
+        "norm": (None, 0.353553, 0, 0.0883883), "bias": (None, 0.353553, 0, 0.0883883),
+        "final_norm": (None, 1, 0, 0.25), "readout": (0.25, 1, 1, 0.25), "factors": (0.353553, 0.25, 0.125)},
+    ("mup", 0.0): {
+        "embedding": (1, 1, 1, 0.25), "hidden": (0.125, 0.03125, 0.125, 0.25), "norm": (None, 0.125, 0, 0.25),
+        "bias": (None, 0.125, 0, 0.25), "final_norm": (None, 1, 0, 0.25), "readout": (0.25, 1, 1, 0.25),
+        "factors": (1, 0.25, 0.125)},
+    ("sp", 1.0): {
+        "embedding": (1, 1, 1, 1), "hidden": (0.125, 1, 1, 1), "norm": (None, 1, 0, 1),
+        "bias": (None, 1, 0, 1), "final_norm": (None, 1, 0, 1), "readout": (0.125, 1, 1, 1),
+        "factors": (1, 1, 0.25)},
+}
+VARIANTS = [{}, {"tied": True}, {"bias": True}, {"position": "rotary"}, {"parametrization": "sp"},
+            {"tied": True, "bias": True, "position": "rotary", "dropout": 0.1, "depth_alpha": 0.5}]
+
+
+def check_table():
+    """Groups and forward factors are PAPERS'."""
+    for (parametrization, alpha), rows in PAPERS.items():
+        config = tiny(**SHAPE, **UNITS, bias=True, parametrization=parametrization, depth_alpha=alpha)
+        groups = {group["role"]: group for group in GPT(config).param_groups()}
+        assert [*groups] == [*rows][:-1]
+        for role, group in groups.items():
+            got = (group["lr"], group["lr"] * group["weight_decay"], group["eps"])
+            assert got == pytest.approx(rows[role][1:], rel=1e-5), (parametrization, alpha, role)
+            assert code.rule(config, role)["std"] == pytest.approx(rows[role][0])
+        assert tuple(code.multipliers(config).values()) == pytest.approx(rows["factors"], rel=1e-5)
+
+
+def check_init():
+    """The spread of each drawn matrix is its row's: 1/sqrt(fan_in) for a hidden one, of any fan-in."""
+    expected = {"token_embedding": 1, "position_embedding": 1, "readout": 0.25, "attention.qkv": 0.125,
+                "attention.out": 0.125, "mlp.up": 0.125, "mlp.down": 0.0625}
+    model = GPT(tiny(**SHAPE, embedding_std=1.0, vocab_size=256, context=128))
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            std = next(std for end, std in expected.items() if name.endswith(f"{end}.weight"))
+            assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel()), name
+            assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel())), name
+
+
+def check_forward():
+    """The factors of the table are where the formulas have them."""
+    model = GPT(tiny(**SHAPE, depth_alpha=0.5))
+    x_BT, _ = tokens(model.config)
+    expected = plain_logits(model, x_BT, 0.353553390593, 0.25, 0.125)
+    assert torch.allclose(model.double()(x_BT)[0], expected, rtol=1e-6, atol=1e-9)
+
+
+def activations(model, tokens_BT):
+    """{quantity: what the forward pass makes}: blocks stacked; attention is the logits before the softmax."""
+    seen, attend = {}, F.scaled_dot_product_attention
+
+    def recorded(q, k, v, scale, **options):
+        seen.setdefault("attention logits", []).append((scale * q @ k.transpose(-1, -2)).tril())
+        return attend(q, k, v, scale=scale, **options)
+
+    def record(name):
+        return lambda module, inputs, output: seen.setdefault(name, []).append(output)
+
+    hooks = [module.register_forward_hook(record(name.split(".")[-1]))
+             for name, module in model.named_modules()
+             if name.endswith(("token_embedding", "attention", "mlp", "final_norm"))]
+    hooks.append(model.final_norm.register_forward_pre_hook(
+        lambda module, inputs: record("stream")(module, None, inputs[0])))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", recorded)
+        seen["logits"] = [model(tokens_BT)[0]]
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.stack(values) for name, values in seen.items()}
+
+
+def slopes(axis, values, seeds=2, **settings):
+    """{quantity: slope over log2 of `axis` of the log2 size of its change in 4 Adam steps on one batch}."""
+    sizes = {}
+    for value in values:
+        changes = {}
+        for seed in range(seeds):
+            config = tiny(**{"width": 64, "base_width": 64, "base_depth": 2, "base_head_dim": 16,
+                             "embedding_std": 1.0, "readout_std": 0.1, "lr": 2**-7, "bias": True,
+                             "seed": seed, **settings, axis: value})
+            model, (x_BT, y_BT) = GPT(config), tokens(config, seed=seed)
+            before, optimizer = activations(model, x_BT), adamw(model)
+            for _ in range(4):
+                model(x_BT, y_BT)[1].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, after in activations(model, x_BT).items():
+                changes[name] = changes.get(name, 0) + (after - before[name]).abs().mean().item() / seeds
+        for name, size in changes.items():
+            sizes.setdefault(name, []).append(math.log2(size))
+    x = torch.tensor(values).log2()
+    x = x - x.mean()
+    return {name: (x @ torch.tensor(y) / (x @ x)).item() for name, y in sizes.items()}
+
+
+WIDTHS, DEPTHS, HEADS = (64, 128, 256, 512), (2, 4, 8, 16), (16, 32, 64, 128)
+# Where eps outweighs the gradients, a wrong exponent of eps is as plain as one of lr.
+SMALL_EPS, LARGE_EPS = 1e-12, 0.1
+
+
+def check_width():
+    for eps in (SMALL_EPS, LARGE_EPS):
+        for name, slope in slopes("width", WIDTHS, eps=eps).items():
+            assert abs(slope) < 0.2, f"{name} changes with width to the power {slope:.2f} at eps {eps}"
+
+
+def check_depth():
+    for eps in (SMALL_EPS, LARGE_EPS):
+        for name, slope in slopes("depth", DEPTHS, eps=eps).items():
+            assert abs(slope) < 0.25, f"{name} changes with depth to the power {slope:.2f} at eps {eps}"
+
+
+def check_head_dim():
+    slope = slopes("head_dim", HEADS, width=128, base_width=128, readout_std=1.0, lr=2**-5,
+                   eps=SMALL_EPS)["attention logits"]
+    assert abs(slope) < 0.2, f"attention logits change with head_dim to the power {slope:.2f}"
+
+
+CHECKS = [check_table, check_init, check_forward, check_width, check_depth, check_head_dim]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_parametrization_is_the_papers_and_keeps_sizes_over_each_axis(check):
+    check()
+
+
+def test_the_control_grows_with_width_and_depth_where_mup_stays_flat():
+    width, depth = (slopes(*axis, parametrization="sp", eps=SMALL_EPS) for axis in
+                    (("width", WIDTHS), ("depth", DEPTHS)))
+    assert min(width[name] for name in ("attention logits", "attention", "mlp", "stream", "logits")) > 0.5
+    assert depth["stream"] > 0.8
+
+
+def cell(role, column, change):
+    """A mutation of the table: the exponents (of width, of depth) of one cell; roles in one word."""
+    def mutate(rows, forward, alpha):
+        for name in role.split():
+            old = getattr(rows[name], column)
+            rows[name] = rows[name]._replace(**{column: change(*old, alpha)})
+    return mutate
+
+
+def factor(name, value):
+    def mutate(rows, forward, alpha):
+        forward[name] = value
+    return mutate
+
+
+def none(m, k, a):
+    return (0, 0)
+
+
+def only_width(m, k, a):
+    return (m, 0)
+
+
+def only_depth(m, k, a):
+    return (0, k)
+
+
+EVERY, INSIDE, OUTSIDE = " ".join(code.ROLES), "hidden norm bias", "embedding readout final_norm"
+WRONG_TABLES = {  # what is wrong: (mutation, the checks that say so)
+    "hidden lr without width": (cell("hidden", "lr", only_depth), [check_table, check_width]),
+    "hidden lr without depth": (cell("hidden", "lr", only_width), [check_table]),
+    "hidden lr with depth^-1": (cell("hidden", "lr", lambda m, k, a: (m, -1)), [check_table, check_depth]),
+    "hidden init not scaled": (cell("hidden", "std", none), [check_table, check_init, check_width]),
+    "hidden init scaled twice": (cell("hidden", "std", lambda m, k, a: (-1, 0)), [check_table, check_init]),
+    "hidden decay not scaled": (cell("hidden", "decay", none), [check_table]),
+    "embedding decay scaled": (cell("embedding", "decay", lambda m, k, a: (1, 0)), [check_table]),
+    "embedding lr scaled": (cell("embedding", "lr", lambda m, k, a: (-1, 0)), [check_table, check_width]),
+    "embedding lr as sqrt": (cell("embedding", "lr", lambda m, k, a: (-1/2, 0)), [check_table, check_width]),
+    "norm lr without depth": (cell("norm bias", "lr", none), [check_table]),
+    "final norm lr with depth": (cell("final_norm", "lr", lambda m, k, a: (0, a - 1)), [check_table]),
+    "readout lr scaled": (cell("readout", "lr", lambda m, k, a: (-1, 0)), [check_table, check_width]),
+    "readout init scaled": (cell("readout", "std", lambda m, k, a: (-1/2, 0)), [check_table, check_init]),
+    "eps without width": (cell(EVERY, "eps", only_depth), [check_table, check_width]),
+    "eps without depth": (cell(INSIDE, "eps", only_width), [check_table, check_depth]),
+    "eps with depth everywhere": (cell(OUTSIDE, "eps", lambda m, k, a: (m, -a)), [check_table, check_depth]),
+    "logits not scaled": (factor("logits", (0, 0)), [check_table, check_forward, check_width]),
+    "logits as sqrt": (factor("logits", (-1/2, 0)), [check_table, check_forward, check_width]),
+    "branches not scaled": (factor("branch", (0, 0)), [check_table, check_forward, check_depth]),
+    "attention 1/sqrt(d)": (factor("attention", -1/2), [check_table, check_forward, check_head_dim]),
+}
+
+
+def unscaled_block(self, x_BTC, angles_TD=None, cache=None):
+    x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), angles_TD, cache)
+    return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+def wrapped(name, change):
+    return lambda patch: patch.setattr(code, name, change(getattr(code, name)))
+
+
+def without(key, value):
+    original = GPT.param_groups
+    return lambda patch: patch.setattr(
+        GPT, "param_groups", lambda self: [group | {key: value} for group in original(self)])
+
+
+WRONG_CODE = {  # the table is right, and the code does not do what it says
+    "width_mult typed by hand": (wrapped("scale", lambda f: lambda c, cell: c.depth_mult ** cell[1]),
+                                 [check_table, check_init, check_forward, check_width]),
+    "depth_mult typed by hand": (wrapped("scale", lambda f: lambda c, cell: c.width_mult ** cell[0]),
+                                 [check_table, check_forward, check_depth]),
+    "fan-in of mlp.down is the width": (wrapped("rule", lambda f: lambda c, role, fan_in=None: f(c, role)),
+                                        [check_init]),
+    "one lr for all groups": (without("lr", 2**-7), [check_table, check_width]),
+    "one decay for all groups": (without("weight_decay", 1.0), [check_table]),
+    "one eps for all groups": (without("eps", LARGE_EPS), [check_table, check_width, check_depth]),
+    "blocks do not scale their branches": (lambda patch: patch.setattr(code.Block, "forward", unscaled_block),
+                                           [check_forward, check_depth]),
+}
+
+
+@pytest.mark.parametrize(("name", "check"), [(n, check) for n, (_, c) in WRONG_TABLES.items() for check in c])
+def test_a_wrong_table_is_noticed(monkeypatch, name, check):
+    original = code.TABLES["mup"]
+
+    def mutant(alpha):
+        rows, forward = original(alpha)
+        WRONG_TABLES[name][0](rows, forward, alpha)
+        return rows, forward
+
+    monkeypatch.setitem(code.TABLES, "mup", mutant)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize(("name", "check"), [(n, check) for n, (_, c) in WRONG_CODE.items() for check in c])
+def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, name, check):
+    WRONG_CODE[name][0](monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("settings", [*VARIANTS[:4], {"depth_alpha": 0.5, "weight_decay": 0.1, "lr": 2**-6,
+                                                      "readout_lr_mult": 4.0, "attention_mult": 0.5}])
+def test_at_the_base_shape_mup_and_sp_are_the_same_run_to_the_last_bit(settings):
+    runs = []
+    for parametrization in ("mup", "sp"):
+        config = tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings,
+                         "parametrization": parametrization})
+        model = GPT(config)
+        optimizer, losses = adamw(model), []
+        rules = [{k: v for k, v in group.items() if k != "params"} for group in model.param_groups()]
+        for step in range(5):
+            losses.append(model(*tokens(config, seed=step))[1])
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((rules, code.multipliers(config), torch.stack(losses), [*model.parameters()]))
+    assert runs[0][:2] == runs[1][:2]
+    assert torch.equal(runs[0][2], runs[1][2]) and len(set(runs[0][2].tolist())) == 5
+    assert all(map(torch.equal, runs[0][3], runs[1][3]))
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_every_parameter_is_in_exactly_one_group_and_that_is_its_roles(settings):
+    model = GPT(tiny(**settings))
+    roles = {}
+    for group in model.param_groups():
+        for parameter in group["params"]:
+            roles.setdefault(id(parameter), []).append(group["role"])
+    assert {id(p): [code.role_of(name)] for name, p in model.named_parameters()} == roles
+
+
+ROLES = {  # as a reader of the table would say it
+    "token_embedding.weight": "embedding", "position_embedding.weight": "embedding",
+    "blocks.1.mlp.up.weight": "hidden", "blocks.10.mlp.down.weight": "hidden",
+    "blocks.0.attention.qkv.weight": "hidden", "blocks.11.attention.out.weight": "hidden",
+    "blocks.0.attention_norm.weight": "norm", "blocks.0.mlp_norm.weight": "norm",
+    "blocks.0.mlp_norm.bias": "bias", "blocks.0.mlp.up.bias": "bias",
+    "final_norm.weight": "final_norm", "final_norm.bias": "final_norm", "readout.weight": "readout"}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_each_kind_of_parameter_has_its_role(name):
+    assert code.role_of(name) == ROLES[name]
+
+
+def edited(part, name, made):
+    """model.py's module class `part` with the attribute `name` more, as a researcher would add it."""
+    class Edited(getattr(code, part)):
+        def __init__(self, config):
+            super().__init__(config)
+            setattr(self, name, made(config))
+    return Edited
+
+
+@pytest.mark.parametrize(("part", "attribute", "made", "name"), [
+    ("MLP", "gain", lambda c: torch.nn.Parameter(torch.ones(c.width)), "blocks.0.mlp.gain"),
+    ("Block", "skip", lambda c: torch.nn.Parameter(torch.ones(1)), "blocks.0.skip"),
+    ("Block", "low", lambda c: torch.nn.Linear(c.width, 8, bias=False), "blocks.0.low.weight")])
+def test_a_new_parameter_without_a_role_is_refused_by_name(monkeypatch, part, attribute, made, name):
+    monkeypatch.setattr(code, part, edited(part, attribute, made))
+    with pytest.raises(UserError, match=f"parameter {name} has no role, takes one of embedding, hidden"):
+        GPT(tiny())
+
+
+def test_a_parameter_with_two_roles_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(code.ROLES, "norm", r".*norm\.weight")
+    with pytest.raises(UserError, match="parameter final_norm.weight has norm and final_norm"):
+        GPT(tiny())
+
+
+def test_a_norm_added_inside_attention_is_not_taken_for_a_hidden_matrix(monkeypatch):
+    monkeypatch.setattr(code, "Attention", edited(
+        "Attention", "q_norm", lambda c: torch.nn.LayerNorm(c.head_dim, bias=False)))
+    try:
+        model = GPT(tiny())
+    except UserError as error:
+        assert "blocks.0.attention.q_norm.weight" in str(error)
+    else:
+        assert torch.equal(model.blocks[0].attention.q_norm.weight, torch.ones(16))
+
+
+def test_a_matrix_added_to_the_mlp_gets_the_rule_of_its_own_fan_in(monkeypatch):
+    monkeypatch.setattr(code, "MLP", edited(
+        "MLP", "gate", lambda c: torch.nn.Linear(2 * c.width, 4 * c.width, bias=False)))
+    gate = GPT(tiny(width=64)).blocks[0].mlp.gate.weight
+    assert gate.std().item() == pytest.approx(1 / math.sqrt(2 * 64), rel=0.03)
+
+
+@pytest.mark.parametrize("settings", [{}, {"depth_alpha": 0.5, "tied": True, "bias": True}])
+def test_effective_weight_decay_of_every_role_is_the_same_at_every_width(settings):
+    effective = [[(group["role"], group["lr"] * group["weight_decay"]) for group in GPT(
+        tiny(width=width, weight_decay=0.1, **settings)).param_groups()] for width in (16, 32, 64, 128)]
+    assert effective[0] == effective[1] == effective[2] == effective[3]
+    assert {role for role, decay in effective[0] if decay} == {
+        "embedding", "hidden", *([] if settings.get("tied") else ["readout"])}
+
+
+@pytest.mark.parametrize(("setting", "column", "roles"), [
+    ("lr", "lr", set(code.ROLES)), ("embedding_lr_mult", "lr", {"embedding"}),
+    ("readout_lr_mult", "lr", {"readout"}), ("norm_lr_mult", "lr", {"norm", "bias", "final_norm"}),
+    ("eps", "eps", set(code.ROLES)), ("weight_decay", "weight_decay", {"embedding", "hidden", "readout"}),
+    ("embedding_std", "std", {"embedding"}), ("hidden_std", "std", {"hidden"}),
+    ("readout_std", "std", {"readout"})])
+@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+def test_a_tuned_setting_scales_its_own_cells_and_no_others(parametrization, setting, column, roles):
+    config = tiny(bias=True, parametrization=parametrization, weight_decay=0.5)
+    changed = dataclasses.replace(config, **{setting: 3 * getattr(config, setting)})
+    for role in code.ROLES:
+        before, after = code.rule(config, role), code.rule(changed, role)
+        expected = before | ({column: pytest.approx(3 * before[column])} if role in roles else {})
+        assert after == expected, role
+
+
+@pytest.mark.parametrize(("setting", "zeroed"), [
+    ("zero_residual_out", {"attention.out.weight": slice(None), "mlp.down.weight": slice(None)}),
+    ("zero_query", {"attention.qkv.weight": slice(0, 32)})])
+def test_what_starts_at_zero_does_and_all_else_is_drawn_as_without(setting, zeroed):
+    plain = dict(GPT(tiny(bias=True)).named_parameters())
+    for name, weight in GPT(tiny(bias=True, **{setting: True})).named_parameters():
+        expected = plain[name].detach().clone()
+        rows = next((rows for end, rows in zeroed.items() if name.endswith(end)), slice(0))
+        assert expected[rows].abs().sum() > 0 or rows == slice(0)
+        expected[rows] = 0
+        assert torch.equal(weight, expected), name
+
+
+@pytest.mark.parametrize("kind", ["cosine", "inverse_sqrt"])
+def test_groups_keep_their_ratio_to_the_schedule_while_training(corpus, kind):
+    config = tiny(**corpus | {"vocab_size": 257, "schedule": kind, "warmup": 0.3, "steps": 8,
+                              "embedding_lr_mult": 16.0})
+    model, data = GPT(config), Data(prepare(config))
+    peaks, optimizer = [group["lr"] for group in model.param_groups()], adamw(model)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    device, autocast = train.pick_device(config)
+    for step in range(8):
+        train.take_step(model, optimizer, data, config, step, device, autocast)
+        expected = [peak * train.schedule(config, step) for peak in peaks]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
+    assert len(set(peaks)) >= 3 and 0 < train.schedule(config, 7) < 1
+
+
+def test_the_printed_table_has_a_line_for_each_role_with_its_numbers():
+    lines = GPT(tiny(**SHAPE, **UNITS, bias=True)).table().splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+    # tensors, parameters, std, lr, lr x decay, eps; hidden matrices have fan-in 64 and 256
+    assert rows["hidden"] == ["32", "393,216", "0.125/0.0625", "0.25", "1", "0.0312"]
+    assert rows["readout"] == ["1", "4,096", "0.25", "1", "1", "0.25"]
+    assert rows["norm"] == ["16", "1,024", "-", "1", "0", "0.0312"]
+    assert [*rows] == [*code.ROLES]
+    assert lines[-1] == ("mup: width_mult 4, depth_mult 8; branch x 0.125, logits x 0.25, attention x 0.125")

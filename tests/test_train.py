@@ -1,0 +1,503 @@
+"""Training: the same numbers however a run is cut, each setting acts, and an early end loses nothing."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configure import Config, UserError
+from data import Data, prepare
+from model import GPT
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
+        "weight_decay": 0.1}
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def run(settings, **changes):
+    return train.train(Config(**settings | changes), quiet=True)
+
+
+def column(result, name="train_loss"):
+    return [row[name] for row in result.history if name in row]
+
+
+def weights(result):
+    return result.model.state_dict()
+
+
+def same(first, second):
+    """Whether two runs went the same way, to the last bit."""
+    def went(result):
+        rows = [{**row, "tokens_per_second": None} for row in result.history]
+        return rows, result.val_loss, result.best_step, result.best_val_loss, result.sample
+
+    assert went(first) == went(second)
+    return all(map(torch.equal, weights(first).values(), weights(second).values()))
+
+
+def command(settings, **changes):
+    words = [f"--{name}={value}" for name, value in (settings | changes).items()]
+    return subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
+def test_the_same_run_twice_is_the_same_to_the_last_bit(corpus, settings):
+    torch.manual_seed(1)
+    first = run(corpus, **settings)
+    torch.manual_seed(2)
+    assert same(first, run(corpus, **settings)) and len(set(column(first))) == 6
+
+
+@pytest.mark.parametrize("settings", [{}, HARD, {"parametrization": "sp", "schedule": "inverse_sqrt"}],
+                         ids=["plain", "hard", "sp"])
+def test_a_run_on_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, monkeypatch, settings):
+    settings = corpus | settings | {"steps": 13, "checkpoint_every": 4, "eval_every": 3}
+    whole = run(settings)
+    write = train.write
+
+    def copy_at_8(path, content):
+        write(path, content)
+        if path.endswith("last.pt") and content["step"] == 8:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+
+    monkeypatch.setattr(train, "write", copy_at_8)
+    assert same(whole, run(settings, out=str(tmp_path / "run")))
+    monkeypatch.undo()
+    assert same(whole, run(settings, out=str(tmp_path / "killed")))
+    assert [int(row["step"]) for row in rows(tmp_path / "killed")] == list(range(14))
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(tmp_path / run / name, weights_only=True) for run in ("run", "killed"))
+        assert a["step"] == b["step"] and all(map(torch.equal, a["model"].values(), b["model"].values()))
+
+
+@pytest.fixture(scope="module")
+def long(corpus, tmp_path_factory):
+    """(settings of a run of a few seconds, its result when nothing interrupts it)."""
+    settings = corpus | HARD | {"steps": 300, "checkpoint_every": 7, "eval_every": 50}
+    return settings, run(settings)
+
+
+def check_resumed(settings, whole, folder):
+    """A stopped or killed run in `folder` goes on as if nothing had been."""
+    done = torch.load(folder / "last.pt", weights_only=True)["step"]
+    assert 0 < done < 300, "it should have been interrupted midway"
+    assert same(whole, run(settings, out=str(folder)))
+    assert [int(row["step"]) for row in rows(folder)] == list(range(301))
+    assert [float(row["train_loss"]) for row in rows(folder)[1:]] == column(whole)
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(long, tmp_path):
+    settings, whole = long
+    process = command(settings, out=tmp_path / "run")
+    until = random.randrange(20, 200)  # rows; the test holds for any
+    while process.poll() is None:
+        time.sleep(0.002)
+        if os.path.exists(tmp_path / "run/metrics.csv") and len(rows(tmp_path / "run")) >= until:
+            process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    check_resumed(settings, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_to_go_on_and_goes_on_to_the_same_bits(long, tmp_path, number):
+    settings, whole = long
+    process = command(settings, out=tmp_path / "run")
+    while process.poll() is None:
+        time.sleep(0.002)
+        if os.path.exists(tmp_path / "run/metrics.csv") and len(rows(tmp_path / "run")) >= 20:
+            process.send_signal(number)
+            break
+    output, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert output.endswith(f"{tmp_path}/run: stopped; `python train.py {tmp_path}/run` goes on\n")
+    check_resumed(settings, whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_accumulation_gives_the_whole_batchs_numbers(corpus, micro_batch):
+    whole, cut = run(corpus), run(corpus, micro_batch=micro_batch)
+    assert column(cut) == pytest.approx(column(whole), abs=1e-5)
+    assert column(cut, "grad_norm") == pytest.approx(column(whole, "grad_norm"), rel=1e-4)
+    for a, b in zip(weights(cut).values(), weights(whole).values(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+H = math.sqrt(0.5)
+SCHEDULES = {  # 10 steps, 2 of them warmup, to 0.04
+    "cosine": [0.5, 1, 0.9635, 0.8594, 0.7037, 0.52, 0.3363, 0.1806, 0.0765, 0.04],
+    "linear": [0.5, 1, 0.88, 0.76, 0.64, 0.52, 0.40, 0.28, 0.16, 0.04],
+    "constant": [0.5] + [1] * 9,
+    "inverse_sqrt": [0.5, 1, 1, 0.8660, 0.7746, 0.7071, 0.6547, 0.6124, 0.5774, 0.5477],
+    "step": [0.5, 1, 1, 1, 1, 1, 0.2, 0.2, 0.04, 0.04]}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_has_its_shape(name):
+    config = Config(schedule=name, steps=10, warmup=0.2, final_lr=0.04)
+    assert [train.schedule(config, step) for step in range(10)] == pytest.approx(SCHEDULES[name], abs=5e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_a_schedule_never_stands_still_at_0_and_never_exceeds_the_peak(name, warmup, steps):
+    config = Config(schedule=name, steps=steps, warmup=warmup, final_lr=0.1)
+    lrs = [train.schedule(config, step) for step in range(steps)]
+    assert 0 < min(lrs) and max(lrs) <= 1
+    if warmup <= 0.5 and name in ("cosine", "linear") and steps > 2:
+        assert lrs[-1] == pytest.approx(0.1)
+
+
+def test_metrics_show_the_lr_that_each_step_used(corpus):
+    config = Config(**corpus, schedule="linear")
+    expected = [2**-9 * train.schedule(config, step) for step in range(6)]
+    assert column(run(corpus, schedule="linear"), "lr") == pytest.approx(expected)
+
+
+def other_files(corpus, tmp_path):
+    """Paths by name: a .jsonl with two text columns, made of the corpus, and a folder of other text."""
+    (tmp_path / "other").mkdir()
+    for i in range(20):
+        (tmp_path / f"other/{i}.txt").write_text(f"{i} is not {i + 1} " * 50)
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for name in sorted(os.listdir(corpus["dataset"])):
+            with open(f"{corpus['dataset']}/{name}") as one:
+                text = one.read()
+            file.write(json.dumps({"text": text, "body": text.upper()}) + "\n")
+    return {"ROWS": str(tmp_path / "rows.jsonl"), "OTHER": str(tmp_path / "other")}
+
+
+# setting: (a changed value, what must then differ, settings of both); ROWS, OTHER and TMP stand for paths.
+SETTINGS = {
+    "width": (64, "shapes"), "depth": (3, "shapes"), "batch": (8, "losses"), "context": (8, "losses"),
+    "head_dim": (8, "first loss"), "position": ("rotary", "shapes"), "tied": (True, "shapes"),
+    "bias": (True, "shapes"), "dropout": (0.5, "first loss"), "vocab_size": (300, "shapes"),
+    "base_width": (32, "first loss"), "base_depth": (2, "first loss"), "base_head_dim": (16, "first loss"),
+    "parametrization": ("sp", "first loss"), "depth_alpha": (0.5, "first loss"), "lr": (2**-8, "losses"),
+    "embedding_lr_mult": (2.0, "losses"), "readout_lr_mult": (2.0, "losses"),
+    "norm_lr_mult": (2.0, "losses"), "embedding_std": (0.5, "first loss"), "hidden_std": (0.5, "first loss"),
+    "readout_std": (0.5, "first loss"), "zero_residual_out": (True, "first loss"),
+    "zero_query": (True, "first loss", {"attention_mult": 20.0, "embedding_std": 1.0}),
+    "embedding_mult": (2.0, "first loss"), "logit_mult": (2.0, "first loss"),
+    "attention_mult": (9.0, "first loss", {"embedding_std": 1.0}), "weight_decay": (0.5, "losses"),
+    "beta1": (0.5, "losses"), "beta2": (0.5, "losses"), "eps": (1e-2, "losses"),
+    "grad_clip": (1e-3, "losses"), "warmup": (0.5, "lrs"), "schedule": ("linear", "lrs"),
+    "final_lr": (0.5, "lrs"), "dataset": ("OTHER", "losses"), "tokenizer": ("bpe:260", "shapes"),
+    "subset": ("some", "refusal"), "split": ("test", "refusal"),  # only the hub has them
+    "text_field": ("body", "losses", {"dataset": "ROWS"}), "max_tokens": (5000, "losses"),
+    "val_fraction": (0.5, "losses"), "data_dir": ("TMP", "folders"), "steps": (5, "steps"),
+    "seed": (1, "first loss"), "micro_batch": (2, "pass"), "eval_every": (2, "validations"),
+    "eval_tokens": (256, "validations"), "checkpoint_every": (2, "checkpoints", {"out": "TMP/run"}),
+    "out": ("TMP/run", "files"), "device": ("cuda:99", "refusal"), "precision": ("bf16", "losses"),
+    "compile": (True, "compiled"), "wandb": (True, "logged"), "prompt": ("of the", "sample"),
+    "sample_tokens": (9, "sample"), "temperature": (2.0, "sample", {"seed": 3, "sample_tokens": 50}),
+    "top_k": (2, "sample", {"sample_tokens": 50})}
+
+
+def observe(settings, folder):
+    """Everything that a run shows, by name."""
+    seen, checkpoints, forward, write = {}, [], GPT.forward, train.write
+    made, compiles = folder / "made", []
+    made.mkdir()
+    settings = {name: value.replace("TMP", str(made)) if isinstance(value, str) else value
+                for name, value in settings.items()}
+
+    def read(model, tokens_BT, *rest, **options):
+        if torch.is_grad_enabled():
+            seen["pass"] = tuple(tokens_BT.shape)
+        return forward(model, tokens_BT, *rest, **options)
+
+    def written(path, content):
+        write(path, content)
+        checkpoints.extend([content["step"]] if path.endswith("last.pt") else [])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", read)
+        patch.setattr(train, "write", written)
+        compile = torch.compile  # no machine code: that takes long, and a compiler
+        patch.setattr(torch, "compile", lambda model: compiles.append(1) or compile(model, backend="eager"))
+        if settings.get("wandb"):
+            patch.setattr("wandb.init", lambda **options: seen.__setitem__("logged", 1))
+        try:
+            result = run(settings)
+        except UserError as error:
+            return {"refusal": str(error)}
+    losses = column(result)
+    return seen | {
+        "losses": losses, "first loss": losses[0], "lrs": column(result, "lr"), "steps": len(losses),
+        "shapes": {name: value.shape for name, value in weights(result).items()},
+        "validations": column(result, "val_loss"), "sample": result.sample, "checkpoints": checkpoints,
+        "compiled": compiles, "folders": os.listdir(made),
+        "files": sorted(os.listdir(made / "run")) if (made / "run").is_dir() else None}
+
+
+def test_every_setting_has_a_case_here():
+    assert {field.name for field in dataclasses.fields(Config)} == set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_changes_what_it_promises(corpus, tmp_path, name):
+    value, what, *both = SETTINGS[name]
+    paths = other_files(corpus, tmp_path)
+    both = corpus | {"vocab_size": 257 if name not in ("vocab_size", "tokenizer") else None} | dict(*both)
+    both, change = ({k: paths.get(v, v) for k, v in d.items()} for d in (both, {name: value}))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    before, after = observe(both, tmp_path / "a"), observe(both | change, tmp_path / "b")
+    assert before.get(what) != after.get(what)
+    assert what == "refusal" or "refusal" not in before | after, after
+    if what == "refusal":
+        assert "refusal" not in before and after["refusal"].startswith(name)
+
+
+def test_settings_that_only_watch_leave_the_training_alone(corpus, tmp_path):
+    settings = corpus | {"dropout": 0.2, "steps": 8}
+    watched = run(settings, eval_every=1, eval_tokens=300, checkpoint_every=3, out=str(tmp_path / "run"),
+                  prompt="a", sample_tokens=3)
+    alone = run(settings)
+    assert column(watched) == column(alone)
+    assert all(map(torch.equal, weights(watched).values(), weights(alone).values()))
+
+
+def test_a_run_directory_holds_what_was_asked_what_was_done_and_nothing_unfinished(corpus, tmp_path):
+    settings = corpus | {"out": str(tmp_path / "run"), "eval_every": 2, "steps": 5}
+    result = run(settings)
+    assert {*os.listdir(tmp_path / "run")} == {
+        "config.json", "table.txt", "metrics.csv", "last.pt", "best.pt", "sample.txt"}
+    with open(tmp_path / "run/config.json") as file:
+        assert Config(**json.load(file)) == Config(**settings)
+    assert (tmp_path / "run/table.txt").read_text() == result.model.table() + "\n"
+    assert (tmp_path / "run/sample.txt").read_text() == result.sample + "\n"
+    metrics = rows(tmp_path / "run")
+    assert [(int(row["step"]), int(row["tokens"]), bool(row["val_loss"])) for row in metrics] == [
+        (0, 0, True), (1, 64, False), (2, 128, True), (3, 192, False), (4, 256, True), (5, 320, True)]
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert (best["step"], min(column(result, "val_loss"))) == (result.best_step, result.best_val_loss)
+    model = GPT(Config(**best["config"] | {"vocab_size": 257}))
+    model.load_state_dict(best["model"])
+    config, data = Config(**corpus), Data(prepare(Config(**corpus)))
+    assert train.evaluate(model, data, config, *train.pick_device(config))["val_loss"] == result.best_val_loss
+
+
+def test_a_run_of_no_steps_is_the_untrained_model(corpus, tmp_path):
+    result = run(corpus, steps=0, out=str(tmp_path / "run"))
+    untrained = GPT(Config(**corpus, vocab_size=257)).state_dict()
+    assert all(torch.equal(value, untrained[name]) for name, value in weights(result).items())
+    assert result.val_loss == pytest.approx(math.log(257), abs=1) and len(rows(tmp_path / "run")) == 1
+
+
+def test_evaluation_gives_one_number_however_the_run_is_cut_or_seeded(corpus):
+    config = Config(**corpus)
+    data, model = Data(prepare(config)), GPT(dataclasses.replace(config, vocab_size=257))
+    expected = train.evaluate(model, data, config, *train.pick_device(config))
+    for change in {"batch": 8}, {"micro_batch": 1}, {"seed": 5}, {"steps": 99}, {"dropout": 0.5}:
+        torch.manual_seed(3)
+        changed = dataclasses.replace(config, **change)
+        state = torch.get_rng_state()
+        assert train.evaluate(model, data, changed, *train.pick_device(config)) == expected
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:280"])
+def test_validation_numbers_are_those_counted_plainly(corpus, tokenizer):
+    config = Config(**corpus | {"tokenizer": tokenizer})
+    data = Data(prepare(config))
+    model = GPT(dataclasses.replace(config, vocab_size=data.vocab_size, dropout=0.5))
+    got = train.evaluate(model, data, config, *train.pick_device(config))
+    assert model.training, "evaluation left the model in another mode"
+    windows = data.windows(16, 512)
+    losses, model = [], model.eval()
+    for row in torch.from_numpy(windows.astype(np.int64)):
+        log_p_TV = model(row[None, :-1])[0][0].double().log_softmax(-1)
+        losses.append(-log_p_TV[torch.arange(16), row[1:]].mean().item())
+    targets = [id for id in windows[:, 1:].flat if id != data.eot]
+    text = b"".join(map(data.encoding.decode_single_token_bytes, targets))
+    assert len(losses) == len(windows) > 10
+    assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert got["val_error"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-4)
+    assert got["val_bits_per_byte"] == pytest.approx(sum(losses) * 16 / math.log(2) / len(text), rel=1e-6)
+
+
+def test_training_learns(corpus):
+    result = run(corpus, steps=150, lr=2**-6, embedding_lr_mult=8.0, batch=16, eval_every=50)
+    assert result.val_loss < 2.6 < 5 < column(result)[0]
+    assert result.best_val_loss == min(column(result, "val_loss")) and not result.diverged
+
+
+def test_divergence_is_reported_and_leaves_the_last_good_checkpoint(corpus, tmp_path, capsys):
+    settings = corpus | {"steps": 40, "checkpoint_every": 3, "grad_clip": 0.0, "lr": 1e-3}
+    good = run(settings, steps=6, out=str(tmp_path / "run"))
+    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    checkpoint["model"]["readout.weight"] *= 1e38  # the next logits overflow
+    torch.save(checkpoint, tmp_path / "run/last.pt")
+    result = train.train(Config(**settings, out=str(tmp_path / "run")))
+    assert result.diverged and not result.stopped and result.sample == ""
+    assert re.search(r"diverged at step 7: .*try a smaller --lr", capsys.readouterr().out)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
+    assert result.best_val_loss == good.best_val_loss
+
+
+def test_a_model_that_the_last_step_broke_is_not_called_trained(corpus):
+    result = run(corpus, steps=1, warmup=0.0, lr=1e38, grad_clip=0.0)
+    assert result.diverged and result.sample == ""
+
+
+def test_a_checkpoint_of_broken_weights_is_never_kept(corpus, tmp_path):
+    result = run(corpus, steps=4, checkpoint_every=1, warmup=0.0, lr=1e38, out=str(tmp_path / "run"))
+    assert result.diverged
+    if os.path.exists(tmp_path / "run/last.pt"):
+        checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+        assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+REFUSED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed": 1, "schedule": "linear",
+           "batch": 8, "context": 8, "tied": True, "dropout": 0.1, "base_width": 32, "tokenizer": "bpe:260",
+           "weight_decay": 0.1, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("finished") / "run")
+    return folder, run(corpus, out=folder)
+
+
+def snapshot(folder):
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), "rb") as file:
+            found[name] = file.read()
+    return found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_run_is_not_gone_on_with_under_another_setting(corpus, finished, name):
+    before = snapshot(finished[0])
+    with pytest.raises(UserError, match=f"^{name}: got {REFUSED[name]!r}.*"):
+        run(corpus, out=finished[0], **{name: REFUSED[name]})
+    assert snapshot(finished[0]) == before
+
+
+def test_a_run_is_not_gone_on_with_on_other_text(corpus, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(corpus["dataset"], tmp_path / "text")
+    settings = corpus | {"dataset": str(tmp_path / "text"), "out": str(tmp_path / "run2")}
+    run(settings)
+    with pytest.raises(UserError, match="^dataset: got "):
+        run(settings, out=str(tmp_path / "run"))
+    (tmp_path / "text/00.txt").write_text("another text under the same name")
+    with pytest.raises(UserError, match="^dataset: .*other tokens"):
+        run(settings)
+
+
+def test_a_finished_run_given_again_is_evaluated_and_sampled_and_not_trained(corpus, finished):
+    folder, first = finished
+    before = snapshot(folder)
+    again = run(corpus, out=folder, prompt="the ")
+    assert (again.val_loss, again.history) == (first.val_loss, first.history)
+    assert again.sample.startswith("the ") and again.sample != first.sample
+    assert all(map(torch.equal, weights(again).values(), weights(first).values()))
+    assert snapshot(folder)["metrics.csv"] == before["metrics.csv"]
+
+
+def test_a_finished_run_goes_on_when_given_more_steps(corpus, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    result = run(corpus, out=str(tmp_path / "run"), steps=9)
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(1, 10))
+    assert column(result)[:6] == column(finished[1])
+
+
+def test_a_run_directory_alone_is_enough_to_go_on(corpus, finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["moved", "--steps=8"]) is None
+    output = capsys.readouterr().out
+    assert "moved: going on from step 6" in output and "moved: validation loss" in output
+    assert len(rows(tmp_path / "moved")) == 8
+
+
+def test_runs_without_a_name_get_folders_of_their_own(corpus, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("steps = 1")
+    words = [f"--{name}={value}" for name, value in corpus.items() if name != "steps"]
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main(["mine.py", *words])
+    train.main([*words, "--steps=1"])
+    assert sorted(os.listdir("out")) == ["mine", "mine-2", "run"]
+
+
+def test_what_is_about_to_happen_is_printed(corpus, capsys):
+    train.train(Config(**corpus, eval_every=3))
+    output = capsys.readouterr().out
+    for words in (corpus["data_dir"], "training tokens", "parameters on cpu; 6 steps of 64 tokens", "epochs",
+                  "role         tensors", "mup: width_mult 2, depth_mult 2", "step 3: validation loss",
+                  "bits per byte"):
+        assert words in output
+    assert "compile" not in output, "auto says nothing where it does nothing"
+    train.train(Config(**corpus), quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_fastest_device_is_chosen_and_fp32_asks_for_no_autocast(corpus):
+    there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device, autocast = train.pick_device(Config(device="auto"))
+    assert device.type == there and autocast._enabled == (there == "cuda")
+    assert not train.pick_device(Config(device="auto", precision="fp32"))[1]._enabled
+
+
+def test_weights_and_biases_gets_the_numbers_of_metrics_csv(corpus, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    result = run(corpus, wandb=True, out=str(tmp_path / "run"), eval_every=3)
+    [path] = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    content = path.read_bytes()
+    assert b"mup-gpt" in content and b"embedding_lr_mult" in content
+    for loss in column(result):
+        assert repr(loss).encode() in content
+    assert repr(result.val_loss).encode() in content
+
+
+@cuda
+@pytest.mark.parametrize("compile", [True, False])
+def test_on_cuda_bf16_trains_and_the_loss_falls(corpus, compile):
+    result = run(corpus, device="cuda", compile=compile, steps=100, lr=2**-6, batch=16, head_dim=32, width=64)
+    assert next(result.model.parameters()).is_cuda and result.val_loss < column(result)[0] - 1.5
+
+
+@cuda
+def test_cuda_in_fp32_gives_the_numbers_of_the_cpu(corpus):
+    there, here = (run(corpus, device=device, precision="fp32", compile=False) for device in ("cuda", "cpu"))
+    assert column(there) == pytest.approx(column(here), abs=1e-3)
+    assert there.val_loss == pytest.approx(here.val_loss, abs=1e-3)
+
+
+@cuda
+@pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
+def test_on_cuda_a_run_goes_on_from_its_checkpoint(corpus, tmp_path, settings):
+    settings = corpus | settings | {"device": "cuda", "compile": False, "precision": "fp32", "steps": 8}
+    whole = run(settings)
+    run(settings, steps=8, checkpoint_every=4, out=str(tmp_path / "run"))
+    assert column(run(settings, out=str(tmp_path / "run"), steps=8)) == pytest.approx(column(whole), abs=1e-4)
