@@ -289,8 +289,8 @@ def train(config, quiet=False):
                 log.log(row, step=row["step"])
             if bad:
                 result.diverged = True
-                say(f"diverged at step {bad[0]['step']}: loss {bad[0]['train_loss']}, gradient norm "
-                    f"{bad[0]['grad_norm']}, lr {bad[0]['lr']:.3g}; try a smaller --lr")
+                seen = ", ".join(f"{name} {bad[0][name]:.3g}" for name in COLUMNS[2:8] if name in bad[0])
+                say(f"diverged at step {bad[0]['step']}: {seen}; try a smaller --lr")
                 break
             if evaluating and result.val_loss < result.best_val_loss:
                 result.best_step, result.best_val_loss = step, result.val_loss

@@ -260,6 +260,8 @@ def test_every_setting_has_a_case_here():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_changes_what_it_promises(corpus, tmp_path, name):
+    if name == "wandb":
+        pytest.importorskip("wandb")
     value, what, *both = SETTINGS[name]
     paths = other_files(corpus, tmp_path)
     both = corpus | {"vocab_size": 257 if name not in ("vocab_size", "tokenizer") else None} | dict(*both)
@@ -280,6 +282,34 @@ def test_settings_that_only_watch_leave_the_training_alone(corpus, tmp_path):
     alone = run(settings)
     assert column(watched) == column(alone)
     assert all(map(torch.equal, weights(watched).values(), weights(alone).values()))
+
+
+def test_the_seed_draws_weights_batches_dropout_and_sample_and_each_step_draws_anew(corpus, monkeypatch):
+    drawn, forward = {}, GPT.forward
+
+    def read(model, tokens_BT, *rest, **options):
+        hook = model.dropout.register_forward_hook(
+            lambda module, inputs, output: drawn[seed].append((output == 0).flatten().tolist()))
+        logits_and_loss = forward(model, tokens_BT, *rest, **options)
+        hook.remove()
+        if torch.is_grad_enabled():
+            drawn[seed].append(tokens_BT.flatten().tolist())
+        return logits_and_loss
+
+    for seed in (0, 1):
+        drawn[seed] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(GPT, "forward", read)
+            result = run(corpus, dropout=0.5, steps=2, micro_batch=2, seed=seed, sample_tokens=0)
+    drawn = [things[:8] for things in drawn.values()]  # 2 steps of 2 passes: a mask, then tokens
+    for kind in (0, 1):
+        every = [thing for things in drawn for thing in things[kind::2]]
+        assert len(every) == 8 and all(every.count(thing) == 1 for thing in every)
+    config = Config(**corpus | {"sample_tokens": 50})
+    data = Data(prepare(config))
+    samples = [train.sample(result.model, data, dataclasses.replace(config, seed=i), "cpu")
+               for i in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
 
 
 def test_a_run_directory_holds_what_was_asked_what_was_done_and_nothing_unfinished(corpus, tmp_path):
@@ -363,6 +393,12 @@ def test_divergence_is_reported_and_leaves_the_last_good_checkpoint(corpus, tmp_
 def test_a_model_that_the_last_step_broke_is_not_called_trained(corpus):
     result = run(corpus, steps=1, warmup=0.0, lr=1e38, grad_clip=0.0)
     assert result.diverged and result.sample == ""
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_start_that_is_no_number_is_reported_too(corpus, steps, capsys):
+    result = train.train(Config(**corpus | {"steps": steps, "eval_every": 2, "readout_std": 1e38}))
+    assert result.diverged and result.sample == "" and "diverged at step 0" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_broken_weights_is_never_kept(corpus, tmp_path):
