@@ -186,7 +186,7 @@ def take_step(model, optimizer, data, config, step, device, autocast):
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * schedule(config, step)  # the groups keep their ratio
     if config.dropout:
-        torch.manual_seed(config.seed * 2**32 + step)  # so there is no random state to save
+        torch.manual_seed(config.seed * 1_000_003 + step)  # no random state to save; 32 bits of it count
     size, total = config.micro_batch or config.batch, torch.zeros((), device=device)
     for first in range(0, config.batch, size):
         batch = data.batch(config.seed, step, config.batch, config.context, slice(first, first + size))
@@ -282,7 +282,7 @@ def train(config, quiet=False):
                     f"{result.val_bits_per_byte:.4f} bits per byte")
             broken = (not math.isfinite(result.val_loss) if evaluating else  # by a step of sound loss
                       saving and not all(p.isfinite().all() for p in model.parameters()))
-            bad = bad or rows[-1:] * broken
+            bad = bad or rows[-1:] * bool(broken)
             result.history += rows
             metrics.writerows(rows)
             for row in rows if log else ():
