@@ -55,7 +55,7 @@ class Config:
     base_depth: Count = 4  # blocks of the tuned proxy
     base_head_dim: Count = 64  # channels per head of the tuned proxy
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
-    depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP, 0 none
+    depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
     # Tuned settings (found on the proxy, moved unchanged to the target)
     lr: Positive = 2**-9  # peak learning rate of the hidden matrices at the base shape
     embedding_lr_mult: Positive = 1.0  # x lr, embedding

@@ -280,8 +280,8 @@ def train(config, quiet=False):
                 (rows or [{}])[-1].update(numbers)
                 say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
                     f"{result.val_bits_per_byte:.4f} bits per byte")
-            broken = (not math.isfinite(result.val_loss) if evaluating else  # by a step of sound loss
-                      saving and not all(p.isfinite().all() for p in model.parameters()))
+            broken = evaluating and not math.isfinite(result.val_loss) or (  # by a step of sound loss
+                (evaluating or saving) and not all(p.isfinite().all() for p in model.parameters()))
             bad = bad or rows[-1:] * bool(broken)
             result.history += rows
             metrics.writerows(rows)

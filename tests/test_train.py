@@ -402,6 +402,16 @@ def test_a_start_that_is_no_number_is_reported_too(corpus, steps, capsys):
     assert result.diverged and result.sample == "" and "diverged at step 0" in capsys.readouterr().out
 
 
+def test_a_broken_weight_that_validation_never_meets_is_not_kept_either(corpus, tmp_path):
+    settings = corpus | {"vocab_size": 300, "steps": 2, "out": str(tmp_path / "run")}  # 257 to 299: padding
+    run(settings)
+    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    checkpoint["model"]["token_embedding.weight"][299] = math.inf
+    torch.save(checkpoint, tmp_path / "run/last.pt")
+    assert run(settings, steps=4).diverged
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2
+
+
 def test_a_checkpoint_of_broken_weights_is_never_kept(corpus, tmp_path):
     result = run(corpus, steps=4, checkpoint_every=1, warmup=0.0, lr=1e38, out=str(tmp_path / "run"))
     assert result.diverged
