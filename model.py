@@ -18,7 +18,6 @@ from configure import UserError
 
 class Cells(NamedTuple):
     """A row of the table. A cell is (exponent of width_mult, exponent of depth_mult); None: no such thing."""
-
     std: tuple | None  # of the initial values
     lr: tuple
     decay: tuple | None  # coupled, as torch's AdamW applies it: a step multiplies weights by 1 - lr * decay
@@ -102,6 +101,26 @@ def multipliers(config):
             "attention": config.attention_mult * heads}
 
 
+def constant(value):
+    """A factor of the forward pass, as a tensor: compiled code reads its value, and so serves every value."""
+    return nn.Buffer(torch.tensor(value), persistent=False)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, weights and biases times `factor`: that is free where they are cast to bf16 anyway."""
+
+    def __init__(self, fan_in, fan_out, bias, factor=1.0):
+        super().__init__(fan_in, fan_out, bias)
+        self.factor = constant(factor)
+
+    def reset_parameters(self):
+        """Nothing: GPT.initialize() draws all."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.factor.flatten() * self.bias
+        return F.linear(x, self.factor * self.weight, bias)
+
+
 def rotate(x_BHTD, angles_TD):
     """Rotary position embedding (arXiv 2104.09864): turns each pair of channels (i, i + D/2) by its angle."""
     a, b = x_BHTD.float().chunk(2, dim=-1)
@@ -115,9 +134,10 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
-        self.scale = multipliers(config)["attention"]
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
-        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        C, factors = config.width, multipliers(config)
+        queries = [[factors["attention"]]] * C + [[1.0]] * (2 * C)  # to scale the logits, scale the queries
+        self.qkv = Linear(C, 3 * C, config.bias, queries)
+        self.out = Linear(C, C, config.bias, factors["branch"])
 
     def forward(self, x_BTC, angles_TD=None, cache=None):
         B, T, C = x_BTC.shape
@@ -133,7 +153,7 @@ class Attention(nn.Module):
                 mask = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(S - T)
             cache[:] = k_BHTD, v_BHTD
         y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=mask is None, scale=self.scale,
+            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=mask is None, scale=1.0,
             dropout_p=self.dropout if self.training else 0.0)
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
@@ -141,8 +161,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.width, 4 * config.width, bias=config.bias)
-        self.down = nn.Linear(4 * config.width, config.width, bias=config.bias)
+        self.up = Linear(config.width, 4 * config.width, config.bias)
+        self.down = Linear(4 * config.width, config.width, config.bias, multipliers(config)["branch"])
 
     def forward(self, x_BTC):
         return self.down(F.gelu(self.up(x_BTC)))
@@ -156,12 +176,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, bias=config.bias)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.branch = multipliers(config)["branch"]
 
     def forward(self, x_BTC, angles_TD=None, cache=None):
-        y_BTC = self.attention(self.attention_norm(x_BTC), angles_TD, cache)
-        x_BTC = x_BTC + self.branch * self.dropout(y_BTC)
-        return x_BTC + self.branch * self.dropout(self.mlp(self.mlp_norm(x_BTC)))
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), angles_TD, cache))
+        return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
 
 
 class GPT(nn.Module):
@@ -182,58 +200,62 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(config.width, bias=config.bias)
         if not config.tied:
-            self.readout = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.logit_mult = multipliers(config)["logits"]
+            self.readout = Linear(config.width, config.vocab_size, False)
+        factors = config.embedding_mult, multipliers(config)["logits"]
+        self.embedding_mult, self.logit_mult = map(constant, factors)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
         """Draw every weight by its role's rule, on the CPU, so that all devices start alike."""
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
-        for name, parameter in self.named_parameters():
-            std = rule(config, role_of(name), parameter.shape[-1])["std"]
-            if std is None:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        for name, p in self.named_parameters():
+            std = rule(config, role_of(name), p.shape[-1])["std"]
+            p.fill_(not name.endswith("bias")) if std is None else p.normal_(std=std, generator=generator)
             if config.zero_residual_out and name.endswith(("attention.out.weight", "mlp.down.weight")):
-                parameter.zero_()
+                p.zero_()
             if config.zero_query and name.endswith("qkv.weight"):
-                parameter[:config.width].zero_()
+                p[:config.width].zero_()
 
     def forward(self, tokens_BT, targets_BT=None, cache=None):
-        """(logits_BTV, mean cross-entropy in nats or None). `cache`: one list per block, empty at first, for
-        going on token by token. Logits are the same with and without targets and cache."""
-        past = cache[0][0].size(2) if cache and cache[0] else 0
-        T = tokens_BT.size(1)
+        """logits_BTV or, given targets, their mean cross-entropy in nats. `cache`: one list per block, empty
+        at first, for going on token by token; logits are the same with and without it."""
+        past, T = cache[0][0].size(2) if cache and cache[0] else 0, tokens_BT.size(1)
         if past + T > self.config.context:
             raise UserError(f"context: got {past + T} tokens, takes at most {self.config.context}")
         positions_T = torch.arange(past, past + T, device=tokens_BT.device)
-        x_BTC, angles_TD = self.token_embedding(tokens_BT), None
-        if self.config.position == "learned":
-            x_BTC = x_BTC + self.position_embedding(positions_T)
-        else:
+        x_BTC, angles_TD = self.embed(tokens_BT, positions_T), None
+        if self.config.position == "rotary":
             D = self.config.head_dim
             frequencies_D = 10000.0 ** (-torch.arange(0, D, 2, device=tokens_BT.device) / D)
             angles_TD = torch.outer(positions_T, frequencies_D)
-        x_BTC = self.dropout(self.config.embedding_mult * x_BTC)
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, angles_TD, None if cache is None else cache[i])
+        return self.read_out(x_BTC, targets_BT)
+
+    def embed(self, tokens_BT, positions_T):
+        """The residual stream x_BTC that enters the first block; in autocast's type, if any: fewer bytes."""
+        x_BTC = self.token_embedding(tokens_BT)
+        if self.config.position == "learned":
+            x_BTC = x_BTC + self.position_embedding(positions_T)
+        x_BTC = self.dropout(self.embedding_mult * x_BTC)
+        where = x_BTC.device.type
+        return x_BTC.to(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else x_BTC
+
+    def read_out(self, x_BTC, targets_BT=None):
+        """The logits; or only their loss, as logits that leave compiled code cost 3% of a step."""
         readout = self.token_embedding if self.config.tied else self.readout
         logits_BTV = F.linear(self.logit_mult * self.final_norm(x_BTC), readout.weight)
         if targets_BT is None:
-            return logits_BTV, None
-        return logits_BTV, F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
     def param_groups(self):
         """AdamW's groups, one per role: params, role, lr (at the schedule's peak), weight_decay, eps."""
-        groups = []
-        for role in ROLES:
-            if params := [p for name, p in self.named_parameters() if role_of(name) == role]:
-                rules = rule(self.config, role)
-                del rules["std"]
-                groups.append({"role": role, "params": params, **rules})
-        return groups
+        named = [(role_of(name), p) for name, p in self.named_parameters()]
+        groups = [{"role": role, "params": [p for its, p in named if its == role], **rule(self.config, role)}
+                  for role in ROLES]
+        return [group for group in groups if group["params"]]
 
     def table(self):
         """The resolved parametrization, for people: a line per role, then the factors of the forward pass."""
@@ -263,17 +285,15 @@ class GPT(nn.Module):
         self.eval()
         context, cache, unread_BT = self.config.context, None, tokens_BT[:, -self.config.context:]
         for _ in range(n):
-            if cache is None:
-                cache = [[] for _ in self.blocks]
-            logits_BV = self(unread_BT, cache=cache)[0][:, -1].float()
+            cache = cache or [[] for _ in self.blocks]
+            logits_BV = self(unread_BT, cache=cache)[:, -1].float()
             if temperature:
                 if top_k and top_k < logits_BV.size(-1):
                     logits_BV[logits_BV < logits_BV.topk(top_k).values[:, -1:]] = -math.inf
-                next_B1 = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+                unread_BT = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
             else:
-                next_B1 = logits_BV.argmax(-1, keepdim=True)
-            tokens_BT = torch.cat((tokens_BT, next_B1), dim=1)
-            unread_BT = next_B1
+                unread_BT = logits_BV.argmax(-1, keepdim=True)
+            tokens_BT = torch.cat((tokens_BT, unread_BT), dim=1)
             if cache[0][0].size(2) == context:
                 cache, unread_BT = None, tokens_BT[:, -(context // 2 or 1):]
         self.train(training)

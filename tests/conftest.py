@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from configure import Config
+from model import GPT
 
 NOUNS = "the model a teacher some student this layer that river every token one gradient".split()
 VERBS = "learns reads follows forgets measures finds keeps turns into moves over".split()
@@ -28,6 +29,15 @@ def tokens(config, batch=4, seed=0, length=None):
     generator = torch.Generator().manual_seed(seed)
     rows_BT = torch.randint(config.vocab_size, (batch, (length or config.context) + 1), generator=generator)
     return rows_BT[:, :-1], rows_BT[:, 1:]
+
+
+def in_double(config):
+    """A model in float64, its factors too."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return GPT(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def adamw(model):

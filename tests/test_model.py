@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import adamw, plain_logits, tiny, tokens
+from conftest import adamw, in_double, plain_logits, tiny, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +22,7 @@ variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 def lively(**settings):
     """A model in float64 in which every part matters: no weight at its start, embeddings of size 1."""
-    model = GPT(tiny(**{"embedding_std": 1.0, "hidden_std": 2.0, **settings})).double()
+    model = in_double(tiny(**{"embedding_std": 1.0, "hidden_std": 2.0, **settings}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,18 +38,15 @@ def test_the_forward_pass_is_the_textbook_one(settings):
     branch, logits, attention = (1, 1, 0.25) if c.parametrization == "sp" else (0.5, 0.5, math.sqrt(8) / 16)
     plain = plain_logits(model, x_BT, branch, logits * c.logit_mult, attention * c.attention_mult)
     # rotary angles are taken in float32
-    assert (model(x_BT)[0] - plain).abs().max() < (1e-5 if c.position == "rotary" else 1e-11)
+    assert (model(x_BT) - plain).abs().max() < (1e-5 if c.position == "rotary" else 1e-11)
 
 
 @variants
-def test_logits_with_targets_are_those_without_and_the_loss_is_their_cross_entropy(settings):
+def test_the_loss_is_the_mean_cross_entropy_of_the_very_logits_that_writing_uses(settings):
     model = lively(**settings)
     x_BT, y_BT = tokens(model.config)
-    logits_BTV, loss = model(x_BT, y_BT)
-    alone_BTV, nothing = model(x_BT)
-    assert torch.equal(logits_BTV, alone_BTV) and nothing is None
-    right_BT = logits_BTV.log_softmax(-1).gather(-1, y_BT[..., None])
-    assert loss.item() == pytest.approx(-right_BT.mean().item(), rel=1e-6)
+    right_BT = model(x_BT).log_softmax(-1).gather(-1, y_BT[..., None])
+    assert model(x_BT, y_BT).item() == pytest.approx(-right_BT.mean().item(), rel=1e-6)
 
 
 @variants
@@ -58,27 +55,27 @@ def test_logits_read_in_pieces_through_the_cache_are_those_of_one_pass(settings,
     model = lively(**settings)
     x_BT, _ = tokens(model.config)
     cache = [[] for _ in model.blocks]
-    pieces = [model(piece_BT, cache=cache)[0] for piece_BT in x_BT.split(cuts, dim=1)]
+    pieces = [model(piece_BT, cache=cache) for piece_BT in x_BT.split(cuts, dim=1)]
     # rotary angles are taken in float32, but the same ones
-    assert (torch.cat(pieces, 1) - model(x_BT)[0]).abs().max() < 1e-11
+    assert (torch.cat(pieces, 1) - model(x_BT)).abs().max() < 1e-11
 
 
 @variants
 def test_a_later_token_never_changes_an_earlier_logit_and_always_changes_its_own(settings):
     model = lively(**settings)
     x_BT, _ = tokens(model.config, batch=1)
-    before = model(x_BT)[0][0]
+    before = model(x_BT)[0]
     for t in range(model.config.context):
         changed_BT = x_BT.clone()
         changed_BT[0, t] = (changed_BT[0, t] + 1) % model.config.vocab_size
-        differs = (model(changed_BT)[0][0] - before).abs().amax(-1) > 1e-9
+        differs = (model(changed_BT)[0] - before).abs().amax(-1) > 1e-9
         assert differs.tolist() == [False] * t + [True] * (model.config.context - t), t
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
     model = lively()
     x_BT, _ = tokens(model.config)
-    assert torch.allclose(model(x_BT)[0][2], model(x_BT[2:3])[0][0], rtol=0, atol=1e-11)
+    assert torch.allclose(model(x_BT)[2], model(x_BT[2:3])[0], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("settings", [{}, {"width": 256, "depth": 8}, {"tied": True}, {"position": "rotary"},
@@ -87,7 +84,7 @@ def test_the_untrained_loss_is_that_of_knowing_nothing_at_the_default_settings(s
     config = Config(**{"vocab_size": 300, "context": 32, "depth": 2, **settings})
     # logits of size s add s^2/2 to ln V: the readout starts at s = 1 in the base, none of it knowledge
     model, (x_BT, y_BT) = GPT(config), tokens(config, batch=32)
-    logits_BTV, loss = model(x_BT, y_BT)
+    loss, logits_BTV = model(x_BT, y_BT), model(x_BT)
     assert loss.item() == pytest.approx(math.log(300) + logits_BTV.var().item() / 2, abs=0.1)
     assert logits_BTV.var() < 1.1
 
@@ -98,7 +95,7 @@ def test_one_batch_can_be_learned_by_heart(settings):
     model, (x_BT, y_BT) = GPT(config), tokens(config, batch=2)
     optimizer = adamw(model)
     for _ in range(80):
-        loss = model(x_BT, y_BT)[1]
+        loss = model(x_BT, y_BT)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -112,7 +109,7 @@ def test_tied_is_one_matrix_that_learns_from_both_ends_with_the_embeddings_rule(
     assert torch.equal(tied.token_embedding.weight, untied.token_embedding.weight)
     x_BT, y_BT = tokens(tied.config)
     x_BT, y_BT = x_BT % 8, y_BT % 8 + 40  # ids 40 to 47 only come out, 0 to 7 only go in
-    tied(x_BT, y_BT)[1].backward()
+    tied(x_BT, y_BT).backward()
     gradient = tied.token_embedding.weight.grad.abs().sum(1)
     assert gradient[:8].min() > 0 and gradient[40:48].min() > 2 * gradient[50:].max() > 0
     group = next(g for g in tied.param_groups() if any(p is tied.token_embedding.weight for p in g["params"]))
@@ -135,7 +132,7 @@ def test_the_order_of_tokens_matters(position):
     model = lively(position=position)
     x_BT, _ = tokens(model.config, batch=1)
     swapped_BT = x_BT[:, [1, 0, *range(2, 16)]]
-    assert (model(x_BT)[0] - model(swapped_BT)[0])[0, -1].abs().max() > 1e-3
+    assert (model(x_BT) - model(swapped_BT))[0, -1].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("read", [17, 40])
@@ -154,8 +151,8 @@ def test_dropout_acts_in_training_only():
     model, plain = lively(dropout=0.5), lively()
     x_BT, _ = tokens(model.config)
     torch.manual_seed(0)
-    assert not torch.equal(model(x_BT)[0], model(x_BT)[0])
-    assert torch.equal(model.eval()(x_BT)[0], plain(x_BT)[0])
+    assert not torch.equal(model(x_BT), model(x_BT))
+    assert torch.equal(model.eval()(x_BT), plain(x_BT))
 
 
 @pytest.mark.parametrize("part", ["embeddings", "attention", "attention's branch", "mlp's branch"])
@@ -171,7 +168,7 @@ def test_dropout_reaches_the_embeddings_the_attention_and_both_branches(part):
         if "branch" in part:
             torch.nn.init.zeros_(other.weight)
     x_BT, _ = tokens(model.config)
-    assert not torch.equal(model(x_BT)[0], model(x_BT)[0])
+    assert not torch.equal(model(x_BT), model(x_BT))
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True}, {"position": "rotary"}, {"bias": True, "depth": 3}])
@@ -179,7 +176,7 @@ def test_flops_per_token_are_those_that_torch_counts(settings):
     model = GPT(tiny(**{"context": 64, **settings}))
     x_BT, y_BT = tokens(model.config, batch=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no fused one
-        model(x_BT, y_BT)[1].backward()
+        model(x_BT, y_BT).backward()
     assert model.flops_per_token() * x_BT.numel() == counter.get_total_flops()
 
 
@@ -199,7 +196,7 @@ def test_the_likeliest_tokens_written_are_those_of_the_full_forward_pass(setting
     written = model.generate(x_BT, 13, temperature=0)
     assert written.shape == (4, 16) and torch.equal(written[:, :3], x_BT)
     for t in range(3, 16):
-        assert torch.equal(written[:, t], model(written[:, :t])[0][:, -1].argmax(-1))
+        assert torch.equal(written[:, t], model(written[:, :t])[:, -1].argmax(-1))
 
 
 def test_writing_hangs_on_its_seed_and_no_other_random_state():
@@ -226,7 +223,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_k(temper
     model = lively(vocab_size=8, logit_mult=0.5)
     x_BT = tokens(model.config, batch=1, length=3)[0].expand(4000, -1)
     drawn = model.generate(x_BT, 1, temperature, top_k)[:, -1].bincount(minlength=8) / 4000
-    logits_V = model(x_BT[:1])[0][0, -1] / temperature
+    logits_V = model(x_BT[:1])[0, -1] / temperature
     if top_k and top_k < 8:
         logits_V[logits_V < logits_V.sort().values[-top_k]] = -math.inf
     assert (drawn - logits_V.softmax(0)).abs().max() < 0.03
@@ -240,7 +237,7 @@ def test_writing_goes_on_past_the_context_from_its_last_half(context, position):
     x_BT, _ = tokens(model.config, length=1)
     expected, read = x_BT, 1
     for _ in range(40):
-        logits_BTV, _ = model(expected[:, -read:])
+        logits_BTV = model(expected[:, -read:])
         expected = torch.cat((expected, logits_BTV[:, -1:].argmax(-1)), 1)
         read = read + 1 if read < context else max(1, context // 2)
     assert torch.equal(model.generate(x_BT, 40, temperature=0), expected)

@@ -10,12 +10,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import adamw, plain_logits, tiny, tokens
+from conftest import adamw, in_double, plain_logits, tiny, tokens
 
 import model as code
 import train
 from configure import UserError
 from data import Data, prepare
+from data.feed import feed
 from model import GPT
 
 # Width x 4 and depth x 8 from a base of width 16, 4 channels a head and 1 block; heads x 4.
@@ -72,10 +73,10 @@ def check_init():
 
 def check_forward():
     """The factors of the table are where the formulas have them."""
-    model = GPT(tiny(**SHAPE, depth_alpha=0.5))
+    model = in_double(tiny(**SHAPE, depth_alpha=0.5))
     x_BT, _ = tokens(model.config)
     expected = plain_logits(model, x_BT, 0.353553390593, 0.25, 0.125)
-    assert torch.allclose(model.double()(x_BT)[0], expected, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(model(x_BT), expected, rtol=1e-6, atol=1e-9)
 
 
 def activations(model, tokens_BT):
@@ -96,7 +97,7 @@ def activations(model, tokens_BT):
         lambda module, inputs: record("stream")(module, None, inputs[0])))
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", recorded)
-        seen["logits"] = [model(tokens_BT)[0]]
+        seen["logits"] = [model(tokens_BT)]
     for hook in hooks:
         hook.remove()
     return {name: torch.stack(values) for name, values in seen.items()}
@@ -114,7 +115,7 @@ def slopes(axis, values, seeds=2, **settings):
             model, (x_BT, y_BT) = GPT(config), tokens(config, seed=seed)
             before, optimizer = activations(model, x_BT), adamw(model)
             for _ in range(4):
-                model(x_BT, y_BT)[1].backward()
+                model(x_BT, y_BT).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             for name, after in activations(model, x_BT).items():
@@ -140,6 +141,7 @@ def check_width():
 def check_depth():
     for eps in (SMALL_EPS, LARGE_EPS):
         for name, slope in slopes("depth", DEPTHS, eps=eps).items():
+            slope += name in ("attention", "mlp")  # what a branch adds to the stream shrinks with depth
             assert abs(slope) < 0.25, f"{name} changes with depth to the power {slope:.2f} at eps {eps}"
 
 
@@ -216,9 +218,8 @@ WRONG_TABLES = {  # what is wrong: (mutation, the checks that say so)
 }
 
 
-def unscaled_block(self, x_BTC, angles_TD=None, cache=None):
-    x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), angles_TD, cache)
-    return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+def unscaled(self, x):
+    return F.linear(x, self.weight, self.bias)
 
 
 def wrapped(name, change):
@@ -241,8 +242,8 @@ WRONG_CODE = {  # the table is right, and the code does not do what it says
     "one lr for all groups": (without("lr", 2**-7), [check_table, check_width]),
     "one decay for all groups": (without("weight_decay", 1.0), [check_table]),
     "one eps for all groups": (without("eps", LARGE_EPS), [check_table, check_width, check_depth]),
-    "blocks do not scale their branches": (lambda patch: patch.setattr(code.Block, "forward", unscaled_block),
-                                           [check_forward, check_depth]),
+    "layers forget their factor": (lambda patch: patch.setattr(code.Linear, "forward", unscaled),
+                                   [check_forward, check_depth, check_head_dim]),
 }
 
 
@@ -278,7 +279,7 @@ def test_at_the_base_shape_mup_and_sp_are_the_same_run_to_the_last_bit(settings)
         optimizer, losses = adamw(model), []
         rules = [{k: v for k, v in group.items() if k != "params"} for group in model.param_groups()]
         for step in range(5):
-            losses.append(model(*tokens(config, seed=step))[1])
+            losses.append(model(*tokens(config, seed=step)))
             losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -399,11 +400,10 @@ def test_groups_keep_their_ratio_to_the_schedule_while_training(corpus, kind):
                               "embedding_lr_mult": 16.0})
     model, data = GPT(config), Data(prepare(config))
     peaks, optimizer = [group["lr"] for group in model.param_groups()], adamw(model)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
     device, autocast = train.pick_device(config)
-    for step in range(8):
-        train.take_step(model, optimizer, data, config, step, device, autocast)
+    take_step = train.Step(model, optimizer, config, autocast)
+    for step, batch in enumerate(feed(data, config, device, 0)):
+        take_step(batch, step)
         expected = [peak * train.schedule(config, step) for peak in peaks]
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
     assert len(set(peaks)) >= 3 and 0 < train.schedule(config, 7) < 1
