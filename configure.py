@@ -1,7 +1,5 @@
 """Every setting, its unit and its default. Defaults < config files, in order < --name=value.
-
-A config file is plain Python assignments; a run directory stands for the `config.json` in it.
-"""
+A config file is plain Python assignments; a run directory stands for the `config.json` in it."""
 
 import ast
 import difflib
@@ -13,6 +11,7 @@ import os
 import re
 import runpy
 import sys
+import time
 from dataclasses import dataclass
 from operator import add, mul, sub, truediv
 from typing import Annotated, get_args, get_type_hints
@@ -96,7 +95,9 @@ class Config:
     out: Text | None = None  # run directory; None: out/NAME on the command line, none from Python
     device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest there is
     precision: one_of("auto", "bf16", "fp32") = "auto"  # matrix products; auto: bf16 on cuda
-    compile: one_of("auto", True, False) = "auto"  # torch.compile; auto: on cuda where it works
+    compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; auto: blocks, on cuda
+    graph: one_of("auto", True, False) = "auto"  # the optimizer step as one CUDA graph; auto: on one GPU
+    shard: Flag = False  # cut model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
     wandb: Flag = False  # log to Weights & Biases too, offline without a login
     prompt: Annotated[str, lambda x: True, "text"] = ""  # what the sample at the end goes on from
     sample_tokens: Whole = 200  # tokens in the sample
@@ -104,8 +105,7 @@ class Config:
     top_k: Count | None = 50  # tokens to choose among; None: all
 
     def __post_init__(self):
-        for name in KINDS:
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+        self.__dict__.update({name: check(name, getattr(self, name)) for name in KINDS})
         for name, unit in ("width", "head_dim"), ("base_width", "base_head_dim"), ("batch", "micro_batch"):
             n, d = getattr(self, name), getattr(self, unit) or 1
             if n % d:
@@ -186,10 +186,10 @@ def configure(argv):
 
 def help_text():
     """Every setting with its default, unit and group, read off the source of Config."""
-    lines = ["usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]", __doc__.strip()]
     found = re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", inspect.getsource(Config), re.MULTILINE)
-    return "\n".join(lines + [f"\n{group}" if group else f"  {f'--{name}={getattr(Config, name)}':32}{text}"
-                              for group, name, text in found])
+    return "\n".join(["usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]", __doc__] + [
+        f"\n{group}" if group else f"  {f'--{name}={getattr(Config, name)}':32}{text}"
+        for group, name, text in found])
 
 
 def command(main):
@@ -197,4 +197,5 @@ def command(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
+        time.sleep(3 * (os.environ.get("RANK", "0") > "0"))  # the first says it, torchrun ends the rest
         sys.exit(print("error:", *str(error).split(), file=sys.stderr) or 2)

@@ -2,36 +2,25 @@
 `train(config)` is the same for scripts and notebooks; `--help` lists every setting."""
 
 import contextlib
-import csv
-import ctypes
 import functools
-import importlib.util
-import json
 import math
 import os
-import platform
-import signal
-import threading
+import re
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configure import UserError, command, configure
-from data import Data, prepare
+from data import Data, machine, prepare
+from data.feed import feed
+from data.machine import agree, pick_device, processes
+from data.runs import COLUMNS, Run
 from model import GPT
-
-# Dense bf16 matrix products, FLOP/s, from the makers' data sheets; the first name that fits counts.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
-         "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-# What a resumed run may change: anything else would make it another run.
-MAY_CHANGE = {"steps", "micro_batch", "eval_every", "eval_tokens", "checkpoint_every", "out", "device",
-              "precision", "compile", "wandb", "data_dir", "prompt", "sample_tokens", "temperature", "top_k"}
-
-COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
 
 
 @dataclass
@@ -43,7 +32,8 @@ class Result:
     val_bits_per_byte: float = math.nan
     best_val_loss: float = math.inf
     best_step: int = 0
-    tokens_per_second: float = math.nan  # median; evaluations and checkpoints left out
+    tokens_per_second: float = math.nan  # median; start, evaluations and checkpoints left out
+    peak_memory: float = math.nan  # bytes that tensors took on the GPU
     diverged: bool = False  # and so ended early
     stopped: bool = False  # by a signal
     history: list = field(default_factory=list)  # the rows of metrics.csv, as dicts
@@ -63,38 +53,41 @@ def schedule(config, step):
             "step": 1.0 if done <= 0.5 else math.sqrt(low) if done <= 0.75 else low}[config.schedule]
 
 
-def pick_device(config):
-    """(device, autocast): where to run, and the context manager that gives its precision."""
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = [name for name in count if count[name]]
-    device = torch.device(there[0] if config.device == "auto" else config.device)
-    if (device.index or 0) >= count[device.type]:
-        raise UserError(f"device: got {device}, which this machine has not; takes {' or '.join(there)}")
-    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def due(every, step):
+    return every is not None and step % every == 0
 
 
-def keep_freed_memory():
-    """Have glibc reuse what freed tensors leave: given back, each 4 kB page costs a fault at every step."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of their own for large blocks
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+def pick_graph(config, device):
+    """Whether the optimizer step is to be one CUDA graph."""
+    possible = device.type == "cuda" and processes()[1] == 1 and not config.shard
+    if config.graph is True and not possible:
+        raise UserError("graph: got True, takes false, or one GPU and --shard=false")
+    return possible and config.graph is not False
+
+
+def finite(model):
+    """Whether every weight that this process holds is a number."""
+    return all(getattr(p, "to_local", lambda p=p: p)().isfinite().all() for p in model.parameters())
 
 
 @torch.no_grad()
 def evaluate(model, data, config, device, autocast):
     """{val_loss, val_error, val_bits_per_byte} on the fixed validation windows."""
     windows_BT = torch.from_numpy(data.windows(config.context, config.eval_tokens).astype("int64"))
-    losses = []
+    pieces = windows_BT.split(max(1, 8192 // config.context))  # not by batch: every run adds up alike
+    losses, (rank, world) = [torch.zeros(len(piece)) for piece in pieces], processes()
     model.eval()
-    for rows_BT in windows_BT.split(max(1, 8192 // config.context)):  # not by batch: every run adds up alike
-        rows_BT = rows_BT.to(device)
+    for i in range(rank, rank + math.ceil(len(pieces) / world) * world, world):  # each process as often
+        rows_BT = pieces[i % len(pieces)].to(device)
         with autocast:
-            logits_BVT = model(rows_BT[:, :-1])[0].float().transpose(1, 2)
-        losses.append(F.cross_entropy(logits_BVT, rows_BT[:, 1:], reduction="none").mean(1).cpu())
+            logits_BVT = model(rows_BT[:, :-1]).float().transpose(1, 2)
+        loss_B = F.cross_entropy(logits_BVT, rows_BT[:, 1:], reduction="none").mean(1)
+        if i < len(pieces):
+            losses[i] = loss_B.cpu()
     model.train()
     losses = torch.cat(losses).double()
+    if world > 1:
+        dist.all_reduce(losses)
     nats = losses.sum().item() * config.context
     error = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return {"val_loss": losses.mean().item(), "val_error": error,
@@ -109,161 +102,156 @@ def sample(model, data, config, device):
     return config.prompt + data.decode(tokens_BT[0, len(tokens):].tolist())
 
 
-def write(path, content):
-    """Make `path` hold text, or what torch.save makes of anything else: whole, or as it was before."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+def parallel(model, config, device):
+    """The model for several processes: a copy each (DDP) or, with config.shard, a part each (FSDP2)."""
+    world = processes()[1]
+    if config.shard and not dist.is_initialized():
+        raise UserError("shard: got True, which cuts the model over processes; takes false, or torchrun")
+    if config.shard:
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(device.type, (world,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # else evaluation leaves parts whole
+    elif world > 1:
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return model
 
 
-def load_checkpoint(path, config, tokens, model, optimizer):
-    """The checkpoint at `path`, loaded into model and optimizer, or None. Raises UserError."""
-    if not os.path.exists(path):
-        return None
-    try:
-        checkpoint = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
-        settings, trained_on, step = (checkpoint[name] for name in ("config", "tokens", "step"))
-    except Exception as error:
-        raise UserError(f"{path}: not a checkpoint: {' '.join(str(error).split())[:120]}") from None
-    for name, value in asdict(config).items():
-        if name not in MAY_CHANGE and settings.get(name) != value:
-            raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings.get(name)!r}; "
-                            "takes the same, or another --out")
-    if trained_on != tokens:
-        raise UserError(f"dataset: {path} was trained on other tokens than {config.dataset} now gives")
-    if step > config.steps:
-        raise UserError(f"steps: got {config.steps}, takes at least the {step} that {path} has done")
-    try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except Exception as error:
-        raise UserError(f"{path}: does not fit model.py: {' '.join(str(error).split())[:200]}") from None
-    return checkpoint
+def without(name, config, error, say):
+    """Say that the setting `name` fails here. Raises UserError when it was asked for, not only tried."""
+    reason = f"{name}: fails here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    if getattr(config, name) != "auto":
+        raise UserError(f"{reason}; takes false") from None
+    say(f"{reason}; running without")
 
 
 @contextlib.contextmanager
-def signals_caught():
-    """Yields a list that gets the first SIGINT or SIGTERM, for the loop to end on; a second ends at once."""
-    caught, before = [], {}
-
-    def catch(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
-
-
-def compiled(model, config, device, autocast, say):
-    """The model through torch.compile, where config.compile asks for it and it works; it says where not."""
+def compiled(model, whole, config, device, autocast, say):
+    """Within, training of `model`, not its evaluation, goes through torch.compile, where config.compile asks
+    for it and it works. All blocks share one code; "model" compiles all as one: longer, for a faster step."""
+    parts = [(block, "forward") for block in model.blocks] + [(model, "embed"), (model, "read_out")]
+    parts = [(model, "forward")] if config.compile == "model" else parts
     if not config.compile or config.compile == "auto" and device.type != "cuda":
-        return model
-    fast = torch.compile(model)
-    tokens_BT = torch.zeros(config.micro_batch or config.batch, config.context, dtype=torch.long).to(device)
-    try:
-        with autocast:
-            fast(tokens_BT, tokens_BT)[1].backward()
+        parts = []
+    torch._dynamo.config.recompile_limit = 1000  # code is kept for every shape that a sweep trains
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
+    for part, name in parts:
+        plain = getattr(part, name)
+        fast = torch.compile(plain, dynamic=False)
+        setattr(part, name, lambda *args, fast=fast, plain=plain, **options: (
+            fast if torch.is_grad_enabled() else plain)(*args, **options))
+    if parts:
+        rows = config.micro_batch or config.batch // processes()[1]
+        tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
+        try:
+            with autocast:
+                whole(tokens_BT, tokens_BT).backward()
+        except Exception as error:
+            while parts:
+                delattr(*parts.pop())
+            without("compile", config, error, say)
         model.zero_grad()
-        return fast
-    except Exception as error:
-        reason = f"compile: fails here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        if config.compile is True:
-            raise UserError(f"{reason}; takes false") from None
-        say(f"{reason}; running without")
-        return model
+    yield
+    for part, name in parts:
+        delattr(part, name)
 
 
-def take_step(model, optimizer, data, config, step, device, autocast):
-    """One optimizer step. Returns (mean loss, gradient norm before clipping), one tensor on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * schedule(config, step)  # the groups keep their ratio
-    if config.dropout:
-        torch.manual_seed(config.seed * 1_000_003 + step)  # no random state to save; 32 bits of it count
-    size, total = config.micro_batch or config.batch, torch.zeros((), device=device)
-    for first in range(0, config.batch, size):
-        batch = data.batch(config.seed, step, config.batch, config.context, slice(first, first + size))
-        if device.type == "cuda":
-            batch = [x.pin_memory() for x in batch]
-        with autocast:
-            loss = model(*(x.to(device, non_blocking=True) for x in batch))[1] * (size / config.batch)
-        loss.backward()
-        total += loss.detach()
+class Step:
+    """The optimizer step. A call takes a batch, (2, passes, B, T), and its number, and returns one tensor:
+    mean loss, gradient norm before clipping. `graph`: it is replayed as a CUDA graph, AdamW included."""
+
+    def __init__(self, model, optimizer, config, autocast, graph=False, say=print):
+        self.optimizer, self.config = optimizer, config
+        self.run = machine.Replayed(functools.partial(plain_step, model, optimizer, config, autocast), graph,
+                                    lambda error: without("graph", config, error, say))
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        if graph:  # tensors, which a replay reads
+            self.peaks = torch.tensor(self.peaks, device="cuda")
+            self.rates = self.peaks.clone()
+            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate
+
+    def __call__(self, batch, step):
+        factor, seed = schedule(self.config, step), self.config.seed * 1_000_003 + step
+        if self.config.dropout:  # no random state to save; 32 bits of the seed count
+            torch.manual_seed(seed + 7919 * processes()[0])
+        if torch.is_tensor(self.peaks):
+            torch.mul(self.peaks, factor, out=self.rates)
+        else:
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * factor  # the groups keep their ratio
+        return self.run(batch)
+
+
+def plain_step(model, optimizer, config, autocast, batch):
+    passes, world, losses = batch.size(1), processes()[1], []
+    share = torch.full((), 1 / passes, device=batch.device)
+    for i, (tokens_BT, targets_BT) in enumerate(zip(*batch, strict=True)):
+        with contextlib.ExitStack() as stack:
+            if world > 1 and config.shard:
+                model.set_requires_gradient_sync(i == passes - 1)
+            elif world > 1 and i < passes - 1:
+                stack.enter_context(model.no_sync())
+            with autocast:
+                losses.append(model(tokens_BT, targets_BT))
+            losses[-1].backward(share)
+    loss = torch.stack(losses).detach().mean()
+    if world > 1:
+        dist.all_reduce(loss)
+        loss = loss / world
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack((total, norm))
+    return torch.stack((loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
 
 
 def train(config, quiet=False):
     """Train what `config` describes and return its Result. With config.out the run is kept there, and goes on
     from its last checkpoint when there is one. Raises UserError."""
+    quiet = quiet or processes()[0] > 0
     say = (lambda text: None) if quiet else tqdm.write
-    data = Data(prepare(config))
+    device, autocast = pick_device(config)
+    graph = pick_graph(config, device)
+    with machine.first_here():
+        data = Data(prepare(config))
     data.check(config.context, config.batch)
     data.windows(config.context, config.eval_tokens)  # refused now, rather than at the first evaluation
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb: got true, but it is not installed; pip install wandb, or --wandb=false")
-    device, autocast = pick_device(config)
-    keep_freed_memory()
     vocab_size = config.vocab_size or data.vocab_size
     if vocab_size < data.vocab_size:
         raise UserError(f"vocab_size: got {vocab_size}, takes at least the tokenizer's {data.vocab_size}")
+    keep = Run(config, {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")})
+    machine.keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model = GPT(replace(config, vocab_size=vocab_size)).to(device)
-    optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    result, start, path = Result(model), 0, functools.partial(os.path.join, config.out or "")
-    tokens = {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}
-    if config.out:
-        if checkpoint := load_checkpoint(path("last.pt"), config, tokens, model, optimizer):
-            start = checkpoint["step"]
-            result.best_step, result.best_val_loss, result.history = checkpoint["past"]
-            say(f"{config.out}: going on from step {start:,}")
-        os.makedirs(config.out, exist_ok=True)
-        write(path("config.json"), json.dumps(asdict(config), indent=1))
-        write(path("table.txt"), f"{model.table()}\n")
-    log = None
-    if config.wandb:
-        import wandb
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        log = wandb.init(project="mup-gpt", name=config.out, dir=config.out, mode=mode, config=asdict(config))
-    per_step, flops, peak = config.batch * config.context, model.flops_per_token(), None
-    if device.type == "cuda" and config.precision != "fp32":
-        peak = next((p for name, p in PEAKS.items() if name in torch.cuda.get_device_name(device)), None)
+    result, start, whole = Result(model), 0, parallel(model, config, device)
+    optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True,
+                                  capturable=graph)
+    if checkpoint := keep.load(model, optimizer):
+        start = checkpoint["step"]
+        result.best_step, result.best_val_loss, result.history = checkpoint["past"]
+        say(f"{config.out}: going on from step {start:,}")
+    batches = feed(data, config, device, start)
+    keep.open(model.table(), result.history)
+    per_step, flops = config.batch * config.context, model.flops_per_token()
+    peak = machine.peak_flops(config, device)
     say(f"{data.folder}: {len(data.train):,} training tokens, vocabulary {data.vocab_size:,}\n"
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {config.steps:,} steps of "
         f"{per_step:,} tokens: {config.steps * per_step / len(data.train):.2f} epochs, "
         f"{flops * per_step * config.steps:.2e} FLOPs\n{model.table()}")
-
-    def save(name, step):
-        if config.out:
-            write(path(name), {
-                "step": step, "past": (result.best_step, result.best_val_loss, result.history),
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "tokens": tokens,
-                "config": asdict(config), "table": model.table()})
-
-    with (open(path("metrics.csv") if config.out else os.devnull, "w", buffering=1, newline="") as file,
-          signals_caught() as caught, tqdm(total=config.steps, initial=start, disable=quiet) as bar):
-        metrics = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        metrics.writeheader()
-        metrics.writerows(result.history)
-        fast = compiled(model, config, device, autocast, say)
+    with (contextlib.closing(keep), compiled(model, whole, config, device, autocast, say),
+          machine.signals_caught() as caught,
+          tqdm(total=config.steps, initial=start, disable=quiet) as bar):
+        take_step = Step(whole, optimizer, config, autocast, graph, say)
         pending, speeds, clock = [], [], time.perf_counter()
         for step in range(start, config.steps + 1):  # `step` steps are done
-            last = step == config.steps
-            result.stopped = bool(caught) and not last
-            evaluating = last or config.eval_every and step % config.eval_every == 0 and not 0 < step == start
-            saving = last or result.stopped or config.checkpoint_every and step % config.checkpoint_every == 0
+            last, warm = step == config.steps, step == start + 3
+            signalled, slow = agree(bool(caught), time.perf_counter() - clock > 0.5)
+            result.stopped = signalled and not last
+            evaluating = last or due(config.eval_every, step) and not 0 < step == start
+            saving = last or result.stopped or due(config.checkpoint_every, step)
             rows, bad = [{"step": 0, "tokens": 0}] if evaluating and step == 0 else [], []
-            if pending and (evaluating or saving or time.perf_counter() - clock > 0.5):
+            if pending and (evaluating or saving or slow or warm):
                 numbers = torch.stack(pending).tolist()  # waits for the device
                 speeds.append(len(pending) * per_step / (time.perf_counter() - clock))
                 rows = [{"step": done, "tokens": done * per_step, "train_loss": loss, "grad_norm": norm,
@@ -274,41 +262,41 @@ def train(config, quiet=False):
                                     f"{speeds[-1]:,.0f} tokens/s{mfu}")
                 bar.update(len(pending))
                 bad = [row for row in rows if not math.isfinite(row["train_loss"] + row["grad_norm"])]
+            if warm and not last:
+                speeds = []  # what came before compiled, allocated and captured
             if evaluating and not bad:
                 numbers = evaluate(model, data, config, device, autocast)
                 result.__dict__.update(numbers)
                 (rows or [{}])[-1].update(numbers)
                 say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
                     f"{result.val_bits_per_byte:.4f} bits per byte")
-            broken = evaluating and not math.isfinite(result.val_loss) or (  # by a step of sound loss
-                (evaluating or saving) and not all(p.isfinite().all() for p in model.parameters()))
-            bad = bad or rows[-1:] * bool(broken)
+            broken = evaluating and not math.isfinite(result.val_loss)
+            if evaluating or saving:  # a step of sound loss can break the weights
+                [broken] = agree(broken or not finite(model))
+            bad = bad or rows[-1:] * broken
             result.history += rows
-            metrics.writerows(rows)
-            for row in rows if log else ():
-                log.log(row, step=row["step"])
+            keep.add(rows)
             if bad:
                 result.diverged = True
                 seen = ", ".join(f"{name} {bad[0][name]:.3g}" for name in COLUMNS[2:8] if name in bad[0])
                 say(f"diverged at step {bad[0]['step']}: {seen}; try a smaller --lr")
                 break
-            if evaluating and result.val_loss < result.best_val_loss:
+            best = evaluating and result.val_loss < result.best_val_loss
+            if best:
                 result.best_step, result.best_val_loss = step, result.val_loss
-                save("best.pt", step)
-            if saving:
-                save("last.pt", step)
+            keep.save(["best.pt"] * best + ["last.pt"] * saving, step,
+                      (result.best_step, result.best_val_loss, result.history), model, optimizer)
             if last or result.stopped:
                 break
             if rows or step == start:
                 pending, clock = [], time.perf_counter()
-            pending.append(take_step(fast, optimizer, data, config, step, device, autocast))
-    result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
-    if log:
-        log.finish()
-    if not (result.stopped or result.diverged):
-        result.sample = sample(model, data, config, device)
-        if config.out:
-            write(path("sample.txt"), result.sample + "\n")
+            pending.append(take_step(next(batches), step))
+        result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
+        if device.type == "cuda":
+            result.peak_memory = torch.cuda.max_memory_allocated(device)
+        if not (result.stopped or result.diverged):
+            result.sample = sample(model, data, config, device)
+            keep.write("sample.txt", result.sample + "\n")
     return result
 
 
@@ -318,9 +306,13 @@ def main(argv):
         stem = [os.path.basename(word)[:-3] for word in ["run.py", *argv] if word.endswith(".py")][-1]
         config = replace(config, out=next(name for i in range(1, 10**6) if not os.path.exists(
             name := f"out/{stem}" + f"-{i}" * (i > 1))))
+    machine.join()  # after all have chosen the same name
+    say = print if processes()[0] == 0 else (lambda text: None)
     try:
         result = train(config)
     except (RuntimeError, MemoryError) as error:
+        if processes()[1] > 1 and re.search("gloo|NCCL|onnection", str(error)):
+            raise UserError(f"{config.out}: another process died; `train.py {config.out}` goes on") from None
         if "memory" not in str(error):
             raise
         raise UserError(f"micro_batch: got {config.micro_batch}, which does not fit in the device's memory; "
@@ -330,10 +322,10 @@ def main(argv):
     if result.diverged:
         return 1
     if result.stopped:
-        print(f"{config.out}: stopped; `python train.py {config.out}` goes on")
+        say(f"{config.out}: stopped; `python train.py {config.out}` goes on")
         return 130
-    print(f"\n{result.sample}\n\n{config.out}: validation loss {result.val_loss:.4f} nats per token, "
-          f"{result.val_bits_per_byte:.4f} bits per byte")
+    say(f"\n{result.sample}\n\n{config.out}: validation loss {result.val_loss:.4f} nats per token, "
+        f"{result.val_bits_per_byte:.4f} bits per byte")
 
 
 if __name__ == "__main__":

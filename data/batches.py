@@ -92,7 +92,8 @@ class Data:
                             f"there are {there}: takes --batch={rows} --context={length}, or more text")
 
     def batch(self, seed, step, batch, context, rows=slice(None)):
-        """(tokens_BT, targets_BT), int64, of optimizer step `step`: a pure function of the arguments.
+        """(tokens_BT, targets_BT), int64, of optimizer step `step`: a pure function of the arguments. A range
+        of steps gives a leading dimension.
 
         The training stream is a list of sequences; a step has numbers step * batch to (step + 1) * batch - 1
         of them, and `rows` takes some of these. An epoch of the stream is every window of `context` tokens
@@ -100,14 +101,14 @@ class Data:
         """
         length = len(self.train)
         windows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the first token can move
-        epochs, places = np.divmod(step * batch + np.arange(batch)[rows], windows)
+        epochs, places = np.divmod(np.expand_dims(step, -1) * batch + np.arange(batch)[rows], windows)
         starts = np.empty_like(places)
         for epoch in np.unique(epochs):
             phase, order = epoch_order(seed, int(epoch), windows, min(context, length - windows * context))
             here = epochs == epoch
             starts[here] = phase + order[places[here]].astype(np.int64) * context
-        window = self.train[starts[:, None] + np.arange(context + 1)].astype(np.int64)
-        return torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(window[:, 1:].copy())
+        window = self.train[starts[..., None] + np.arange(context + 1)].astype(np.int64)
+        return torch.from_numpy(window[..., :-1].copy()), torch.from_numpy(window[..., 1:].copy())
 
     def windows(self, context, eval_tokens):
         """Validation windows, tokens of shape (n, context + 1), spread evenly; no token is a target twice.

@@ -55,7 +55,7 @@ def test_a_file_can_build_on_another_and_compute(tmp_path, monkeypatch):
     (["--lr=2**(-6/2)"], "lr", 0.125),
     (["--top_k=None"], "top_k", None), (["--top_k=none"], "top_k", None), (["--out=None"], "out", None),
     (["--tied=true"], "tied", True), (["--tied=TRUE"], "tied", True), (["--tied=False"], "tied", False),
-    (["--wandb=fAlSe"], "wandb", False), (["--compile=true"], "compile", True),
+    (["--wandb=fAlSe"], "wandb", False), (["--graph=true"], "graph", True),
     (["--compile=auto"], "compile", "auto"), (["--dataset=a b.txt"], "dataset", "a b.txt"),
     (["--prompt='x'"], "prompt", "'x'"), (["--prompt=a=b=c"], "prompt", "a=b=c"),
     (["--prompt="], "prompt", ""), (["--prompt=None"], "prompt", "None"),
@@ -94,7 +94,7 @@ def test_what_is_no_finite_number_is_refused_as_one(text):
 
 def test_a_config_survives_its_json_to_the_last_bit(tmp_path):
     config = Config(lr=0.1 + 0.2, eps=1e-300, weight_decay=1 / 3, warmup=math.nextafter(0.1, 1),
-                    prompt="é\n\"'", compile=True, top_k=None, out=str(tmp_path), final_lr=math.pi / 4)
+                    prompt="é\n\"'", graph=True, top_k=None, out=str(tmp_path), final_lr=math.pi / 4)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     assert configure([str(tmp_path)]) == config
     assert configure([str(tmp_path), "--lr=1"]) == dataclasses.replace(config, lr=1.0)
@@ -137,7 +137,7 @@ def test_every_setting_refuses_what_is_not_of_its_kind_from_python_too(name):
 
 
 def test_a_number_that_equals_a_flag_is_no_flag():
-    for name in ("compile", "tied", "wandb"):
+    for name in ("graph", "tied", "wandb"):
         for value in (1, 0, 1.0):
             with pytest.raises(UserError, match=f"^{name}: got "):
                 Config(**{name: value})

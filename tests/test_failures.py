@@ -1,5 +1,6 @@
 """What is wrong with `python train.py ...` is said in one line, exit code 2, and leaves nothing behind."""
 
+import importlib.util
 import json
 import os
 import re
@@ -30,7 +31,7 @@ FAILURES = {
     "text for a number": ("--lr=high", "lr: got 'high', takes a finite number above 0"),
     "fraction for a count": ("--depth=2.5", "depth: got 2.5, takes a whole number, 1 or more"),
     "number for a flag": ("--tied=1", "tied: got 1, takes true or false"),
-    "number for a choice": ("--compile=1", "compile: got 1"),
+    "number for a choice": ("--graph=1", "graph: got 1"),
     "none for a number": ("--steps=None", "steps: got None"),
     "code for a number": ("--lr=__import__('os').getpid()", "lr: got \"__import__"),
     "huge number": (f"--lr={'1' * 400}", "lr: got 11111"),
@@ -176,7 +177,7 @@ def test_there_are_thirty_cases():
 
 def test_a_missing_library_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *[f"--{k}={v}" for k, v in corpus.items()], "--wandb=true"])
     with pytest.raises(SystemExit) as caught:
         command(train.main)

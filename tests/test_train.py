@@ -19,7 +19,7 @@ import torch
 
 import train
 from configure import Config, UserError
-from data import Data, prepare
+from data import Data, prepare, runs
 from model import GPT
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,14 +74,14 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(corpus, settings):
 def test_a_run_on_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, monkeypatch, settings):
     settings = corpus | settings | {"steps": 13, "checkpoint_every": 4, "eval_every": 3}
     whole = run(settings)
-    write = train.write
+    write = runs.write
 
     def copy_at_8(path, content):
         write(path, content)
         if path.endswith("last.pt") and content["step"] == 8:
             shutil.copytree(tmp_path / "run", tmp_path / "killed")
 
-    monkeypatch.setattr(train, "write", copy_at_8)
+    monkeypatch.setattr(runs, "write", copy_at_8)
     assert same(whole, run(settings, out=str(tmp_path / "run")))
     monkeypatch.undo()
     assert same(whole, run(settings, out=str(tmp_path / "killed")))
@@ -213,14 +213,15 @@ SETTINGS = {
     "seed": (1, "first loss"), "micro_batch": (2, "pass"), "eval_every": (2, "validations"),
     "eval_tokens": (256, "validations"), "checkpoint_every": (2, "checkpoints", {"out": "TMP/run"}),
     "out": ("TMP/run", "files"), "device": ("cuda:99", "refusal"), "precision": ("bf16", "losses"),
-    "compile": (True, "compiled"), "wandb": (True, "logged"), "prompt": ("of the", "sample"),
+    "compile": ("model", "compiled"), "graph": (True, "refusal"), "shard": (True, "refusal"),
+    "wandb": (True, "logged"), "prompt": ("of the", "sample"),
     "sample_tokens": (9, "sample"), "temperature": (2.0, "sample", {"seed": 3, "sample_tokens": 50}),
     "top_k": (2, "sample", {"sample_tokens": 50})}
 
 
 def observe(settings, folder):
     """Everything that a run shows, by name."""
-    seen, checkpoints, forward, write = {}, [], GPT.forward, train.write
+    seen, checkpoints, forward, write = {}, [], GPT.forward, runs.write
     made, compiles = folder / "made", []
     made.mkdir()
     settings = {name: value.replace("TMP", str(made)) if isinstance(value, str) else value
@@ -237,9 +238,10 @@ def observe(settings, folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", read)
-        patch.setattr(train, "write", written)
+        patch.setattr(runs, "write", written)
         compile = torch.compile  # no machine code: that takes long, and a compiler
-        patch.setattr(torch, "compile", lambda model: compiles.append(1) or compile(model, backend="eager"))
+        patch.setattr(torch, "compile", lambda model, **options: (
+            compiles.append(1) or compile(model, backend="eager")))
         if settings.get("wandb"):
             patch.setattr("wandb.init", lambda **options: seen.__setitem__("logged", 1))
         try:
@@ -291,11 +293,11 @@ def test_the_seed_draws_weights_batches_dropout_and_sample_and_each_step_draws_a
     def read(model, tokens_BT, *rest, **options):
         hook = model.dropout.register_forward_hook(
             lambda module, inputs, output: drawn[seed].append((output == 0).flatten().tolist()))
-        logits_and_loss = forward(model, tokens_BT, *rest, **options)
+        value = forward(model, tokens_BT, *rest, **options)
         hook.remove()
         if torch.is_grad_enabled():
             drawn[seed].append(tokens_BT.flatten().tolist())
-        return logits_and_loss
+        return value
 
     for seed in (0, 1):
         drawn[seed] = []
@@ -362,7 +364,7 @@ def test_validation_numbers_are_those_counted_plainly(corpus, tokenizer):
     windows = data.windows(16, 512)
     losses, model = [], model.eval()
     for row in torch.from_numpy(windows.astype(np.int64)):
-        log_p_TV = model(row[None, :-1])[0][0].double().log_softmax(-1)
+        log_p_TV = model(row[None, :-1])[0].double().log_softmax(-1)
         losses.append(-log_p_TV[torch.arange(16), row[1:]].mean().item())
     targets = [id for id in windows[:, 1:].flat if id != data.eot]
     text = b"".join(map(data.encoding.decode_single_token_bytes, targets))
@@ -528,7 +530,7 @@ def test_weights_and_biases_gets_the_numbers_of_metrics_csv(corpus, tmp_path, mo
 
 
 @cuda
-@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("compile", ["blocks", "model", False])
 def test_on_cuda_bf16_trains_and_the_loss_falls(corpus, compile):
     result = run(corpus, device="cuda", compile=compile, steps=100, lr=2**-6, batch=16, head_dim=32, width=64)
     assert next(result.model.parameters()).is_cuda and result.val_loss < column(result)[0] - 1.5
@@ -548,3 +550,56 @@ def test_on_cuda_a_run_goes_on_from_its_checkpoint(corpus, tmp_path, settings):
     whole = run(settings)
     run(settings, steps=8, checkpoint_every=4, out=str(tmp_path / "run"))
     assert column(run(settings, out=str(tmp_path / "run"), steps=8)) == pytest.approx(column(whole), abs=1e-4)
+
+
+@cuda
+@pytest.mark.parametrize("settings", [{}, HARD, {"precision": "bf16", "compile": "blocks"}],
+                         ids=["plain", "hard", "compiled bf16"])
+def test_a_step_replayed_as_a_graph_is_the_plain_step(corpus, settings):
+    settings = corpus | {"device": "cuda", "compile": False, "precision": "fp32", "steps": 30} | settings
+    replayed, plain = (run(settings, graph=graph) for graph in (True, False))
+    noise = 1e-2 if settings["precision"] == "bf16" else 1e-4
+    assert column(replayed) == pytest.approx(column(plain), abs=noise)
+    assert column(replayed, "grad_norm") == pytest.approx(column(plain, "grad_norm"), rel=10 * noise)
+    assert replayed.val_loss == pytest.approx(plain.val_loss, abs=noise)
+
+
+@cuda
+def test_a_capture_that_fails_is_said_and_the_run_goes_on_without(corpus, monkeypatch, capsys):
+    settings = corpus | {"device": "cuda", "compile": False, "precision": "fp32"}
+    whole = run(settings, graph=False)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not here")))
+    result = train.train(Config(**settings))
+    assert column(result) == pytest.approx(column(whole), abs=1e-4)
+    assert "graph: fails here (RuntimeError: not here); running without" in capsys.readouterr().out
+    with pytest.raises(UserError, match="^graph: fails here .*takes false$"):
+        run(settings, graph=True)
+
+
+def test_another_trial_of_a_shape_compiles_nothing_whatever_its_tuned_settings(corpus, monkeypatch):
+    compiled, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
+    settings = corpus | {"compile": "blocks", "steps": 2}
+    run(settings)
+    assert len(compiled) == 3, "embed, one block for all, read_out"
+    for changes in ({"depth": 5}, {"parametrization": "sp"}, {"depth_alpha": 0.5}, {"base_width": 32},
+                    {"lr": 2**-8, "embedding_mult": 2.0, "logit_mult": 3.0, "attention_mult": 0.5}):
+        run(settings, **changes)
+    assert len(compiled) == 3
+    run(settings, width=64)
+    assert len(compiled) == 6
+
+
+@cuda
+def test_many_trials_over_several_shapes_leave_no_memory_behind(corpus):
+    settings = corpus | {"device": "cuda", "steps": 4, "compile": False, "sample_tokens": 0}
+    used = []
+    for trial in range(60):
+        run(settings, width=32 * (1 + trial % 3), depth=1 + trial % 2, lr=2**-(5 + trial % 7))
+        used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert used[-1][0] <= used[11][0] and used[-1][1] <= 1.1 * used[11][1]
