@@ -1,0 +1,124 @@
+"""Several models of one shape, trained at once: K small models fill a GPU better than one does.
+
+Each keeps its own seed, initialization, learning rates and multipliers; the numbers are those of train(), one
+model at a time, but for rounding. What they share is every size: shape, batch, steps and text.
+"""
+
+import math
+import warnings
+from dataclasses import replace
+
+import torch
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+from configure import UserError
+from data import Data, machine, prepare
+from data.feed import feed
+from model import GPT
+from train import Result, evaluate, pick_device, pick_graph, schedule
+
+# What stacked configurations may differ in; the others are sizes, or do not change the numbers.
+MAY_DIFFER = set("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
+    embedding_std hidden_std readout_std zero_residual_out zero_query embedding_mult logit_mult attention_mult
+    weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr seed base_width base_depth
+    base_head_dim""".split())
+
+
+def check(configs):
+    """Raises UserError when `configs` cannot be stacked."""
+    first = configs[0]
+    for name, value in vars(first).items():
+        if name not in MAY_DIFFER and any(getattr(config, name) != value for config in configs):
+            raise UserError(f"stack: got configurations that differ in {name}; takes one {name} for all")
+    for name, only in {"dropout": 0.0, "micro_batch": None, "shard": False}.items():
+        if getattr(first, name) != only:
+            raise UserError(f"stack: got {name}={getattr(first, name)}, takes {name}={only}")
+
+
+class Adam:
+    """AdamW (arXiv 1711.05101) for stacked parameters, {name: (K, ...)}: K models with K sets of settings."""
+
+    def __init__(self, models, params):
+        self.settings, K = {}, len(models)
+        device = next(iter(params.values())).device
+        names = {id(p): name for name, p in models[0].named_parameters()}
+        for groups in zip(*(model.param_groups() for model in models), strict=True):
+            rows = torch.tensor([[group[key] for group in groups] for key in ("lr", "weight_decay", "eps")],
+                                device=device)
+            for p in groups[0]["params"]:
+                self.settings[names[id(p)]] = rows.view(3, K, *[1] * p.dim())
+        configs = [model.config for model in models]
+        self.beta1, self.beta2, self.clip = torch.tensor(
+            [[c.beta1, c.beta2, c.grad_clip or math.inf] for c in configs], device=device).T
+        self.first, self.second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "12")
+        self.steps = torch.zeros((), device=device)
+
+    def step(self, params, grads, factor_K):
+        """Updates params in place; returns the gradient norms before clipping, (K,)."""
+        self.steps += 1
+        norm_K = torch.stack([g.square().flatten(1).sum(1) for g in grads.values()]).sum(0).sqrt()
+        clip_K = (self.clip / (norm_K + 1e-6)).clamp(max=1.0)
+        grow1_K, grow2_K = 1 - self.beta1 ** self.steps, 1 - self.beta2 ** self.steps
+        for name, p in params.items():
+            lr, decay, eps = self.settings[name]
+            factor, clip, beta1, beta2, grow1, grow2 = (
+                x.view(lr.shape) for x in (factor_K, clip_K, self.beta1, self.beta2, grow1_K, grow2_K))
+            grad, first, second = clip * grads[name], self.first[name], self.second[name]
+            first.copy_(beta1 * first + (1 - beta1) * grad)
+            second.copy_(beta2 * second + (1 - beta2) * grad.square())
+            move = first / grow1 / ((second / grow2).sqrt() + eps)
+            p.copy_(p - factor * lr * (decay * p + move))
+        return norm_K
+
+
+def train_stacked(configs):
+    """The Results of train(config) for each of `configs`, trained together. Raises UserError."""
+    check(configs)
+    warnings.filterwarnings("ignore", "There is a performance drop")  # vmap on a CPU; the numbers are right
+    config = configs[0]
+    device, autocast = pick_device(config)
+    data = Data(prepare(config))
+    data.check(config.context, config.batch)
+    machine.keep_freed_memory()
+    vocab_size = config.vocab_size or data.vocab_size
+    models = [GPT(replace(config, vocab_size=vocab_size)).to(device) for config in configs]
+    params, buffers = stack_module_state(models)
+    params = {name: p.detach() for name, p in params.items()}
+    adam, one_text = Adam(models, params), len({config.seed for config in configs}) == 1
+    in_dims = (0, 0, None, None) if one_text else (0, 0, 0, 0)
+
+    def loss_of(params, buffers, tokens_BT, targets_BT):
+        return functional_call(models[0], (params, buffers), (tokens_BT, targets_BT))
+
+    def plain(batch, factor_K):
+        with autocast:
+            grads, losses_K = vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
+        return torch.stack((losses_K, adam.step(params, grads, factor_K)))
+
+    fast = torch.compile(plain, dynamic=False) if device.type == "cuda" and config.compile else plain
+    factors = torch.tensor([[schedule(config, step) for config in configs] for step in range(config.steps)])
+    factors, factor_K = factors.to(device), torch.zeros(len(configs), device=device)
+
+    def fails(error):
+        if config.graph is True:
+            raise UserError(f"graph: fails here ({error}); takes false")
+
+    take_step = machine.Replayed(lambda batch: fast(batch, factor_K), pick_graph(config, device), fails)
+    feeds = [feed(data, config, device, 0) for config in configs[:1 if one_text else None]]
+    numbers = []
+    for step in range(config.steps):
+        factor_K.copy_(factors[step])
+        batch = [next(each)[:, 0] for each in feeds]
+        numbers.append(take_step(batch[0] if one_text else torch.stack(batch, 1)))
+    numbers = torch.stack(numbers).cpu() if numbers else torch.zeros(0, 2, len(configs))
+    results = []
+    for k, model in enumerate(models):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(params[name][k])
+        result = Result(model, **evaluate(model, data, config, device, autocast))
+        result.history = [{"step": i, "train_loss": loss, "grad_norm": norm}
+                          for i, (loss, norm) in enumerate(numbers[:, :, k].tolist(), 1)]
+        result.diverged = not (math.isfinite(result.val_loss) and numbers[:, :, k].isfinite().all())
+        results.append(result)
+    return results
