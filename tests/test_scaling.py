@@ -1,15 +1,28 @@
 """What builds on the trainer: many models at once, and speed measured."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from configure import Config, UserError
+import model
+from configure import Config, UserError, configure
+from scaling import sweep
 from scaling.bench import bench
+from scaling.coordinate_check import coordinate_check
+from scaling.report import analyse, text
+from scaling.report import main as report_main
+from scaling.search import best_file, search
 from scaling.stack import train_stacked
+from scaling.trials import identity, read
 from train import train
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MIXED = [{"lr": 2**-6, "seed": 0},
          {"lr": 2**-8, "seed": 1, "logit_mult": 2.0, "zero_query": True, "beta1": 0.8},
          {"lr": 2**-7, "seed": 2, "parametrization": "sp", "weight_decay": 0.5, "grad_clip": 0.1, "eps": 1e-3,
@@ -56,3 +69,162 @@ def test_the_benchmark_measures_a_run(corpus, monkeypatch):
     low, speed, high = (float(numbers[name].replace(",", "")) for name in ("from", "tokens/s", "to"))
     assert 0 < low <= speed <= high and numbers["MFU"] == numbers["GiB"] == "-"
     assert float(numbers["ms/step"]) == pytest.approx(1000 * 64 / speed, rel=0.01)
+
+
+def test_values_are_lists_ranges_and_settings(capsys):
+    assert sweep.values("lr", "2**-3..1:2") == pytest.approx([2 ** (-3 + i / 2) for i in range(7)])
+    assert sweep.values("width", "64..512") == [64, 128, 256, 512]
+    assert sweep.values("seed", "0,3,1") == [0, 3, 1] and sweep.values("batch", "8..20") == [8, 16]
+    assert sweep.values("tied", "true,false") == [True, False]
+    wrong = {"lr": "1..0.5", "width": "64,x", "widht": "3", "eps": "0..1", "batch": "8..9:x"}
+    for name, bad in wrong.items():
+        with pytest.raises(UserError, match=f"^{name}: "):
+            sweep.values(name, bad)
+
+
+AXES = {"lr": [2**-8, 2**-6], "width": [32, 64], "seed": [0, 1]}
+
+
+def test_a_sweep_keeps_every_trial_as_train_gives_it_and_trains_none_twice(corpus, tmp_path, monkeypatch):
+    configs = sweep.trials(Config(**corpus), AXES)
+    rows = sweep.run(configs, str(tmp_path))
+    assert len(rows) == len(read(tmp_path)) == 8
+    for config, row in zip(configs[::3], rows[::3], strict=True):
+        alone = train(config, quiet=True)
+        assert (row["lr"], row["width"], row["seed"]) == (config.lr, config.width, config.seed)
+        assert row["val_loss"] == alone.val_loss and row["train_loss"] == losses(alone)[-1]
+        assert row["curve"] == pytest.approx(losses(alone), abs=1e-4) and not row["diverged"]
+        assert row["flops"] == alone.model.flops_per_token() * 4 * 16 * 6
+    monkeypatch.setattr(sweep, "train", None)
+    assert sweep.run(configs, str(tmp_path)) == rows
+    monkeypatch.undo()
+    stacked = sweep.run(configs, str(tmp_path / "stacked"), stack=3)
+    assert [row["val_loss"] for row in stacked] == pytest.approx([row["val_loss"] for row in rows], abs=1e-4)
+
+
+def test_a_trial_that_fails_or_diverges_is_a_row_and_the_others_go_on(corpus, tmp_path, monkeypatch):
+    configs = sweep.trials(Config(**corpus), {"readout_std": [1.0, 1e38], "context": [16, 10**6]})
+    rows = sweep.run(configs, str(tmp_path))
+    assert [row["diverged"] for row in rows] == [False, True, True, True]
+    assert rows[1]["failure"].startswith("UserError: batch: got 4 at context=1000000")
+    assert not rows[2]["failure"]
+
+
+def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
+    words = [f"--{name}={value}" for name, value in (corpus | {"steps": 40}).items()]
+    words += ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "scaling.sweep", *words]
+    kept = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while len(read(tmp_path)) < kept + 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert len(read(tmp_path)) >= kept + 3
+        kept = len(read(tmp_path))
+    with open(tmp_path / "trials.csv", "a") as file:
+        file.write('mup,32,2,4,16,40,0.1,0,3.3,"{')  # as a kill within a write leaves it
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 13, done.stderr
+    rows = read(tmp_path)
+    assert len(rows) == len({row["config"] for row in rows}) == 12
+    stopped = subprocess.Popen([*command[:-1], f"--out={tmp_path / 'other'}"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(read(tmp_path / "other")) < 2:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    output, errors = stopped.communicate()
+    assert stopped.returncode == 130 and "the same command goes on" in output and "Traceback" not in errors
+
+
+def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, **more):
+    """Rows whose loss is a parabola in log2 lr: of each rung, at optima[i]."""
+    rows = []
+    for width, best, low in zip((64, 128, 256), optima, losses, strict=True):
+        for k in range(-20, -9):
+            for seed in range(seeds):
+                config = Config(width=width, lr=2 ** (k / 2), seed=seed, **more)
+                loss = low + 0.1 * (k / 2 - best - 0.02 * (seed - 1)) ** 2
+                rows.append({"parametrization": config.parametrization, "width": width, "seed": seed,
+                             "val_loss": loss, "diverged": k == -10, "config": identity(config),
+                             "curve": [loss], "parameters": width**2, "flops": width**3})
+    return rows
+
+
+def test_the_report_finds_the_optimum_its_drift_and_what_the_proxys_rate_costs():
+    report = analyse(ladder([-7.7, -7.5, -7.3]) + ladder([-7, -8, -9.3], parametrization="sp"))
+    mup, sp = (report["ladders"][name] for name in ("mup", "sp"))
+    assert [rung["log2_best"] for rung in mup["rungs"]] == pytest.approx([-7.7, -7.5, -7.3], abs=1e-3)
+    assert mup["drift"] == pytest.approx(0.2, abs=1e-3) and sp["drift"] == pytest.approx(-1.15, abs=1e-3)
+    low, high = mup["drift_interval"]
+    assert low <= mup["drift"] <= high and high - low < 0.1
+    assert [rung["regret"] for rung in mup["rungs"]] == pytest.approx([0.004, 0, 0.004], abs=1e-4)
+    assert mup["rungs"][0]["interval"] == pytest.approx([-7.72, -7.68], abs=0.005)
+    assert "moves +0.200 octaves for each doubling of width" in text(report)
+
+
+def test_an_optimum_at_the_edge_is_said_and_not_fitted():
+    report = analyse(ladder([-7.5, -11.0, -3.0]))
+    assert [rung["edge"] for rung in report["ladders"]["mup"]["rungs"]] == [False, True, True]
+    assert text(report).count("at the edge") == 2
+
+
+def test_the_report_refuses_rows_that_are_no_ladder(tmp_path):
+    for rows in (ladder([-7, -7, -7]) + ladder([-7, -7, -7], depth=8), ladder([-7, -7, -7])[:1]):
+        with pytest.raises(UserError, match="^report: got rows that vary"):
+            analyse(rows)
+    with pytest.raises(UserError, match="^report: .* has no trials"):
+        report_main([str(tmp_path)])
+
+
+def test_a_search_ends_at_its_best_draw_and_writes_it_as_a_configuration(corpus, tmp_path):
+    config = Config(**corpus | {"weight_decay": 0.01})
+    space = {"lr": [2**-6, 2**-14], "readout_std": [1.0, 1e38], "zero_query": [False, True]}
+    best, finals, rows = search(config, 6, 2, str(tmp_path), space)
+    assert best.lr == 2**-6 and best.readout_std == 1.0, "the only draws that learn"
+    assert [row["seed"] for row in finals] == [0, 1]
+    (tmp_path / "best.py").write_text(best_file(best, finals, 6))
+    other = configure([str(tmp_path / "best.py"), "--width=64", "--seed=5", "--steps=3"])
+    assert (other.lr, other.weight_decay, other.width, other.seed) == (2**-6, 0.01, 64, 5)
+    with pytest.raises(UserError, match="^trials: got 9, takes 8"):
+        search(config, 9, 1, str(tmp_path / "more"), space)
+
+
+CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
+           "readout_lr_mult": 4.0, "lr": 2**-7, "width": 64, "depth": 2, "base_width": 64, "base_depth": 2,
+           "base_head_dim": 16, "context": 64}
+
+
+@pytest.mark.parametrize(("axis", "rungs"), [("width", (64, 128, 256)), ("depth", (8, 16, 32))])
+def test_the_coordinate_check_passes_mup_and_fails_sp(corpus, axis, rungs):
+    config = Config(**corpus | CHECKED)
+    rows, _ = coordinate_check(config, axis, rungs, seeds=2)
+    assert all(row["passes"] for row in rows), [row for row in rows if not row["passes"]]
+    rows, _ = coordinate_check(dataclasses.replace(config, parametrization="sp"), axis, rungs, seeds=2)
+    assert sum(not row["passes"] for row in rows) >= 4
+
+
+MUTANTS = {  # role and its wrong exponents, and the axis on which they show
+    "hidden lr": ("hidden", {"lr": (0, 0)}, "width"), "embedding lr": ("embedding", {"lr": (-1, 0)}, "width"),
+    "readout lr": ("readout", {"lr": (-1, 0)}, "width"), "hidden init": ("hidden", {"std": (0, 0)}, "width"),
+    "readout init": ("readout", {"std": (1, 0)}, "width"), "logits": ("logits", (0, 0), "width"),
+    "branch": ("branch", (0, 0), "depth"), "hidden lr over depth": ("hidden", {"lr": (-1, -1)}, "depth")}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
+    key, wrong, axis = MUTANTS[name]
+    original = model.TABLES["mup"]
+
+    def mutant(alpha):
+        rows, forward = original(alpha)
+        if key in rows:
+            return rows | {key: rows[key]._replace(**wrong)}, forward
+        return rows, forward | {key: wrong}
+
+    monkeypatch.setitem(model.TABLES, "mup", mutant)
+    rungs = {"width": (64, 256), "depth": (4, 16)}[axis]
+    rows, _ = coordinate_check(Config(**corpus | CHECKED), axis, rungs, seeds=1)
+    assert not all(row["passes"] for row in rows)

@@ -1,0 +1,110 @@
+"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--to=DIR]
+
+From the rows alone: the best learning rate of each rung of the ladder (a parabola in log2 lr near the lowest
+loss), its drift for each doubling of the axis, and what the proxy's rate costs at each rung (regret).
+Intervals are of 95%, from a bootstrap over seeds. Writes report.json and figures beside the rows, or to --to.
+"""
+
+import json
+import os
+
+import numpy as np
+
+from configure import UserError, command
+from data.runs import write
+from scaling import figures
+from scaling.fits import interval, mean_losses, optimum, regret, slope
+from scaling.sweep import words_of
+from scaling.trials import read
+
+AXES = ("width", "depth", "batch", "context", "steps")
+DRAWS = 1000
+
+
+def choose(rows):
+    """(ladder axis, swept setting) that `rows` vary: one of AXES, and lr or else another number."""
+    configs = [json.loads(row["config"]) for row in rows]
+    varied = [name for name in configs[0] if len({json.dumps(c.get(name)) for c in configs}) > 1]
+    axes = [name for name in AXES if name in varied]
+    swept = [name for name in varied if name not in (*AXES, "seed", "parametrization")
+             and all(type(c[name]) in (int, float) for c in configs)]
+    swept = ["lr"] if "lr" in swept else swept
+    if len(axes) > 1 or len(swept) != 1:
+        raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes one of "
+                        f"{', '.join(AXES)}, and lr or one other number")
+    return axes[0] if axes else "width", swept[0]
+
+
+def climb(axis, swept, rows):
+    """The report of one parametrization's ladder."""
+    rungs, seeds = (sorted({row[name] for row in rows}) for name in (axis, "seed"))
+    losses, random = {rung: {} for rung in rungs}, np.random.default_rng(0)
+    for row in rows:
+        loss = np.inf if row["diverged"] else row["val_loss"]
+        losses[row[axis]].setdefault(json.loads(row["config"])[swept], {})[row["seed"]] = loss
+
+    def fit(seeds):
+        return {rung: optimum(mean_losses(losses[rung], seeds)) for rung in rungs}
+
+    best = fit(seeds)
+    draws = [fit(random.choice(seeds, len(seeds))) for _ in range(DRAWS if len(seeds) > 1 else 0)]
+    base = json.loads(rows[0]["config"]).get(f"base_{axis}")  # the proxy's rung, else the first
+    base = base if base in rungs else rungs[0]
+    ladder = {"seeds": len(seeds), "base": base, "drift": slope(best),
+              "drift_interval": interval([slope(draw) for draw in draws]), "rungs": []}
+    for rung in rungs:
+        found, mean = best[rung], mean_losses(losses[rung], seeds)
+        top = min((row for row in rows if row[axis] == rung and not row["diverged"]),
+                  key=lambda row: row["val_loss"], default=rows[0])
+        ladder["rungs"].append({
+            axis: rung, "edge": found is None, "log2_best": found and found[0], "loss": min(mean.values()),
+            "interval": interval([draw[rung][0] for draw in draws if draw[rung]]),
+            "regret": regret(found, mean, best[base][0]) if found and best[base] else None,
+            "parameters": top["parameters"], "flops": top["flops"], "curve": top["curve"],
+            "losses": {str(x): {str(seed): loss for seed, loss in by_seed.items()}
+                       for x, by_seed in sorted(losses[rung].items())}})
+    return ladder
+
+
+def analyse(rows):
+    """The report, as a dict. Raises UserError when the rows are no ladder."""
+    axis, swept = choose(rows)
+    ladders = {name: climb(axis, swept, [row for row in rows if row["parametrization"] == name])
+               for name in sorted({row["parametrization"] for row in rows})}
+    return {"axis": axis, "swept": swept, "ladders": ladders}
+
+
+def span(interval):
+    return "[{:+.2f}, {:+.2f}]".format(*interval) if np.isfinite(interval).all() else "-"  # one seed has none
+
+
+def text(report):
+    """The report, for people."""
+    axis, lines = report["axis"], []
+    for name, ladder in report["ladders"].items():
+        lines += [f"{name}: best log2 {report['swept']} moves {ladder['drift']:+.3f} octaves for each "
+                  f"doubling of {axis} {span(ladder['drift_interval'])}, {ladder['seeds']} seeds",
+                  f"{axis:>10}{'parameters':>14}{'best log2':>12}{'interval':>20}{'loss':>9}{'regret':>9}"]
+        for rung in ladder["rungs"]:
+            at = "at the edge" if rung["edge"] else f"{rung['log2_best']:.2f}"
+            cost = "-" if rung["regret"] is None else f"{rung['regret']:.4f}"
+            lines.append(f"{rung[axis]:>10.0f}{rung['parameters']:>14,.0f}{at:>12}"
+                         f"{span(rung['interval']):>20}{rung['loss']:>9.4f}{cost:>9}")
+    return "\n".join(lines)
+
+
+def main(argv):
+    own = {"to": ""}
+    folders, axes = words_of(argv, own)
+    if not folders or axes or any(word.startswith("-") for word in folders):
+        raise UserError("report: takes folders of trials.csv, and --to=DIR")
+    if not (rows := [row for folder in folders for row in read(folder)]):
+        raise UserError(f"report: {folders[0]} has no trials; takes a folder that scaling.sweep wrote")
+    report, to = analyse(rows), own["to"] or folders[0]
+    os.makedirs(to, exist_ok=True)
+    write(os.path.join(to, "report.json"), json.dumps(report, indent=1, default=float))
+    print(text(report), *figures.draw(report, to), sep="\n")
+
+
+if __name__ == "__main__":
+    command(main)

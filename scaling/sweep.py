@@ -1,0 +1,125 @@
+"""Train every combination of some settings, in one process, and keep a row of each in DIR/trials.csv:
+
+    python -m scaling.sweep CONFIG width=64,128 lr=2**-10..2**-5 [--out=DIR] [--stack=K] [--name=value]
+
+Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values to each doubling. A
+trial that diverges or fails is a row too. Interrupted, the same command goes on. Under torchrun the processes
+share the trials. --stack=K trains K trials of one shape at once (scaling/stack.py).
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, replace
+from itertools import product
+
+from tqdm import tqdm
+
+from configure import UserError, check, command, configure, parse
+from scaling.stack import MAY_DIFFER, train_stacked
+from scaling.trials import append, identity, read, row_of
+from train import train
+
+
+def values(name, text):
+    """The values that `text` lists for the setting `name`. Raises UserError."""
+    found = []
+    for item in text.split(","):
+        ends, _, density = item.partition(":")
+        low, dots, high = (parse(name, end) for end in ends.partition(".."))
+        if not dots:
+            found.append(check(name, parse(name, item)))
+            continue
+        density = parse("lr", density or "1")
+        if not all(type(x) in (int, float) and x > 0 for x in (low, high, density)) or low > high:
+            raise UserError(f"{name}: got {item!r}, takes LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0")
+        count = math.floor(density * math.log2(high / low) + 1e-6)
+        found += [check(name, low * 2 ** (i / density)) for i in range(count + 1)]
+    return found
+
+
+def trials(config, axes):
+    """The Configs of all combinations of `axes`, {setting: values}. Raises UserError."""
+    config = replace(config, eval_every=None, checkpoint_every=None, out=None, sample_tokens=0, wandb=False)
+    return [replace(config, **dict(zip(axes, chosen, strict=True))) for chosen in product(*axes.values())]
+
+
+def work(config):
+    """Roughly the FLOPs of a trial, for the order and the time left."""
+    per_token = 12 * config.depth * config.width * (6 * config.width + config.context) + 2**14 * config.width
+    return per_token * config.batch * config.context * config.steps
+
+
+def grouped(configs, size):
+    """Lists of at most `size` configurations that may be stacked, the dearest first."""
+    groups = {}
+    for config in configs:
+        shape = json.dumps({k: v for k, v in asdict(config).items() if k not in MAY_DIFFER})
+        groups.setdefault(shape, []).append(config)
+    lists = [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+    return sorted(lists, key=lambda group: -sum(map(work, group)))
+
+
+def run(configs, folder, stack=1):
+    """Train those of `configs` that have no row in `folder`. Returns the rows of all that have one then, in
+    order; under torchrun a process trains its share. Raises KeyboardInterrupt when a signal stops it."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    os.makedirs(folder, exist_ok=True)
+    done = {row["config"] for row in read(folder)}
+    left = grouped([config for config in configs if identity(config) not in done], stack)[rank::world]
+    ended = len(configs) - sum(map(len, left))
+    with tqdm(total=sum(work(config) for group in left for config in group), disable=rank > 0,
+              bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        for group in left:
+            begun = time.perf_counter()
+            try:
+                results = train_stacked(group) if len(group) > 1 else [train(group[0], quiet=True)]
+            except Exception as error:  # of these trials; the sweep goes on
+                results = [error] * len(group)
+            if getattr(results[0], "stopped", False):
+                raise KeyboardInterrupt
+            seconds = (time.perf_counter() - begun) / len(group)
+            rows = [row_of(config, result, seconds) for config, result in zip(group, results, strict=True)]
+            append(os.path.join(folder, f"trials-{rank}.csv" if rank else "trials.csv"), rows)
+            bar.update(sum(map(work, group)))
+            ended += len(group)
+            bar.set_postfix_str(f" {ended} of {len(configs)}")
+    rows = {row["config"]: row for row in read(folder)}
+    return [rows[identity(config)] for config in configs if identity(config) in rows]
+
+
+def words_of(argv, own):
+    """(words for configure, {name: text} of NAME=VALUES words); `own` takes the --name=value it has."""
+    words, axes = [], {}
+    for word in argv:
+        name, equals, text = word.lstrip("-").partition("=")
+        if equals and word.startswith("--") and name in own:
+            own[name] = check("steps", parse("steps", text)) if type(own[name]) is int else text
+        elif equals and not word.startswith("-"):
+            axes[name] = text
+        else:
+            words.append(word)
+    return words, axes
+
+
+def main(argv):
+    own = {"out": "out/sweep", "stack": 1}
+    words, axes = words_of(argv, own)
+    if not axes or not own["stack"]:
+        raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5; --stack from 1")
+    axes = {name: values(name, text) for name, text in axes.items()}
+    try:
+        rows = run(trials(configure(words), axes), own["out"], own["stack"])
+    except KeyboardInterrupt:
+        print(f"{own['out']}: stopped; the same command goes on")
+        return 130
+    print("".join(f"{name:>14}" for name in [*axes, "val_loss"]))
+    for row in rows:
+        config = json.loads(row["config"])
+        print("".join(f"{config[name]!s:>14.12}" for name in axes),
+              f"{row['val_loss']:13.4f}  {row['failure']}")
+
+
+if __name__ == "__main__":
+    command(main)
