@@ -219,7 +219,7 @@ def train(config, quiet=False):
     vocab_size = config.vocab_size or data.vocab_size
     if vocab_size < data.vocab_size:
         raise UserError(f"vocab_size: got {vocab_size}, takes at least the tokenizer's {data.vocab_size}")
-    keep = Run(config, {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")})
+    keep = Run(config, {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}, say)
     machine.keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -53,6 +53,11 @@ class Data:
         return UserError(f"data_dir: {self.folder} is damaged ({type(error).__name__}: {said}); "
                          "delete that folder, and it will be prepared again")
 
+    def _known(self, tokens):
+        if tokens.max() >= self.vocab_size:
+            raise self._damaged(ValueError(f"token {tokens.max()} in a vocabulary of {self.vocab_size}"))
+        return np.asarray(tokens)
+
     @functools.cached_property
     def encoding(self):
         """The tokenizer, a tiktoken.Encoding."""
@@ -107,7 +112,7 @@ class Data:
             phase, order = epoch_order(seed, int(epoch), windows, min(context, length - windows * context))
             here = epochs == epoch
             starts[here] = phase + order[places[here]].astype(np.int64) * context
-        window = self.train[starts[..., None] + np.arange(context + 1)].astype(np.int64)
+        window = self._known(self.train[starts[..., None] + np.arange(context + 1)]).astype(np.int64)
         return torch.from_numpy(window[..., :-1].copy()), torch.from_numpy(window[..., 1:].copy())
 
     def windows(self, context, eval_tokens):
@@ -123,7 +128,7 @@ class Data:
                             f"tokens; takes {len(self.val) - 1}, more text or a larger --val_fraction")
         n = min(there, room)
         starts = np.arange(n) * there // n * context
-        return np.asarray(self.val[starts[:, None] + np.arange(context + 1)])
+        return self._known(self.val[starts[:, None] + np.arange(context + 1)])
 
     def target_bytes(self, windows):
         """UTF-8 bytes of the windows' target tokens, end of text being 0: what bits per byte divides by."""

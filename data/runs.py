@@ -3,7 +3,8 @@
 config.json   its settings; RUN_DIR on the command line stands for this file
 table.txt     the resolved parametrization
 metrics.csv   a row per optimizer step, rewritten from the checkpoint when the run goes on
-last.pt       the newest checkpoint; best.pt the one of the lowest validation loss
+last.pt       the newest checkpoint; previous.pt the one before it, in case last.pt is damaged
+best.pt       the checkpoint of the lowest validation loss
 sample.txt    what the trained model writes
 """
 
@@ -11,42 +12,22 @@ import csv
 import importlib.util
 import json
 import os
+import platform
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from configure import UserError
+from data.checkpoints import fill, read, whole, write
 from data.machine import processes
-from data.tokens import durable
 
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
 
 # What a resumed run may change: anything else would make it another run.
 MAY_CHANGE = set("steps micro_batch eval_every eval_tokens checkpoint_every out device precision compile "
                  "graph shard wandb data_dir prompt sample_tokens temperature top_k".split())
-
-
-def write(path, content):
-    """Make `path` hold text, or what torch.save makes of anything else: whole, or as it was before."""
-    with durable(f"{path}.tmp") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-    os.replace(f"{path}.tmp", path)
-
-
-def whole(tensor):
-    """A copy of `tensor` on the CPU; of one that is cut over processes, all of it. All of them must call."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
-
-
-def fill(tensor, value):
-    """Copy all of `value` into `tensor`, or this process's part of it. Raises RuntimeError."""
-    if value.shape != tensor.shape:
-        raise RuntimeError(f"shape {tuple(value.shape)} for {tuple(tensor.shape)}")
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    with torch.no_grad():
-        return tensor.copy_(value)
 
 
 class Run:
@@ -55,24 +36,29 @@ class Run:
     `tokens` are the sha256 of what it is trained on. Raises UserError.
     """
 
-    def __init__(self, config, tokens):
-        self.config, self.tokens, self.file, self.log = config, tokens, None, None
+    def __init__(self, config, tokens, say=print):
+        self.config, self.tokens, self.file, self.log, self.say = config, tokens, None, None, say
         if config.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("wandb: got true, but it is not installed; pip install wandb, or --wandb=false")
         self.writes = processes()[0] == 0
 
     def path(self, name):
-        return os.path.join(self.config.out, name)
+        return os.path.join(self.config.out or "", name)
 
     def load(self, model, optimizer):
-        """The last checkpoint, loaded into model and optimizer, or None. Raises UserError."""
-        if not self.config.out or not os.path.exists(path := self.path("last.pt")):
+        """The newest checkpoint that is whole, loaded into model and optimizer, or None. Raises UserError."""
+        there = [path for path in map(self.path, ("last.pt", "previous.pt")) if os.path.exists(path)]
+        for path in there if self.config.out else ():
+            try:
+                checkpoint = read(path)
+                break
+            except UserError as error:
+                if path == there[-1]:
+                    raise
+                self.say(f"{error}; going back to {there[-1]}")
+        else:
             return None
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            settings, tokens, step, _ = (checkpoint[name] for name in ("config", "tokens", "step", "past"))
-        except Exception as error:
-            raise UserError(f"{path}: not a checkpoint: {' '.join(str(error).split())[:120]}") from None
+        settings, tokens, step = (checkpoint[name] for name in ("config", "tokens", "step"))
         for name, value in asdict(self.config).items():
             if name not in MAY_CHANGE and settings.get(name) != value:
                 raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings.get(name)!r}; "
@@ -101,6 +87,9 @@ class Run:
             return
         if self.config.out:
             os.makedirs(self.config.out, exist_ok=True)
+            for name in os.listdir(self.config.out):
+                if name.endswith(".tmp"):  # what a kill left
+                    os.remove(self.path(name))
             self.write("config.json", json.dumps(asdict(self.config), indent=1))
             self.write("table.txt", f"{table}\n")
             self.file = open(self.path("metrics.csv"), "w", buffering=1, newline="")
@@ -128,10 +117,10 @@ class Run:
         weights = {name: whole(p) for name, p in parameters.items()}
         moments = {name: {key: whole(value) for key, value in optimizer.state[p].items()}
                    for name, p in parameters.items()}
+        content = {"step": step, "past": past, "model": weights, "optimizer": moments, "tokens": self.tokens,
+                   "config": asdict(self.config), "table": model.table(), "versions": VERSIONS}
         for name in names if self.writes else ():
-            write(self.path(name), {"step": step, "past": past, "model": weights, "optimizer": moments,
-                                    "tokens": self.tokens, "config": asdict(self.config),
-                                    "table": model.table()})
+            write(self.path(name), content, self.path("previous.pt") if name == "last.pt" else None)
 
     def write(self, name, text):
         if self.writes and self.config.out:

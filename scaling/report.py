@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from configure import UserError, command
-from data.runs import write
+from data.checkpoints import write
 from scaling import figures
 from scaling.fits import interval, mean_losses, optimum, regret, slope
 from scaling.sweep import words_of

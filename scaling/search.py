@@ -16,7 +16,7 @@ import torch
 
 from configure import UserError, command, configure
 from data import Data, prepare
-from data.runs import write
+from data.checkpoints import write
 from model import GPT
 from scaling.stack import MAY_DIFFER
 from scaling.sweep import run, trials, words_of

@@ -92,3 +92,7 @@ def corpus(tmp_path_factory):
             "data_dir": str(tmp_path_factory.mktemp("prepared")), "head_dim": 16, "base_width": 16,
             "base_depth": 1, "base_head_dim": 8, "context": 16, "batch": 4, "steps": 6, "eval_tokens": 512,
             "sample_tokens": 8, "device": "cpu"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="kill, damage and draw a thousand times")

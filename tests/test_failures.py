@@ -13,6 +13,7 @@ import torch
 
 import train
 from configure import Config, command
+from data import checkpoints
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -92,9 +93,9 @@ FAILURES = {
     "config.json that is a number": ("number", r"number.config\.json: "),
     "config.json with an unknown setting": ("newer", "newer: speed: no such setting"),
     "config.json with a wrong type": ("wrong", "wrong: lr: got 'fast'"),
-    "checkpoint that is none": ("garbage", r"garbage.last\.pt: not a checkpoint"),
-    "checkpoint cut short": ("short", r"short.last\.pt: not a checkpoint"),
-    "checkpoint of something else": ("other", r"other.last\.pt: not a checkpoint"),
+    "checkpoint that is none": ("garbage", r"garbage.last\.pt: is damaged"),
+    "checkpoint cut short": ("short", r"short.last\.pt: is damaged"),
+    "checkpoint of something else": ("other", r"other.last\.pt: is damaged: .*keys"),
     "checkpoint of an edited model": ("edited", r"edited.last\.pt"),
     "other width on the way": ("run --width=64", "width: got 64, but run.last.pt was trained with 32"),
     "other rules on the way": ("run --parametrization=sp", "parametrization: got 'sp', but .* with 'mup'"),
@@ -117,13 +118,14 @@ def place(corpus, tmp_path_factory):
     train.train(Config(**corpus | {"steps": 2, "out": str(folder / "run")}), quiet=True)
     for name in ("garbage", "short", "other", "edited"):
         shutil.copytree(folder / "run", folder / name)
+        os.remove(folder / name / "previous.pt")  # nothing to go back to
     checkpoint = folder / "run/last.pt"
     (folder / "garbage/last.pt").write_bytes(b"no checkpoint")
     (folder / "short/last.pt").write_bytes(checkpoint.read_bytes()[:-1000])
-    torch.save([1, 2], folder / "other/last.pt")
+    checkpoints.write(folder / "other/last.pt", [1, 2])
     content = torch.load(checkpoint, weights_only=True)
     content["model"]["blocks.0.mlp.gate.weight"] = torch.zeros(2, 2)
-    torch.save(content, folder / "edited/last.pt")
+    checkpoints.write(folder / "edited/last.pt", content)
     settings = json.loads((folder / "run/config.json").read_text())
     for name, text in {"broken": "{", "list": "[]", "number": "3", "empty": None, "config": None,
                        "newer": json.dumps(settings | {"speed": 1}),

@@ -19,7 +19,7 @@ import torch
 
 import train
 from configure import Config, UserError
-from data import Data, prepare, runs
+from data import Data, checkpoints, prepare, runs
 from model import GPT
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,8 +76,8 @@ def test_a_run_on_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, m
     whole = run(settings)
     write = runs.write
 
-    def copy_at_8(path, content):
-        write(path, content)
+    def copy_at_8(path, content, keep=None):
+        write(path, content, keep)
         if path.endswith("last.pt") and content["step"] == 8:
             shutil.copytree(tmp_path / "run", tmp_path / "killed")
 
@@ -232,8 +232,8 @@ def observe(settings, folder):
             seen["pass"] = tuple(tokens_BT.shape)
         return forward(model, tokens_BT, *rest, **options)
 
-    def written(path, content):
-        write(path, content)
+    def written(path, content, keep=None):
+        write(path, content, keep)
         checkpoints.extend([content["step"]] if path.endswith("last.pt") else [])
 
     with pytest.MonkeyPatch.context() as patch:
@@ -319,7 +319,7 @@ def test_a_run_directory_holds_what_was_asked_what_was_done_and_nothing_unfinish
     settings = corpus | {"out": str(tmp_path / "run"), "eval_every": 2, "steps": 5}
     result = run(settings)
     assert {*os.listdir(tmp_path / "run")} == {
-        "config.json", "table.txt", "metrics.csv", "last.pt", "best.pt", "sample.txt"}
+        "config.json", "table.txt", "metrics.csv", "last.pt", "previous.pt", "best.pt", "sample.txt"}
     with open(tmp_path / "run/config.json") as file:
         assert Config(**json.load(file)) == Config(**settings)
     assert (tmp_path / "run/table.txt").read_text() == result.model.table() + "\n"
@@ -385,7 +385,7 @@ def test_divergence_is_reported_and_leaves_the_last_good_checkpoint(corpus, tmp_
     good = run(settings, steps=6, out=str(tmp_path / "run"))
     checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
     checkpoint["model"]["readout.weight"] *= 1e38  # the next logits overflow
-    torch.save(checkpoint, tmp_path / "run/last.pt")
+    checkpoints.write(tmp_path / "run/last.pt", checkpoint)
     result = train.train(Config(**settings, out=str(tmp_path / "run")))
     assert result.diverged and not result.stopped and result.sample == ""
     assert re.search(r"diverged at step 7: .*try a smaller --lr", capsys.readouterr().out)
@@ -409,7 +409,7 @@ def test_a_broken_weight_that_validation_never_meets_is_not_kept_either(corpus, 
     run(settings)
     checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
     checkpoint["model"]["token_embedding.weight"][299] = math.inf
-    torch.save(checkpoint, tmp_path / "run/last.pt")
+    checkpoints.write(tmp_path / "run/last.pt", checkpoint)
     assert run(settings, steps=4).diverged
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2
 
