@@ -273,9 +273,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating-point operations per trained token, forward and backward: 6 per weight in a matrix product
         and 12 * depth * width * context for attention (PaLM, arXiv 2204.02311, appendix B)."""
-        matrices = sum(p.numel() for n, p in self.named_parameters() if role_of(n) == "hidden")
-        c = self.config
-        return 6 * (matrices + c.width * c.vocab_size) + 12 * c.depth * c.width * c.context
+        c, hidden = self.config, sum(p.numel() for n, p in self.named_parameters() if role_of(n) == "hidden")
+        return 6 * (hidden + c.width * c.vocab_size) + 12 * c.depth * c.width * c.context
 
     @torch.no_grad()
     def generate(self, tokens_BT, n, temperature=1.0, top_k=None, seed=0):
@@ -290,7 +289,8 @@ class GPT(nn.Module):
             if temperature:
                 if top_k and top_k < logits_BV.size(-1):
                     logits_BV[logits_BV < logits_BV.topk(top_k).values[:, -1:]] = -math.inf
-                unread_BT = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+                logits_BV = (logits_BV - logits_BV.amax()) / max(temperature, 1e-6)  # never inf
+                unread_BT = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
             else:
                 unread_BT = logits_BV.argmax(-1, keepdim=True)
             tokens_BT = torch.cat((tokens_BT, unread_BT), dim=1)

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configure import UserError, command, configure
-from data import Data, machine, prepare
+from data import Data, alarms, machine, prepare
 from data.feed import feed
 from data.machine import agree, pick_device, processes
-from data.runs import COLUMNS, Run
-from model import GPT
+from data.runs import Run
+from model import GPT, role_of
 
 
 @dataclass
@@ -158,7 +158,7 @@ def compiled(model, whole, config, device, autocast, say):
 
 class Step:
     """The optimizer step. A call takes a batch, (2, passes, B, T), and its number, and returns one tensor:
-    mean loss, gradient norm before clipping. `graph`: it is replayed as a CUDA graph, AdamW included."""
+    mean loss, gradient norm before clipping, its parts. `graph`: replayed as a CUDA graph, AdamW included."""
 
     def __init__(self, model, optimizer, config, autocast, graph=False, say=print):
         self.optimizer, self.config = optimizer, config
@@ -199,10 +199,14 @@ def plain_step(model, optimizer, config, autocast, batch):
     if world > 1:
         dist.all_reduce(loss)
         loss = loss / world
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
+    norm = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, norm)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack((loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+    if hasattr(norm, "full_tensor"):
+        norms, norm = norms.full_tensor(), norm.full_tensor()
+    return torch.cat((torch.stack((loss, norm)), norms))
 
 
 def train(config, quiet=False):
@@ -234,36 +238,38 @@ def train(config, quiet=False):
     batches = feed(data, config, device, start)
     keep.open(model.table(), result.history)
     per_step, flops = config.batch * config.context, model.flops_per_token()
-    peak = machine.peak_flops(config, device)
+    peak, parts = machine.peak_flops(config, device), []
     say(f"{data.folder}: {len(data.train):,} training tokens, vocabulary {data.vocab_size:,}\n"
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {config.steps:,} steps of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{', bf16' * autocast._enabled}"
+        f"{', one CUDA graph a step' * graph}; {config.steps:,} steps of "
         f"{per_step:,} tokens: {config.steps * per_step / len(data.train):.2f} epochs, "
         f"{flops * per_step * config.steps:.2e} FLOPs\n{model.table()}")
     with (contextlib.closing(keep), compiled(model, whole, config, device, autocast, say),
           machine.signals_caught() as caught,
           tqdm(total=config.steps, initial=start, disable=quiet) as bar):
         take_step = Step(whole, optimizer, config, autocast, graph, say)
-        pending, speeds, clock = [], [], time.perf_counter()
+        pending, speeds, leaps, clock = [], [], alarms.Leaps(config.grad_clip, say), time.perf_counter()
         for step in range(start, config.steps + 1):  # `step` steps are done
             last, warm = step == config.steps, step == start + 3
             signalled, slow = agree(bool(caught), time.perf_counter() - clock > 0.5)
             result.stopped = signalled and not last
-            evaluating = last or due(config.eval_every, step) and not 0 < step == start
+            again = checkpoint and step == start  # what is done here was done before
+            evaluating = last or due(config.eval_every, step) and not again
             saving = last or result.stopped or due(config.checkpoint_every, step)
-            rows, bad = [{"step": 0, "tokens": 0}] if evaluating and step == 0 else [], []
+            rows, bad = [{"step": 0, "tokens": 0}] if evaluating and step == 0 and not again else [], []
             if pending and (evaluating or saving or slow or warm):
                 numbers = torch.stack(pending).tolist()  # waits for the device
                 speeds.append(len(pending) * per_step / (time.perf_counter() - clock))
                 rows = [{"step": done, "tokens": done * per_step, "train_loss": loss, "grad_norm": norm,
                          "lr": config.lr * schedule(config, done - 1), "tokens_per_second": round(speeds[-1])}
-                        for done, (loss, norm) in enumerate(numbers, step + 1 - len(pending))]
+                        for done, (loss, norm, *_) in enumerate(numbers, step + 1 - len(pending))]
                 mfu = f", MFU {speeds[-1] * flops / peak:.1%}" if peak else ""
                 bar.set_postfix_str(f"loss {numbers[-1][0]:.3f}, lr {rows[-1]['lr']:.1e}, "
                                     f"{speeds[-1]:,.0f} tokens/s{mfu}")
                 bar.update(len(pending))
                 bad = [row for row in rows if not math.isfinite(row["train_loss"] + row["grad_norm"])]
-            if warm and not last:
-                speeds = []  # what came before compiled, allocated and captured
+                parts = numbers[bad[0]["step"] - rows[0]["step"] if bad else -1][2:]
+            speeds = speeds if last or not warm else []  # what came before compiled, allocated and captured
             if evaluating and not bad:
                 numbers = evaluate(model, data, config, device, autocast)
                 result.__dict__.update(numbers)
@@ -276,10 +282,12 @@ def train(config, quiet=False):
             bad = bad or rows[-1:] * broken
             result.history += rows
             keep.add(rows)
+            for row in (row for row in rows if "train_loss" in row):
+                leaps.look(row)
             if bad:
                 result.diverged = True
-                seen = ", ".join(f"{name} {bad[0][name]:.3g}" for name in COLUMNS[2:8] if name in bad[0])
-                say(f"diverged at step {bad[0]['step']}: {seen}; try a smaller --lr")
+                roles = [role_of(name) for name, _ in model.named_parameters()]
+                say(alarms.divergence(bad[0], roles, parts, autocast._enabled))
                 break
             best = evaluating and result.val_loss < result.best_val_loss
             if best:

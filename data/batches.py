@@ -38,6 +38,7 @@ class Data:
                 raise ValueError(f"vocab_size is {self.vocab_size}")
             self.train, self.val = self._open("train"), self._open("val")
             self.eot = self.meta["tokenizer"]["special_tokens"][encodings.END]
+            dict(self.meta["settings"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
 

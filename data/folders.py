@@ -62,9 +62,9 @@ def prepared(config):
     """The prepared folder that config.dataset is itself. Raises UserError when it is not what config says."""
     settings = Data(config.dataset).meta["settings"]
     for name in SETTINGS[1:]:
-        if settings[name] != getattr(config, name):
+        if settings.get(name) != getattr(config, name):
             raise UserError(f"{name}: got {getattr(config, name)}, but {config.dataset} was prepared with "
-                            f"{settings[name]}; takes --{name}={settings[name]}")
+                            f"{settings.get(name)}; takes --{name}={settings.get(name)}")
     return config.dataset
 
 

@@ -100,7 +100,7 @@ def test_targets_are_the_tokens_shifted_by_one(data):
 
 def test_an_epoch_has_every_window_once_and_the_next_another_order_and_grid(tmp_path):
     data = corpus(tmp_path, n=20)
-    data.train = np.arange(1003)  # so that a token tells its place
+    data.train, data.vocab_size = np.arange(1003), 1003  # so that a token tells its place
     context, windows = 10, 99
     epochs = [data.batch(1, epoch, windows, context)[0].numpy() for epoch in range(3)]
     for x in epochs:
@@ -125,7 +125,7 @@ def test_evaluation_windows_are_fixed_places_of_the_validation_text(data):
     whole = data.windows(16, 10**9)[:, 1:].reshape(-1)
     assert np.array_equal(whole, data.val[1:len(whole) + 1]) and len(data.val) - 1 - len(whole) < 16
     numbered = Data(data.folder)
-    numbered.val = np.arange(1001)  # so that a token tells its place
+    numbered.val, numbered.vocab_size = np.arange(1001), 1001  # so that a token tells its place
     assert numbered.windows(10, 209)[:, 0].tolist() == [50 * i for i in range(20)], "not spread evenly"
     assert numbered.windows(10, 300)[:, 0].tolist() == [100 * i // 30 * 10 for i in range(30)]
 

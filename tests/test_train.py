@@ -388,7 +388,7 @@ def test_divergence_is_reported_and_leaves_the_last_good_checkpoint(corpus, tmp_
     checkpoints.write(tmp_path / "run/last.pt", checkpoint)
     result = train.train(Config(**settings, out=str(tmp_path / "run")))
     assert result.diverged and not result.stopped and result.sample == ""
-    assert re.search(r"diverged at step 7: .*try a smaller --lr", capsys.readouterr().out)
+    assert re.search(r"diverged at step 7, .*try a smaller --lr", capsys.readouterr().out)
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
     assert result.best_val_loss == good.best_val_loss
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as some
 
 import train
 from configure import KINDS, Config, UserError
-from data import checkpoints, prepare
+from data import alarms, checkpoints, prepare
 from model import GPT
 
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True, "steps": 40,
@@ -71,9 +71,9 @@ def killed_within(name, calls):
 @pytest.mark.parametrize("how", ["any moment", "fsync", "replace"])
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_the_uninterrupted_one(
         corpus, tmp_path, whole, how, request):
-    choose = random.Random(how)
+    choose, kills = random.Random(how), 0
     for trial in range(34 if request.config.getoption("--long") else 3):
-        out, kills = tmp_path / str(trial), 0
+        out = tmp_path / str(trial)
         for _ in range(4):
             calls = choose.randrange(1, 25)
 
@@ -88,12 +88,13 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_the_uninterrupted_on
                 os.kill(child, signal.SIGKILL)
             kills += os.waitpid(child, 0)[1] == signal.SIGKILL
         result = run(corpus | HARD, out=str(out))
-        assert numbers(result) == numbers(whole) and kills
+        assert numbers(result) == numbers(whole)
         assert all(map(torch.equal, result.model.state_dict().values(), whole.model.state_dict().values()))
         assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
         with open(out / "metrics.csv") as file:
             steps = [int(line.split(",")[0]) for line in file.read().splitlines()[1:]]
         assert steps == list(range(41))
+    assert kills > trial
 
 
 class Evil:
@@ -187,6 +188,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(corpus, kept, t
     assert run(corpus | HARD, out=str(out)).val_loss == checkpoints.read(str(kept / "last.pt"))["past"][1]
 
 
+def test_a_run_killed_after_its_first_checkpoint_begins_once(corpus, tmp_path):
+    config = corpus | HARD | {"out": str(tmp_path / "run")}
+    run(config, steps=0)
+    assert [row["step"] for row in run(config, steps=0).history] == [0]
+
+
 def test_a_loss_that_is_no_number_ends_the_run_at_its_step(corpus, tmp_path, monkeypatch, capsys):
     config = corpus | {"steps": 30, "checkpoint_every": 4, "out": str(tmp_path / "run")}
     forward, calls = GPT.forward, []
@@ -198,10 +205,22 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(corpus, tmp_path, mon
 
     monkeypatch.setattr(GPT, "forward", broken)
     result = train.train(Config(**config))
-    assert result.diverged and "diverged at step 11" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert result.diverged and "diverged at step 11, in fp32: train_loss nan, " in said
+    assert "gradient of " in said and "try a smaller --lr" in said
     assert checkpoints.read(str(tmp_path / "run/last.pt"))["step"] == 8
     monkeypatch.undo()
     assert not run(config).diverged
+
+
+def test_a_leap_of_the_loss_is_told_with_the_share_of_clipped_steps():
+    said = []
+    leaps = alarms.Leaps(clip=1.0, say=said.append)
+    for step in range(1, 302):
+        leaps.look({"step": step, "train_loss": 4.0 + 0.1 * math.sin(step) + 3.0 * (step == 250),
+                    "grad_norm": 0.5 + (step % 4 == 0)})
+    assert len(said) == 1 and said[0].startswith("step 250: the loss leaps to 6.")
+    assert "25% were clipped" in said[0]
 
 
 def any_value(name):
