@@ -3,7 +3,6 @@ A config file is plain Python assignments; a run directory stands for the `confi
 
 import ast
 import difflib
-import glob
 import inspect
 import json
 import math
@@ -14,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from operator import add, mul, sub, truediv
+from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
 Count = Annotated[int, lambda x: x >= 1, "a whole number, 1 or more"]
@@ -84,14 +84,14 @@ class Config:
     text_field: Text = "text"  # column that holds the text of .jsonl, .parquet and hub rows
     max_tokens: Count | None = None  # tokens to prepare; None: all
     val_fraction: Fraction = 0.05  # fraction of the documents held out, chosen by a fixed hash of their text
-    data_dir: Text = "data/prepared"  # folder of prepared data sets
-    # Run
-    steps: Whole = 1000  # optimizer steps
     seed: Whole = 0  # of initialization, batches and dropout
+    # Run (what a run that goes on may change; nothing above)
+    steps: Whole = 1000  # optimizer steps
     micro_batch: Count | None = None  # sequences per pass, a divisor of batch; None: the whole batch
     eval_every: Count | None = None  # steps between evaluations; None: at the end only
     eval_tokens: Count = 65536  # validation tokens per evaluation, as many whole windows as fit
     checkpoint_every: Count | None = 500  # steps between checkpoints; None: at the end only
+    data_dir: Text = "data/prepared"  # folder of prepared data sets
     out: Text | None = None  # run directory; None: out/NAME on the command line, none from Python
     device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest there is
     precision: one_of("auto", "bf16", "fp32") = "auto"  # matrix products; auto: bf16 on cuda
@@ -158,13 +158,12 @@ def read(source):
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     try:
         if path != source:
-            with open(path, encoding="utf-8") as file:
-                return {**json.load(file), "out": source}
+            return {**json.loads(Path(path).read_text("utf-8")), "out": source}
         return {name: value for name, value in runpy.run_path(path).items()
                 if name in KINDS or not (name[0] == "_" or inspect.ismodule(value) or callable(value))}
     except (Exception, SystemExit) as error:
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{path}: {what}{hint(path, glob.glob('config/*.py'))}") from None
+        raise UserError(f"{path}: {what}{hint(path, map(str, Path('config').glob('*.py')))}") from None
 
 
 def configure(argv):

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import train
-from configure import KINDS, Config, UserError
-from data import alarms, checkpoints, prepare
+from configure import KINDS, Config, UserError, help_text
+from data import alarms, checkpoints, prepare, runs
 from model import GPT
 
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True, "steps": 40,
@@ -274,3 +274,8 @@ def test_a_checkpoint_says_what_made_it(kept):
     assert checkpoint["versions"]["torch"] == torch.__version__ and "hidden" in checkpoint["table"]
     assert checkpoint["tokens"].keys() == {"train", "val", "tokenizer"}
     assert torch.load(kept / "last.pt", weights_only=True).keys() == checkpoint.keys(), "torch alone reads it"
+
+
+def test_help_groups_what_a_run_that_goes_on_may_change():
+    group = help_text().split("\nRun (what a run that goes on may change")[1]
+    assert {word[2:].split("=")[0] for word in group.split() if word.startswith("--")} == runs.MAY_CHANGE
