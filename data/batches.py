@@ -2,6 +2,7 @@
 
 import functools
 import json
+import mmap
 import os
 
 import numpy as np
@@ -114,6 +115,8 @@ class Data:
             here = epochs == epoch
             starts[here] = phase + order[places[here]].astype(np.int64) * context
         window = self._known(self.train[starts[..., None] + np.arange(context + 1)]).astype(np.int64)
+        if isinstance(self.train.base, mmap.mmap):  # else a long run comes to hold the whole file
+            self.train.base.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(window[..., :-1].copy()), torch.from_numpy(window[..., 1:].copy())
 
     def windows(self, context, eval_tokens):

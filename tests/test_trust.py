@@ -3,6 +3,7 @@
 `pytest --long` does each a hundred or a thousand times.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import time
 
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -156,10 +158,8 @@ def test_a_damaged_prepared_folder_is_refused_or_harmless(corpus, tmp_path, monk
             shutil.copytree(source, "folder")
             with open(os.path.join("folder", name), "wb") as file:
                 file.write(damaged)
-            try:
+            with contextlib.suppress(UserError):  # any other error fails
                 run(config, dataset="folder")
-            except UserError as error:
-                assert "\n" not in str(error)
             shutil.rmtree("folder")
     assert os.listdir() == []
 
@@ -255,8 +255,7 @@ def test_any_settings_are_refused_in_a_line_or_train(corpus, examples):
         seen.append(drawn)
         try:
             result = run(corpus, **drawn, steps=2)
-        except UserError as error:
-            assert "\n" not in str(error)
+        except UserError:
             return
         except (RuntimeError, MemoryError) as error:
             assert "memory" in str(error)
@@ -279,3 +278,19 @@ def test_a_checkpoint_says_what_made_it(kept):
 def test_help_groups_what_a_run_that_goes_on_may_change():
     group = help_text().split("\nRun (what a run that goes on may change")[1]
     assert {word[2:].split("=")[0] for word in group.split() if word.startswith("--")} == runs.MAY_CHANGE
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
+def test_damaged_text_is_refused_or_read_and_leaves_nothing_half_prepared(tmp_path, monkeypatch, name, request):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"row {i} " + "word " * 50 for i in range(100)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    content = (tmp_path / name).read_bytes()
+    for _, damaged in damages(content, 49 if request.config.getoption("--long") else 7):
+        (tmp_path / name).write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            prepare(Config(dataset=name, tokenizer="bytes", data_dir="prepared", val_fraction=0.2))
+        assert not [name for name in os.listdir("prepared") if name[0] == "."]
+    assert set(os.listdir()) == {"a.parquet", "a.jsonl", "a.txt", "prepared"}
