@@ -223,10 +223,9 @@ def train(config, quiet=False):
     vocab_size = config.vocab_size or data.vocab_size
     if vocab_size < data.vocab_size:
         raise UserError(f"vocab_size: got {vocab_size}, takes at least the tokenizer's {data.vocab_size}")
+    machine.check_memory(config, vocab_size, device, 2 if autocast._enabled else 4)
     keep = Run(config, {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}, say)
     machine.keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     model = GPT(replace(config, vocab_size=vocab_size)).to(device)
     result, start, whole = Result(model), 0, parallel(model, config, device)
     optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True,
@@ -300,8 +299,7 @@ def train(config, quiet=False):
                 pending, clock = [], time.perf_counter()
             pending.append(take_step(next(batches), step))
         result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
-        if device.type == "cuda":
-            result.peak_memory = torch.cuda.max_memory_allocated(device)
+        result.peak_memory = machine.peak_memory(device)
         if not (result.stopped or result.diverged):
             result.sample = sample(model, data, config, device)
             keep.write("sample.txt", result.sample + "\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import signal
@@ -98,6 +99,34 @@ def peak_flops(config, device):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak * processes()[1] for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_memory(device):
+    """The most bytes that tensors took on a GPU since the last call, or nan."""
+    if device.type != "cuda":
+        return math.nan
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def check_memory(config, vocab_size, device, size):
+    """Raises UserError when a step needs more memory than there is. Counted is what it needs at the least:
+    weights, gradients and Adam's moments in fp32, and for each token the activations that the backward pass
+    reads, of `size` bytes."""
+    there = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+             else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    world, C = processes()[1], config.width
+    weights = 12 * config.depth * C**2 + (2 - config.tied) * vocab_size * C
+    fixed = 16 * weights / (world if config.shard else 1)
+    row = size * config.context * (12 * config.depth * C + vocab_size)
+    rows = config.micro_batch or config.batch // world
+    if fixed + rows * row > there:
+        fits = [n for n in range(1, rows) if config.batch // world % n == 0 and fixed + n * row <= there]
+        takes = f"--micro_batch={fits[-1]}" if fits else "a smaller model, or --shard=true on several devices"
+        needs, there = (fixed + rows * row) / 2**30, there / 2**30
+        raise UserError(f"micro_batch: {rows} sequences a pass and {weights:,} weights need at least "
+                        f"{needs:,.0f} GiB, {device} has {there:,.0f}; takes {takes}")
 
 
 class Replayed:

@@ -223,6 +223,14 @@ def test_a_leap_of_the_loss_is_told_with_the_share_of_clipped_steps():
     assert "25% were clipped" in said[0]
 
 
+@pytest.mark.parametrize(("change", "takes"), [
+    ({"width": 2**18, "depth": 100}, "a smaller model"), ({"vocab_size": 2**33}, "a smaller model"),
+    ({"vocab_size": 2**20, "batch": 1500}, r"--micro_batch=\d+$")])
+def test_what_cannot_fit_in_memory_is_refused_with_what_would(corpus, change, takes):
+    with pytest.raises(UserError, match=f"^micro_batch: .* need at least .* GiB, .*takes {takes}"):
+        run(corpus, **change)
+
+
 def any_value(name):
     kind, _, words, optional = KINDS[name]
     if kind in (object, bool):
@@ -281,7 +289,7 @@ def test_help_groups_what_a_run_that_goes_on_may_change():
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
-def test_damaged_text_is_refused_or_read_and_leaves_nothing_half_prepared(tmp_path, monkeypatch, name, request):
+def test_damaged_text_is_refused_or_read_and_never_half_prepared(tmp_path, monkeypatch, name, request):
     monkeypatch.chdir(tmp_path)
     texts = [f"row {i} " + "word " * 50 for i in range(100)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "a.parquet")
