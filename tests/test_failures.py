@@ -54,7 +54,7 @@ FAILURES = {
     "vocabulary below the tokenizer's": ("--vocab_size=100", "vocab_size: got 100, takes at least .* 257"),
     "seed that no generator takes": ("--seed=2**70", "seed: got "),
     "seed that no generator takes with dropout": ("--seed=2**63 --dropout=0.1", "seed: got "),
-    "model larger than memory": ("--width=2**40", "micro_batch: .* weights need at least .* takes a smaller model"),
+    "model larger than memory": ("--width=2**40", "micro_batch: .* need at least .*takes a smaller model"),
     "batch larger than the text": ("--batch=100000", "batch: got 100000 .*takes --batch="),
     "context longer than the text": ("--context=10**7", "batch: got 4 at context=10000000"),
     "context longer than the validation text": (
