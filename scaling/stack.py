@@ -15,7 +15,7 @@ from configure import UserError
 from data import Data, machine, prepare
 from data.feed import feed
 from model import GPT
-from train import Result, evaluate, pick_device, pick_graph, schedule
+from train import Result, evaluate, pick_device, pick_graph, schedule, without
 
 # What stacked configurations may differ in; the others are sizes, or do not change the numbers.
 MAY_DIFFER = set("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
@@ -71,6 +71,17 @@ class Adam:
         return norm_K
 
 
+def stacked_step(model, adam, params, buffers, batch, factor_K):
+    """One optimizer step of all models, in place: (losses, gradient norms), both (K,). batch: (2, B, T) for
+    all, or (2, K, B, T). It closes over nothing, so that its compiled code serves every stack of a shape."""
+    def loss_of(params, buffers, tokens_BT, targets_BT):
+        return functional_call(model, (params, buffers), (tokens_BT, targets_BT))
+
+    text = 0 if batch.dim() == 4 else None
+    grads, losses_K = vmap(grad_and_value(loss_of), (0, 0, text, text))(params, buffers, *batch)
+    return torch.stack((losses_K, adam.step(params, grads, factor_K)))
+
+
 def train_stacked(configs):
     """The Results of train(config) for each of `configs`, trained together. Raises UserError."""
     check(configs)
@@ -79,35 +90,26 @@ def train_stacked(configs):
     device, autocast = pick_device(config)
     data = Data(prepare(config))
     data.check(config.context, config.batch)
-    machine.keep_freed_memory()
     vocab_size = config.vocab_size or data.vocab_size
     models = [GPT(replace(config, vocab_size=vocab_size)).to(device) for config in configs]
     params, buffers = stack_module_state(models)
     params = {name: p.detach() for name, p in params.items()}
     adam, one_text = Adam(models, params), len({config.seed for config in configs}) == 1
-    in_dims = (0, 0, None, None) if one_text else (0, 0, 0, 0)
-
-    def loss_of(params, buffers, tokens_BT, targets_BT):
-        return functional_call(models[0], (params, buffers), (tokens_BT, targets_BT))
-
-    def plain(batch, factor_K):
-        with autocast:
-            grads, losses_K = vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
-        return torch.stack((losses_K, adam.step(params, grads, factor_K)))
-
-    fast = torch.compile(plain, dynamic=False) if device.type == "cuda" and config.compile else plain
+    compiled = config.compile and (config.compile != "auto" or device.type == "cuda")
+    fast = torch.compile(stacked_step, dynamic=False) if compiled else stacked_step
     factors = torch.tensor([[schedule(config, step) for config in configs] for step in range(config.steps)])
     factors, factor_K = factors.to(device), torch.zeros(len(configs), device=device)
 
-    def fails(error):
-        if config.graph is True:
-            raise UserError(f"graph: fails here ({error}); takes false")
+    def step(batch):
+        with autocast:
+            return fast(models[0], adam, params, buffers, batch, factor_K)
 
-    take_step = machine.Replayed(lambda batch: fast(batch, factor_K), pick_graph(config, device), fails)
+    graph = pick_graph(config, device)
+    take_step = machine.Replayed(step, graph, lambda error: without("graph", config, error, print))
     feeds = [feed(data, config, device, 0) for config in configs[:1 if one_text else None]]
     numbers = []
-    for step in range(config.steps):
-        factor_K.copy_(factors[step])
+    for factors_K in factors:
+        factor_K.copy_(factors_K)
         batch = [next(each)[:, 0] for each in feeds]
         numbers.append(take_step(batch[0] if one_text else torch.stack(batch, 1)))
     numbers = torch.stack(numbers).cpu() if numbers else torch.zeros(0, 2, len(configs))
