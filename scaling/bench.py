@@ -7,8 +7,9 @@ their range), milliseconds a step, the share of the device's peak (MFU), memory,
 import time
 from dataclasses import replace
 
-from configure import command, configure
+from configure import UserError, command, configure
 from data import machine
+from scaling.words import words_of
 from train import train
 
 SECONDS = 8  # of steps that are timed
@@ -35,7 +36,10 @@ def bench(config):
 
 
 def main(argv):
-    config = configure(argv)
+    words, axes = words_of(argv, {}, __doc__)
+    if axes:
+        raise UserError(f"bench: got {', '.join(axes)} without dashes, takes --name=value")
+    config = configure(words)
     machine.join()
     numbers = bench(config)
     if machine.processes()[0] == 0:

@@ -23,7 +23,7 @@ from data import Data, prepare
 from model import GPT, multipliers
 from scaling import figures
 from scaling.fits import power_law
-from scaling.sweep import values, words_of
+from scaling.words import values, words_of
 from train import Step, pick_device
 
 BOUND = 0.15  # of a power. Finite sizes leave up to 0.12 under μP; a wrong exponent leaves 0.4 or more
@@ -104,12 +104,12 @@ def coordinate_check(config, axis="width", rungs=(64, 128, 256, 512), steps=5, s
 
 def main(argv):
     own = {"widths": "", "depths": "", "steps": 5, "seeds": 3, "out": "out/coordinate_check"}
-    words, axes = words_of(argv, own)
+    words, axes = words_of(argv, own, __doc__)
     config = configure(words)
     axis = "depth" if own["depths"] else "width"
     rungs = values(axis, own[f"{axis}s"] or "64,128,256,512")
-    if axes or not own["steps"] or own["seeds"] < 2 or len(rungs) < 2:
-        raise UserError("coordinate_check: takes --widths or --depths (2 or more), --steps (1), --seeds (2)")
+    if axes or own["seeds"] < 2 or len(rungs) < 2:
+        raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
     checked = {name: coordinate_check(replace(config, parametrization=name), axis, rungs, own["steps"],
                                       own["seeds"])
                for name in dict.fromkeys((config.parametrization, "mup", "sp"))}

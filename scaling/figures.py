@@ -28,10 +28,14 @@ def draw(report, folder):
     paths = []
     for name, picture in {"transfer": transfer, "size": size, "curves": curves}.items():
         figure = picture(report, pyplot)
-        paths.append(os.path.join(folder, f"{name}.png"))
-        figure.savefig(paths[-1], bbox_inches="tight")
-        pyplot.close(figure)
+        paths.append(keep(figure, os.path.join(folder, f"{name}.png"), pyplot))
     return paths
+
+
+def keep(figure, path, pyplot):
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
 
 
 def panels(report, pyplot, **shared):
@@ -86,7 +90,7 @@ def size(report, pyplot):
         for ax, unit in zip(axes, ("parameters", "flops"), strict=True):
             x, y = ([rung[key] for rung in ladder["rungs"]] for key in (unit, "loss"))
             label = TITLES.get(name, name)
-            if len(x) > 2:
+            if len(set(x)) > 2:
                 exponent, error, factor = fits.power_law(x, y)
                 label += f": {factor:.3g} x^({exponent:.3f} ± {error:.3f})"
                 ax.plot(x, factor * np.array(x) ** exponent, "--", color=colour, linewidth=1)
@@ -125,7 +129,4 @@ def coordinates(checked, axis, rungs, steps, folder):
         ax.minorticks_off()
     axes[0].set_ylabel(f"mean |change| of a layer's output, {steps} steps")
     axes[-1].legend(fontsize=10, **BESIDE)
-    path = os.path.join(folder, f"{axis}.png")
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+    return keep(figure, os.path.join(folder, f"{axis}.png"), pyplot)

@@ -14,8 +14,8 @@ from configure import UserError, command
 from data.checkpoints import write
 from scaling import figures
 from scaling.fits import interval, mean_losses, optimum, regret, slope
-from scaling.sweep import words_of
 from scaling.trials import read
+from scaling.words import words_of
 
 AXES = ("width", "depth", "batch", "context", "steps")
 DRAWS = 1000
@@ -82,8 +82,9 @@ def text(report):
     """The report, for people."""
     axis, lines = report["axis"], []
     for name, ladder in report["ladders"].items():
-        lines += [f"{name}: best log2 {report['swept']} moves {ladder['drift']:+.3f} octaves for each "
-                  f"doubling of {axis} {span(ladder['drift_interval'])}, {ladder['seeds']} seeds",
+        drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
+        lines += [f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {axis}, "
+                  f"{span(ladder['drift_interval'])}, {ladder['seeds']} seeds",
                   f"{axis:>10}{'parameters':>14}{'best log2':>12}{'interval':>20}{'loss':>9}{'regret':>9}"]
         for rung in ladder["rungs"]:
             at = "at the edge" if rung["edge"] else f"{rung['log2_best']:.2f}"
@@ -95,7 +96,7 @@ def text(report):
 
 def main(argv):
     own = {"to": ""}
-    folders, axes = words_of(argv, own)
+    folders, axes = words_of(argv, own, __doc__)
     if not folders or axes or any(word.startswith("-") for word in folders):
         raise UserError("report: takes folders of trials.csv, and --to=DIR")
     if not (rows := [row for folder in folders for row in read(folder)]):

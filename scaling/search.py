@@ -19,7 +19,8 @@ from data import Data, prepare
 from data.checkpoints import write
 from model import GPT
 from scaling.stack import MAY_DIFFER
-from scaling.sweep import run, trials, words_of
+from scaling.sweep import run, trials
+from scaling.words import words_of
 
 SPACE = {  # setting: values, all as likely
     "lr": [2 ** (-i / 2) for i in range(12, 21)],
@@ -90,13 +91,10 @@ def flops(config):
 
 def main(argv):
     own = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE), "target": ""}
-    words, axes = words_of(argv, own)
+    words, axes = words_of(argv, own, __doc__)
     config, names = configure(words), own["space"].split(",")
     if axes or not {*names} <= {*SPACE}:
         raise UserError(f"space: got {', '.join([*axes, *names])}, takes some of {', '.join(SPACE)}")
-    for name in ("trials", "seeds", "stack"):
-        if not own[name]:
-            raise UserError(f"{name}: got 0, takes a whole number, 1 or more")
     # the target trains on the proxy's data, for as long, unless its file says otherwise
     target = configure([*words, own["target"]]) if own["target"] else None
     space = {name: SPACE[name] for name in names}

@@ -8,7 +8,6 @@ share the trials. --stack=K trains K trials of one shape at once (scaling/stack.
 """
 
 import json
-import math
 import os
 import time
 from dataclasses import asdict, replace
@@ -16,27 +15,11 @@ from itertools import product
 
 from tqdm import tqdm
 
-from configure import UserError, check, command, configure, parse
+from configure import UserError, command, configure
 from scaling.stack import MAY_DIFFER, train_stacked
 from scaling.trials import append, identity, read, row_of
+from scaling.words import values, words_of
 from train import train
-
-
-def values(name, text):
-    """The values that `text` lists for the setting `name`. Raises UserError."""
-    found = []
-    for item in text.split(","):
-        ends, _, density = item.partition(":")
-        low, dots, high = (parse(name, end) for end in ends.partition(".."))
-        if not dots:
-            found.append(check(name, parse(name, item)))
-            continue
-        density = parse("lr", density or "1")
-        if not all(type(x) in (int, float) and x > 0 for x in (low, high, density)) or low > high:
-            raise UserError(f"{name}: got {item!r}, takes LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0")
-        count = math.floor(density * math.log2(high / low) + 1e-6)
-        found += [check(name, low * 2 ** (i / density)) for i in range(count + 1)]
-    return found
 
 
 def trials(config, axes):
@@ -65,7 +48,10 @@ def run(configs, folder, stack=1):
     """Train those of `configs` that have no row in `folder`. Returns the rows of all that have one then, in
     order; under torchrun a process trains its share. Raises KeyboardInterrupt when a signal stops it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: cannot write {folder}: {error.strerror}") from None
     done = {row["config"] for row in read(folder)}
     left = grouped([config for config in configs if identity(config) not in done], stack)[rank::world]
     ended = len(configs) - sum(map(len, left))
@@ -89,25 +75,11 @@ def run(configs, folder, stack=1):
     return [rows[identity(config)] for config in configs if identity(config) in rows]
 
 
-def words_of(argv, own):
-    """(words for configure, {name: text} of NAME=VALUES words); `own` takes the --name=value it has."""
-    words, axes = [], {}
-    for word in argv:
-        name, equals, text = word.lstrip("-").partition("=")
-        if equals and word.startswith("--") and name in own:
-            own[name] = check("steps", parse("steps", text)) if type(own[name]) is int else text
-        elif equals and not word.startswith("-"):
-            axes[name] = text
-        else:
-            words.append(word)
-    return words, axes
-
-
 def main(argv):
     own = {"out": "out/sweep", "stack": 1}
-    words, axes = words_of(argv, own)
-    if not axes or not own["stack"]:
-        raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5; --stack from 1")
+    words, axes = words_of(argv, own, __doc__)
+    if not axes:
+        raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
     axes = {name: values(name, text) for name, text in axes.items()}
     try:
         rows = run(trials(configure(words), axes), own["out"], own["stack"])

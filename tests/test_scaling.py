@@ -12,7 +12,7 @@ import torch
 
 import model
 from configure import Config, UserError, configure
-from scaling import sweep
+from scaling import sweep, words
 from scaling.bench import bench
 from scaling.coordinate_check import coordinate_check
 from scaling.report import analyse, text
@@ -86,14 +86,14 @@ def test_the_benchmark_measures_a_run(corpus, monkeypatch):
 
 
 def test_values_are_lists_ranges_and_settings(capsys):
-    assert sweep.values("lr", "2**-3..1:2") == pytest.approx([2 ** (-3 + i / 2) for i in range(7)])
-    assert sweep.values("width", "64..512") == [64, 128, 256, 512]
-    assert sweep.values("seed", "0,3,1") == [0, 3, 1] and sweep.values("batch", "8..20") == [8, 16]
-    assert sweep.values("tied", "true,false") == [True, False]
+    assert words.values("lr", "2**-3..1:2") == pytest.approx([2 ** (-3 + i / 2) for i in range(7)])
+    assert words.values("width", "64..512") == [64, 128, 256, 512]
+    assert words.values("seed", "0,3,1") == [0, 3, 1] and words.values("batch", "8..20") == [8, 16]
+    assert words.values("tied", "true,false") == [True, False]
     wrong = {"lr": "1..0.5", "width": "64,x", "widht": "3", "eps": "0..1", "batch": "8..9:x"}
     for name, bad in wrong.items():
         with pytest.raises(UserError, match=f"^{name}: "):
-            sweep.values(name, bad)
+            words.values(name, bad)
 
 
 AXES = {"lr": [2**-8, 2**-6], "width": [32, 64], "seed": [0, 1]}
@@ -125,9 +125,9 @@ def test_a_trial_that_fails_or_diverges_is_a_row_and_the_others_go_on(corpus, tm
 
 
 def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
-    words = [f"--{name}={value}" for name, value in (corpus | {"steps": 40}).items()]
-    words += ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
-    command = [sys.executable, "-m", "scaling.sweep", *words]
+    line = [f"--{name}={value}" for name, value in (corpus | {"steps": 40}).items()]
+    line += ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "scaling.sweep", *line]
     kept = 0
     for _ in range(2):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
