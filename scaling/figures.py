@@ -70,10 +70,8 @@ def transfer(report, pyplot):
         for rung in ladder["rungs"]:
             colour = shades(report)[rung[axis]]
             x = np.log2([float(value) for value in rung["losses"]])
-            seeds = [[loss if np.isfinite(loss) else np.nan for loss in by.values()]
-                     for by in rung["losses"].values()]
-            mean = [np.mean(losses) for losses in seeds]
-            ax.plot(x, mean, "o-", color=colour, markersize=4)
+            seeds = [[y if np.isfinite(y) else np.nan for y in by.values()] for by in rung["losses"].values()]
+            ax.plot(x, [np.mean(losses) for losses in seeds], "o-", color=colour, markersize=4)
             ax.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=colour, alpha=0.2)
             if not rung["edge"]:
                 ax.plot(rung["log2_best"], rung["loss"], "*", color=colour, markersize=13, mec="k")
