@@ -81,6 +81,19 @@ def plain_logits(model, tokens_BT, branch, logits, attention):
     return logits * norm(x, "final_norm") @ readout.T
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """A list of the graphs that torch.compile compiles from now on, without making machine code of them."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
+    return graphs
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Settings of a tiny run: 40 generated documents as bytes, in a folder of their own."""

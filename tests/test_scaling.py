@@ -48,14 +48,7 @@ def test_stacked_models_are_those_trained_alone(corpus, seeds, where):
             assert torch.allclose(a, b, atol=1e-3 if where == "cpu" else 0.1)
 
 
-def test_another_stack_of_a_shape_compiles_nothing(corpus, monkeypatch):
-    compiled, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
+def test_another_stack_of_a_shape_compiles_nothing(corpus, compiled):
     for k in range(3):
         train_stacked([Config(**corpus | settings | {"compile": "model", "seed": k + i, "eps": 10.0**-k})
                        for i, settings in enumerate(MIXED[:2])])

@@ -576,14 +576,7 @@ def test_a_capture_that_fails_is_said_and_the_run_goes_on_without(corpus, monkey
         run(settings, graph=True)
 
 
-def test_another_trial_of_a_shape_compiles_nothing_whatever_its_tuned_settings(corpus, monkeypatch):
-    compiled, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
+def test_another_trial_of_a_shape_compiles_nothing_whatever_its_tuned_settings(corpus, compiled):
     settings = corpus | {"compile": "blocks", "steps": 2}
     run(settings)
     assert len(compiled) == 3, "embed, one block for all, read_out"
