@@ -28,15 +28,19 @@ class Leaps:
     """Tells of losses far above those before them. `say` gets the line, `clip` is the setting grad_clip."""
 
     def __init__(self, clip, say):
-        self.recent, self.clip, self.say = deque(maxlen=SPAN), clip or math.inf, say
+        self.recent, self.clip, self.say = deque(), clip or math.inf, say
+        self.sum = self.squares = 0.0  # of the recent losses: kept, as every step looks
 
     def look(self, row):
         loss, norm = row["train_loss"], row["grad_norm"]
         if len(self.recent) == SPAN:
-            mean = sum(old for old, _ in self.recent) / SPAN
-            deviation = math.sqrt(sum((old - mean) ** 2 for old, _ in self.recent) / SPAN)
+            mean = self.sum / SPAN
+            deviation = math.sqrt(max(0.0, self.squares / SPAN - mean**2))
             if loss > mean + 8 * deviation:
                 clipped = sum(old > self.clip for _, old in self.recent)
                 self.say(f"step {row['step']:,}: the loss leaps to {loss:.3f}, from {mean:.3f} over {SPAN} "
                          f"steps, of which {clipped / SPAN:.0%} were clipped")
+            old, _ = self.recent.popleft()
+            self.sum, self.squares = self.sum - old, self.squares - old**2
         self.recent.append((loss, norm))
+        self.sum, self.squares = self.sum + loss, self.squares + loss**2
