@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configure import UserError, command, configure
-from data import Data, alarms, machine, prepare
-from data.feed import feed
-from data.machine import agree, pick_device, processes
+from data import Data, alarms, devices, prepare
+from data.devices import pick_device
+from data.feed import feed, sized
+from data.processes import agree, first_here, join, processes, signals_caught
 from data.runs import Run
 from model import GPT, role_of
 
@@ -162,7 +163,7 @@ class Step:
 
     def __init__(self, model, optimizer, config, autocast, graph=False, say=print):
         self.optimizer, self.config = optimizer, config
-        self.run = machine.Replayed(functools.partial(plain_step, model, optimizer, config, autocast), graph,
+        self.run = devices.Replayed(functools.partial(plain_step, model, optimizer, config, autocast), graph,
                                     lambda error: without("graph", config, error, say))
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         if graph:  # tensors, which a replay reads
@@ -216,17 +217,15 @@ def train(config, quiet=False):
     say = (lambda text: None) if quiet else tqdm.write
     device, autocast = pick_device(config)
     graph = pick_graph(config, device)
-    with machine.first_here():
+    with first_here():
         data = Data(prepare(config))
     data.check(config.context, config.batch)
     data.windows(config.context, config.eval_tokens)  # refused now, rather than at the first evaluation
-    vocab_size = config.vocab_size or data.vocab_size
-    if vocab_size < data.vocab_size:
-        raise UserError(f"vocab_size: got {vocab_size}, takes at least the tokenizer's {data.vocab_size}")
-    machine.check_memory(config, vocab_size, device, 2 if autocast._enabled else 4)
+    shape = sized(config, data)
+    devices.check_memory(shape, device, 2 if autocast._enabled else 4)
     keep = Run(config, {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}, say)
-    machine.keep_freed_memory()
-    model = GPT(replace(config, vocab_size=vocab_size)).to(device)
+    devices.keep_freed_memory()
+    model = GPT(shape).to(device)
     result, start, whole = Result(model), 0, parallel(model, config, device)
     optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True,
                                   capturable=graph)
@@ -237,14 +236,14 @@ def train(config, quiet=False):
     batches = feed(data, config, device, start)
     keep.open(model.table(), result.history)
     per_step, flops = config.batch * config.context, model.flops_per_token()
-    peak, parts = machine.peak_flops(config, device), []
+    peak, parts = devices.peak_flops(config, device), []
     say(f"{data.folder}: {len(data.train):,} training tokens, vocabulary {data.vocab_size:,}\n"
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{', bf16' * autocast._enabled}"
         f"{', one CUDA graph a step' * graph}; {config.steps:,} steps of "
         f"{per_step:,} tokens: {config.steps * per_step / len(data.train):.2f} epochs, "
         f"{flops * per_step * config.steps:.2e} FLOPs\n{model.table()}")
     with (contextlib.closing(keep), compiled(model, whole, config, device, autocast, say),
-          machine.signals_caught() as caught,
+          signals_caught() as caught,
           tqdm(total=config.steps, initial=start, disable=quiet) as bar):
         take_step = Step(whole, optimizer, config, autocast, graph, say)
         pending, speeds, leaps, clock = [], [], alarms.Leaps(config.grad_clip, say), time.perf_counter()
@@ -299,7 +298,7 @@ def train(config, quiet=False):
                 pending, clock = [], time.perf_counter()
             pending.append(take_step(next(batches), step))
         result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
-        result.peak_memory = machine.peak_memory(device)
+        result.peak_memory = devices.peak_memory(device)
         if not (result.stopped or result.diverged):
             result.sample = sample(model, data, config, device)
             keep.write("sample.txt", result.sample + "\n")
@@ -312,7 +311,7 @@ def main(argv):
         stem = [os.path.basename(word)[:-3] for word in ["run.py", *argv] if word.endswith(".py")][-1]
         config = replace(config, out=next(name for i in range(1, 10**6) if not os.path.exists(
             name := f"out/{stem}" + f"-{i}" * (i > 1))))
-    machine.join()  # after all have chosen the same name
+    join()  # after all have chosen the same name
     say = print if processes()[0] == 0 else (lambda text: None)
     try:
         result = train(config)

@@ -1,7 +1,8 @@
 """Text to tokens to batches.
 
 sources and documents read text, encodings are the tokenizers, tokens writes token files, folders keeps
-them whole, batches reads them; prepare is the command line.
+them whole, vocabulary and batches read them, feed brings them to the device; prepare is the command line.
+What a run needs of the machine and keeps on it: processes, devices, runs, checkpoints, alarms.
 """
 
 from data.batches import Data

@@ -62,6 +62,17 @@ def read(path):
         raise UserError(f"{path}: is damaged: {' '.join(str(error).split())[:120]}") from None
 
 
+def newest(paths, say):
+    """(path, checkpoint) of the first of `paths` that is whole. Raises UserError when none is."""
+    for path in paths:
+        try:
+            return path, read(path)
+        except UserError as error:
+            if path == paths[-1]:
+                raise
+            say(f"{error}; going back to {paths[-1]}")
+
+
 def whole(tensor):
     """A copy of `tensor` on the CPU; of one that is cut over processes, all of it. All of them must call."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()

@@ -1,11 +1,20 @@
-"""Batches, on the device before it asks for them."""
+"""What a run takes of its data: the size of the vocabulary, and batches before the device asks for them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from configure import UserError
-from data.machine import processes
+from data.processes import processes
+
+
+def sized(config, data):
+    """`config` with the rows of embedding and readout that its model has. Raises UserError."""
+    size = config.vocab_size or data.vocab_size
+    if size < data.vocab_size:
+        raise UserError(f"vocab_size: got {size}, takes at least the tokenizer's {data.vocab_size}")
+    return replace(config, vocab_size=size)
 
 
 def feed(data, config, device, start):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from configure import UserError
-from data.checkpoints import fill, read, whole, write
-from data.machine import processes
+from data.checkpoints import fill, newest, whole, write
+from data.processes import processes
 
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
@@ -48,16 +48,9 @@ class Run:
     def load(self, model, optimizer):
         """The newest checkpoint that is whole, loaded into model and optimizer, or None. Raises UserError."""
         there = [path for path in map(self.path, ("last.pt", "previous.pt")) if os.path.exists(path)]
-        for path in there if self.config.out else ():
-            try:
-                checkpoint = read(path)
-                break
-            except UserError as error:
-                if path == there[-1]:
-                    raise
-                self.say(f"{error}; going back to {there[-1]}")
-        else:
+        if not there or not self.config.out:
             return None
+        path, checkpoint = newest(there, self.say)
         settings, tokens, step = (checkpoint[name] for name in ("config", "tokens", "step"))
         for name, value in asdict(self.config).items():
             if name not in MAY_CHANGE and settings.get(name) != value:

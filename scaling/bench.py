@@ -8,7 +8,8 @@ import time
 from dataclasses import replace
 
 from configure import UserError, command, configure
-from data import machine
+from data.devices import peak_flops, pick_device
+from data.processes import join, processes
 from scaling.words import words_of
 from train import train
 
@@ -25,8 +26,8 @@ def bench(config):
     per_step = config.batch * config.context
     rough = train(replace(config, steps=13), quiet=True).tokens_per_second
     result = train(replace(config, steps=13 + int(SECONDS * rough / per_step)), quiet=True)
-    device = machine.pick_device(config)[0]
-    peak, speed = machine.peak_flops(config, device), result.tokens_per_second
+    device = pick_device(config)[0]
+    peak, speed = peak_flops(config, device), result.tokens_per_second
     windows = sorted({row["tokens_per_second"] for row in result.history[3:-1]})
     return {"tokens/s": f"{speed:,.0f}", "from": f"{windows[0]:,}", "to": f"{windows[-1]:,}",
             "ms/step": f"{1000 * per_step / speed:.2f}",
@@ -40,9 +41,9 @@ def main(argv):
     if axes:
         raise UserError(f"bench: got {', '.join(axes)} without dashes, takes --name=value")
     config = configure(words)
-    machine.join()
+    join()
     numbers = bench(config)
-    if machine.processes()[0] == 0:
+    if processes()[0] == 0:
         print("".join(f"{name:>15}" for name in numbers))
         print("".join(f"{number:>15}" for number in numbers.values()))
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from configure import UserError, command, configure
 from data import Data, prepare
+from data.feed import sized
 from model import GPT, multipliers
 from scaling import figures
 from scaling.fits import power_law
@@ -59,8 +60,7 @@ def outputs(model, tokens_BT):
 def sizes(config, data, steps):
     """{(layer, when): mean |output| at initialization, then mean |change| after each step} of one run."""
     device, autocast = pick_device(config)
-    config = replace(config, vocab_size=config.vocab_size or data.vocab_size)
-    model = GPT(config).to(device)
+    model = GPT(sized(config, data)).to(device)
     optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True)
     take_step = Step(model, optimizer, config, autocast)
     batches = [torch.stack(data.batch(config.seed, step, config.batch, config.context)).to(device)

@@ -17,6 +17,7 @@ import torch
 from configure import UserError, command, configure
 from data import Data, prepare
 from data.checkpoints import write
+from data.feed import sized
 from model import GPT
 from scaling.stack import MAY_DIFFER
 from scaling.sweep import run, trials
@@ -83,9 +84,9 @@ def best_file(config, rows, count):
 
 def flops(config):
     """Training FLOPs of a configuration, of a model without weights."""
-    vocab_size = config.vocab_size or Data(prepare(config)).vocab_size
+    shape = sized(config, Data(prepare(config)))
     with torch.device("meta"):
-        per_token = GPT(replace(config, vocab_size=vocab_size)).flops_per_token()
+        per_token = GPT(shape).flops_per_token()
     return per_token * config.batch * config.context * config.steps
 
 

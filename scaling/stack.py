@@ -6,14 +6,14 @@ model at a time, but for rounding. What they share is every size: shape, batch, 
 
 import math
 import warnings
-from dataclasses import replace
 
 import torch
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from configure import UserError
-from data import Data, machine, prepare
-from data.feed import feed
+from data import Data, prepare
+from data.devices import Replayed
+from data.feed import feed, sized
 from model import GPT
 from train import Result, evaluate, pick_device, pick_graph, schedule, without
 
@@ -90,8 +90,7 @@ def train_stacked(configs):
     device, autocast = pick_device(config)
     data = Data(prepare(config))
     data.check(config.context, config.batch)
-    vocab_size = config.vocab_size or data.vocab_size
-    models = [GPT(replace(config, vocab_size=vocab_size)).to(device) for config in configs]
+    models = [GPT(sized(config, data)).to(device) for config in configs]
     params, buffers = stack_module_state(models)
     params = {name: p.detach() for name, p in params.items()}
     adam, one_text = Adam(models, params), len({config.seed for config in configs}) == 1
@@ -105,7 +104,7 @@ def train_stacked(configs):
             return fast(models[0], adam, params, buffers, batch, factor_K)
 
     graph = pick_graph(config, device)
-    take_step = machine.Replayed(step, graph, lambda error: without("graph", config, error, print))
+    take_step = Replayed(step, graph, lambda error: without("graph", config, error, print))
     feeds = [feed(data, config, device, 0) for config in configs[:1 if one_text else None]]
     numbers = []
     for factors_K in factors:
