@@ -17,7 +17,7 @@ from scaling.fits import interval, mean_losses, optimum, regret, slope
 from scaling.trials import read
 from scaling.words import words_of
 
-AXES = ("width", "depth", "batch", "context", "steps")
+AXES = ("width", "depth", "context", "batch", "steps")
 DRAWS = 1000
 
 
@@ -26,6 +26,8 @@ def choose(rows):
     configs = [json.loads(row["config"]) for row in rows]
     varied = [name for name in configs[0] if len({json.dumps(c.get(name)) for c in configs}) > 1]
     axes = [name for name in AXES if name in varied]
+    if axes and len({tuple(map(c.get, axes)) for c in configs}) == len({c[axes[0]] for c in configs}):
+        axes = axes[:1]  # the others follow it, as --hold has them
     swept = [name for name in varied if name not in (*AXES, "seed", "parametrization")
              and all(type(c[name]) in (int, float) for c in configs)]
     swept = ["lr"] if "lr" in swept else swept

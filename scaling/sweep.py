@@ -2,9 +2,11 @@
 
     python -m scaling.sweep CONFIG width=64,128 lr=2**-10..2**-5 [--out=DIR] [--stack=K] [--name=value]
 
-Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values to each doubling. A
-trial that diverges or fails is a row too. Interrupted, the same command goes on. Under torchrun the processes
-share the trials. --stack=K trains K trials of one shape at once (scaling/stack.py).
+Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values to each doubling.
+Held are all settings not named, and so the number of steps; --hold=tokens gives every trial the tokens of
+CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that diverges or fails
+is a row too. Interrupted, the same command goes on. Under torchrun the processes share the trials. --stack=K
+trains K trials of one shape at once (scaling/stack.py).
 """
 
 import json
@@ -21,11 +23,22 @@ from scaling.trials import append, identity, read, row_of
 from scaling.words import values, words_of
 from train import train
 
+HOLDS = {"steps": None, "tokens": "steps", "step_tokens": "batch"}  # what is held: the setting that gives way
 
-def trials(config, axes):
-    """The Configs of all combinations of `axes`, {setting: values}. Raises UserError."""
+
+def trials(config, axes, hold="steps"):
+    """The Configs of all combinations of `axes`, {setting: values}; `hold`, of HOLDS. Raises UserError."""
     config = replace(config, eval_every=None, checkpoint_every=None, out=None, sample_tokens=0, wandb=False)
-    return [replace(config, **dict(zip(axes, chosen, strict=True))) for chosen in product(*axes.values())]
+    if hold not in HOLDS or HOLDS[hold] in axes:
+        raise UserError(f"hold: got {hold}, takes {', '.join(HOLDS)}, and an axis that it does not change")
+    found = []
+    for chosen in product(*axes.values()):
+        trial = replace(config, **dict(zip(axes, chosen, strict=True)))
+        if given := HOLDS[hold]:
+            share = config.batch * config.context / (trial.batch * trial.context)
+            trial = replace(trial, **{given: round(getattr(config, given) * share)})
+        found.append(trial)
+    return found
 
 
 def work(config):
@@ -53,8 +66,10 @@ def run(configs, folder, stack=1):
     except OSError as error:
         raise UserError(f"out: cannot write {folder}: {error.strerror}") from None
     done = {row["config"] for row in read(folder)}
-    left = grouped([config for config in configs if identity(config) not in done], stack)[rank::world]
-    ended = len(configs) - sum(map(len, left))
+    mine = grouped(configs, stack)[rank::world]  # the same on every process, whatever the others have done
+    left = [[config for config in group if identity(config) not in done] for group in mine]
+    left, share = [group for group in left if group], sum(map(len, mine))
+    ended = share - sum(map(len, left))
     with tqdm(total=sum(work(config) for group in left for config in group), disable=rank > 0,
               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         for group in left:
@@ -70,19 +85,19 @@ def run(configs, folder, stack=1):
             append(os.path.join(folder, f"trials-{rank}.csv" if rank else "trials.csv"), rows)
             bar.update(sum(map(work, group)))
             ended += len(group)
-            bar.set_postfix_str(f" {ended} of {len(configs)}")
+            bar.set_postfix_str(f" {ended} of {share}")
     rows = {row["config"]: row for row in read(folder)}
     return [rows[identity(config)] for config in configs if identity(config) in rows]
 
 
 def main(argv):
-    own = {"out": "out/sweep", "stack": 1}
+    own = {"out": "out/sweep", "stack": 1, "hold": "steps"}
     words, axes = words_of(argv, own, __doc__)
     if not axes:
         raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
     axes = {name: values(name, text) for name, text in axes.items()}
     try:
-        rows = run(trials(configure(words), axes), own["out"], own["stack"])
+        rows = run(trials(configure(words), axes, own["hold"]), own["out"], own["stack"])
     except KeyboardInterrupt:
         print(f"{own['out']}: stopped; the same command goes on")
         return 130

@@ -1,6 +1,7 @@
 """What builds on the trainer: many models at once, and speed measured."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -89,7 +90,40 @@ def test_values_are_lists_ranges_and_settings(capsys):
             words.values(name, bad)
 
 
+def test_a_sweep_holds_what_it_is_told_to_hold():
+    config = Config(batch=32, context=64, steps=600)
+
+    def shapes(hold, **axes):
+        return [(trial.batch, trial.context, trial.steps) for trial in sweep.trials(config, axes, hold)]
+
+    assert shapes("steps", batch=[8, 64]) == [(8, 64, 600), (64, 64, 600)]
+    assert shapes("tokens", batch=[8, 64]) == [(8, 64, 2400), (64, 64, 300)]
+    assert shapes("step_tokens", context=[32, 256]) == [(64, 32, 600), (8, 256, 600)]
+    for hold, axis in {"tokens": "steps", "step_tokens": "batch", "width": "lr"}.items():
+        with pytest.raises(UserError, match=f"^hold: got {hold}, takes"):
+            sweep.trials(config, {axis: [1]}, hold)
+
+
 AXES = {"lr": [2**-8, 2**-6], "width": [32, 64], "seed": [0, 1]}
+
+
+def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path, monkeypatch):
+    configs = sweep.trials(Config(**corpus), AXES)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 0, 1):  # one after another: what is done already must not shift the shares
+        monkeypatch.setenv("RANK", str(rank))
+        rows = sweep.run(configs, str(tmp_path))
+    assert len(rows) == len(read(tmp_path)) == 8
+
+
+def test_a_sweep_goes_on_when_config_has_gained_a_setting(corpus, tmp_path, monkeypatch):
+    configs = sweep.trials(Config(**corpus), {"seed": [0]})
+    rows = sweep.run(configs, str(tmp_path))
+    text = (tmp_path / "trials.csv").read_text()
+    assert '""base_batch"": null, ' in text
+    (tmp_path / "trials.csv").write_text(text.replace('""base_batch"": null, ', ""))
+    monkeypatch.setattr(sweep, "train", None)
+    assert sweep.run(configs, str(tmp_path)) == rows
 
 
 def test_a_sweep_keeps_every_trial_as_train_gives_it_and_trains_none_twice(corpus, tmp_path, monkeypatch):
@@ -170,6 +204,15 @@ def test_the_report_finds_the_optimum_its_drift_and_what_the_proxys_rate_costs()
     assert [rung["regret"] for rung in mup["rungs"]] == pytest.approx([0.004, 0, 0.004], abs=1e-4)
     assert mup["rungs"][0]["interval"] == pytest.approx([-7.72, -7.68], abs=0.005)
     assert "moves +0.200 octaves for each doubling of width" in text(report)
+
+
+def test_what_follows_the_axis_is_no_second_axis():
+    rows = ladder([-7.5, -7.5, -7.5])
+    for row in rows:
+        batch = row.pop("width")
+        config = json.loads(row["config"]) | {"width": 128, "batch": batch, "steps": 2**20 // batch}
+        row |= {"batch": batch, "config": json.dumps(config)}
+    assert analyse(rows)["axis"] == "batch"
 
 
 def test_an_optimum_at_the_edge_is_said_and_not_fitted():
