@@ -53,6 +53,8 @@ class Config:
     base_width: Count = 128  # residual channels of the tuned proxy
     base_depth: Count = 4  # blocks of the tuned proxy
     base_head_dim: Count = 64  # channels per head of the tuned proxy
+    base_batch: Count | None = None  # sequences there: lr x sqrt(batch / base_batch); None: no such rule
+    base_steps: Count | None = None  # steps there: lr x (steps / base_steps)^-0.32; None: no such rule
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
     depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
     # Tuned settings (found on the proxy, moved unchanged to the target)
@@ -129,11 +131,9 @@ def check(name, value, where=""):
     if name not in KINDS:
         raise UserError(f"{where}{name}: no such setting{hint(name, KINDS) or '; --help lists them'}")
     kind, fits, words, optional = KINDS[name]
-    if value is None and optional:
-        return None
     if type(value) in (int, float) and abs(value) < 1e99 and (kind is float or kind is int and not value % 1):
         value = kind(value)
-    if kind not in (type(value), object) or not fits(value):
+    if not (value is None and optional) and (kind not in (type(value), object) or not fits(value)):
         raise UserError(f"{where}{name}: got {value!r}, takes {words}{hint(str(value), words.split(', '))}")
     return value
 

@@ -75,17 +75,17 @@ def scale(config, cell):
 
 
 def rule(config, role, fan_in=None):
-    """What the table says of `role` at the shape of `config`.
-
-    fan_in: inputs of a hidden matrix (default: width). Returns dict(std, lr, weight_decay, eps): lr at the
-    schedule's peak; std None where there is nothing random.
-    """
+    """dict(std, lr, weight_decay, eps): what the table says of `role` at the shape of `config`, lr at the
+    schedule's peak. fan_in: inputs of a hidden matrix (default: width). std None: nothing random."""
     cells = TABLES[config.parametrization](config.depth_alpha)[0][role]
     base_fan_in = (fan_in or config.width) / config.width_mult
     base_std = {"embedding": config.embedding_std, "hidden": config.hidden_std / math.sqrt(base_fan_in),
                 "readout": config.readout_std / math.sqrt(config.base_width)}.get(role)
     lr_mult = {"embedding": config.embedding_lr_mult, "readout": config.readout_lr_mult,
                "hidden": 1.0}.get(role, config.norm_lr_mult)
+    batch_mult = config.batch / (config.base_batch or config.batch)  # sqrt: arXiv 2205.10287
+    steps_mult = max(config.steps, 1) / (config.base_steps or max(config.steps, 1))  # -0.32: arXiv 2409.19913
+    lr_mult *= math.sqrt(batch_mult) * steps_mult ** -0.32
     return {"std": cells.std and base_std * scale(config, cells.std),
             "lr": config.lr * lr_mult * scale(config, cells.lr),
             "weight_decay": config.weight_decay * scale(config, cells.decay) if cells.decay else 0.0,

@@ -21,7 +21,7 @@ from train import Result, evaluate, pick_device, pick_graph, schedule, without
 MAY_DIFFER = set("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
     embedding_std hidden_std readout_std zero_residual_out zero_query embedding_mult logit_mult attention_mult
     weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr seed base_width base_depth
-    base_head_dim""".split())
+    base_head_dim base_batch base_steps""".split())
 
 
 def check(configs):

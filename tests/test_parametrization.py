@@ -381,6 +381,15 @@ def test_a_tuned_setting_scales_its_own_cells_and_no_others(parametrization, set
         assert after == expected, role
 
 
+@pytest.mark.parametrize("role", code.ROLES)
+def test_every_lr_goes_with_batch_and_steps_where_a_base_for_them_is_given(role):
+    plain, batch, steps, both = (code.rule(tiny(batch=64, steps=3200, **bases), role) for bases in (
+        {}, {"base_batch": 4}, {"base_steps": 100}, {"base_batch": 4, "base_steps": 100}))
+    assert batch == plain | {"lr": pytest.approx(4 * plain["lr"])}, "the square root, arXiv 2205.10287"
+    assert steps == plain | {"lr": pytest.approx(0.32988 * plain["lr"], rel=1e-4)}, "^-0.32, arXiv 2409.19913"
+    assert both["lr"] == pytest.approx(4 * 0.32988 * plain["lr"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("setting", "zeroed"), [
     ("zero_residual_out", {"attention.out.weight": slice(None), "mlp.down.weight": slice(None)}),
     ("zero_query", {"attention.qkv.weight": slice(0, 32)})])
