@@ -4,9 +4,9 @@
 
 Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values to each doubling.
 Held are all settings not named, and so the number of steps; --hold=tokens gives every trial the tokens of
-CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that diverges or fails
-is a row too. Interrupted, the same command goes on. Under torchrun the processes share the trials. --stack=K
-trains K trials of one shape at once (scaling/stack.py).
+CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that diverges or
+fails is a row too. Interrupted, the same command goes on. Under torchrun the processes share the trials.
+--stack=K trains K trials of one shape at once (scaling/stack.py).
 """
 
 import json
