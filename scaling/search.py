@@ -20,7 +20,7 @@ from data.checkpoints import write
 from data.feed import sized
 from model import GPT
 from scaling.stack import MAY_DIFFER
-from scaling.sweep import run, trials
+from scaling.sweep import processes, run, trials
 from scaling.words import words_of
 
 SPACE = {  # setting: values, all as likely
@@ -104,6 +104,8 @@ def main(argv):
     except KeyboardInterrupt:
         print(f"{own['out']}: stopped; the same command goes on")
         return 130
+    if processes()[0] > 0:
+        return
     path, text = os.path.join(own["out"], "best.py"), best_file(best, finals, own["trials"])
     write(path, text)
     spent = sum(row["flops"] for row in rows if row["flops"] == row["flops"])

@@ -57,10 +57,15 @@ def grouped(configs, size):
     return sorted(lists, key=lambda group: -sum(map(work, group)))
 
 
+def processes():
+    """(number of this process, how many there are) under torchrun, which here train apart from each other."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def run(configs, folder, stack=1):
-    """Train those of `configs` that have no row in `folder`. Returns the rows of all that have one then, in
-    order; under torchrun a process trains its share. Raises KeyboardInterrupt when a signal stops it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Train those of `configs` that have no row in `folder`; return the rows of all, in order. Under torchrun
+    a process trains its share and waits for the others'. Raises KeyboardInterrupt when a signal stops it."""
+    rank, world = processes()
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -86,8 +91,11 @@ def run(configs, folder, stack=1):
             bar.update(sum(map(work, group)))
             ended += len(group)
             bar.set_postfix_str(f" {ended} of {share}")
-    rows = {row["config"]: row for row in read(folder)}
-    return [rows[identity(config)] for config in configs if identity(config) in rows]
+    while True:
+        rows = {row["config"]: row for row in read(folder)}
+        if all(identity(config) in rows for config in configs):
+            return [rows[identity(config)] for config in configs]
+        time.sleep(1)
 
 
 def main(argv):
@@ -101,6 +109,8 @@ def main(argv):
     except KeyboardInterrupt:
         print(f"{own['out']}: stopped; the same command goes on")
         return 130
+    if processes()[0] > 0:
+        return
     print("".join(f"{name:>14}" for name in [*axes, "val_loss"]))
     for row in rows:
         config = json.loads(row["config"])

@@ -107,13 +107,22 @@ def test_a_sweep_holds_what_it_is_told_to_hold():
 AXES = {"lr": [2**-8, 2**-6], "width": [32, 64], "seed": [0, 1]}
 
 
-def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path, monkeypatch):
-    configs = sweep.trials(Config(**corpus), AXES)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in (2, 0, 1):  # one after another: what is done already must not shift the shares
-        monkeypatch.setenv("RANK", str(rank))
-        rows = sweep.run(configs, str(tmp_path))
-    assert len(rows) == len(read(tmp_path)) == 8
+def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path):
+    line = [f"--{name}={value}" for name, value in corpus.items()]
+    line += ["lr=2**-8,2**-6", "width=32,64", "seed=0,1", f"--out={tmp_path}"]
+
+    def start(rank):
+        return subprocess.Popen([sys.executable, "-m", "scaling.sweep", *line], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
+
+    late = start("1")
+    while len(read(tmp_path)) < 4:
+        assert late.poll() is None
+        time.sleep(0.01)
+    outputs = [process.communicate(timeout=60)[0].splitlines() for process in (start("0"), late)]
+    assert list(map(len, outputs)) == [9, 0], "the first prints the table of all"
+    rows = read(tmp_path)
+    assert len(rows) == len({row["config"] for row in rows}) == 8
 
 
 def test_a_sweep_goes_on_when_config_has_gained_a_setting(corpus, tmp_path, monkeypatch):
