@@ -1,6 +1,7 @@
 """The pictures of a report: loss against the swept setting, loss against size, training curves."""
 
 import os
+import re
 
 import numpy as np
 
@@ -9,7 +10,6 @@ from scaling import fits
 COLOURS = "viridis"  # ordered in lightness: readable without colour, and by the colour-blind
 OKABE_ITO = "#000000 #e69f00 #56b4e9 #009e73 #0072b2 #d55e00 #cc79a7 #999999 #882255".split()
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # a legend that covers nothing
-TITLES = {"mup": "μP", "sp": "standard parametrization"}
 STYLES = ("o", "#0072b2"), ("s", "#d55e00"), ("^", "#009e73")  # Okabe and Ito's blue, vermilion, green
 
 
@@ -25,24 +25,24 @@ def plotter():
 def draw(report, folder):
     """Writes the figures of `report` to `folder`; returns their paths."""
     pyplot = plotter()
-    paths = []
-    for name, picture in {"transfer": transfer, "size": size, "curves": curves}.items():
-        figure = picture(report, pyplot)
-        paths.append(keep(figure, os.path.join(folder, f"{name}.png"), pyplot))
-    return paths
+    return [keep(picture(report, pyplot), os.path.join(folder, f"{picture.__name__}.png"), pyplot)
+            for picture in (transfer, size, curves)]
+
+
+def title(name):
+    return re.sub("^mup", "μP", re.sub("^sp", "standard parametrization", name))
 
 
 def keep(figure, path, pyplot):
     figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+    return pyplot.close(figure) or path
 
 
 def panels(report, pyplot, **shared):
     """(figure, [(name, ladder, axes)]): a panel for each parametrization, side by side."""
-    ladders = sorted(report["ladders"].items(), key=lambda item: item[0] != "mup")
-    figure, axes = pyplot.subplots(1, len(ladders), figsize=(5.5 * len(ladders) + 1, 4.4), squeeze=False,
-                                   **shared)
+    ladders = sorted(report["ladders"].items(), key=lambda item: not item[0].startswith("mup"))
+    size = 5.5 * len(ladders) + 1, 4.4  # inches
+    figure, axes = pyplot.subplots(1, len(ladders), figsize=size, squeeze=False, **shared)
     return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes[0], strict=True)]
 
 
@@ -75,7 +75,7 @@ def transfer(report, pyplot):
             ax.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=colour, alpha=0.2)
             if not rung["edge"]:
                 ax.plot(rung["log2_best"], rung["loss"], "*", color=colour, markersize=13, mec="k")
-        ax.set(title=TITLES.get(name, name), xlabel=f"log2 {swept}", ylim=(low - 0.03, top))
+        ax.set(title=title(name), xlabel=f"log2 {swept}", ylim=(low - 0.03, top))
     parts[0][2].set_ylabel("validation loss, nats per token")
     legend(report, parts[-1][2], "\n(star: optimum)")
     return figure
@@ -87,7 +87,7 @@ def size(report, pyplot):
     for (name, ladder), (marker, colour) in zip(sorted(report["ladders"].items()), STYLES, strict=False):
         for ax, unit in zip(axes, ("parameters", "flops"), strict=True):
             x, y = ([rung[key] for rung in ladder["rungs"]] for key in (unit, "loss"))
-            label = TITLES.get(name, name)
+            label = title(name)
             if len(set(x)) > 2:
                 exponent, error, factor = fits.power_law(x, y)
                 label += f": {factor:.3g} x^({exponent:.3f} ± {error:.3f})"
@@ -108,7 +108,7 @@ def curves(report, pyplot):
         for rung in ladder["rungs"]:
             curve = rung["curve"][len(rung["curve"]) // 10:]
             ax.plot(np.linspace(0.1, 1, len(curve)), curve, color=shades(report)[rung[report["axis"]]])
-        ax.set(title=TITLES.get(name, name), xlabel="share of the steps")
+        ax.set(title=title(name), xlabel="share of the steps")
     parts[0][2].set_ylabel("training loss, nats per token")
     legend(report, parts[-1][2])
     return figure
@@ -122,7 +122,7 @@ def coordinates(checked, axis, rungs, steps, folder):
         for i, row in enumerate(rows):
             means = [np.mean(found[row["layer"], steps][rung]) for rung in rungs]
             ax.plot(rungs, means, marker="osv^D*Pxh"[i % 9], label=row["layer"], color=OKABE_ITO[i % 9])
-        ax.set(title=TITLES.get(name, name), xlabel=axis, xscale="log", yscale="log")
+        ax.set(title=title(name), xlabel=axis, xscale="log", yscale="log")
         ax.set_xticks(rungs, [str(rung) for rung in rungs])
         ax.minorticks_off()
     axes[0].set_ylabel(f"mean |change| of a layer's output, {steps} steps")

@@ -24,10 +24,13 @@ def mean_losses(losses, seeds):
 
 
 def regret(found, losses, x):
-    """What log2 x costs against the optimum: by the parabola near it, between the points further off."""
+    """What log2 x costs against the optimum: by the parabola near it, between the points further off, None
+    beyond them."""
     if abs(x - found[0]) <= 1:
         return found[2] * (x - found[0]) ** 2
     points = sorted((np.log2(k), y) for k, y in losses.items())
+    if not points[0][0] <= x <= points[-1][0]:
+        return None
     return float(np.interp(x, *zip(*points, strict=True)) - found[1])
 
 

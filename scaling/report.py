@@ -1,12 +1,15 @@
-"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--to=DIR]
+"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--swept=NAME]
 
 From the rows alone: the best learning rate of each rung of the ladder (a parabola in log2 lr near the lowest
 loss), its drift for each doubling of the axis, and what the proxy's rate costs at each rung (regret).
-Intervals are of 95%, from a bootstrap over seeds. Writes report.json and figures beside the rows, or to --to.
+Intervals are of 95%, from a bootstrap over seeds. Other settings that differ make ladders of their own. With
+--swept=NAME, only rows that differ in NAME, and in nothing else, from the most common settings. Writes
+report.json and figures beside the rows, or to --to=DIR.
 """
 
 import json
 import os
+from statistics import mode
 
 import numpy as np
 
@@ -21,20 +24,20 @@ AXES = ("width", "depth", "context", "batch", "steps")
 DRAWS = 1000
 
 
-def choose(rows):
-    """(ladder axis, swept setting) that `rows` vary: one of AXES, and lr or else another number."""
-    configs = [json.loads(row["config"]) for row in rows]
-    varied = [name for name in configs[0] if len({json.dumps(c.get(name)) for c in configs}) > 1]
+def choose(configs, swept):
+    """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary; the swept
+    setting is lr, or else the one other number, unless given. Raises UserError."""
+    varied = [name for name in configs[0] if len({json.dumps(c[name]) for c in configs}) > 1]
     axes = [name for name in AXES if name in varied]
     if axes and len({tuple(map(c.get, axes)) for c in configs}) == len({c[axes[0]] for c in configs}):
         axes = axes[:1]  # the others follow it, as --hold has them
-    swept = [name for name in varied if name not in (*AXES, "seed", "parametrization")
-             and all(type(c[name]) in (int, float) for c in configs)]
-    swept = ["lr"] if "lr" in swept else swept
-    if len(axes) > 1 or len(swept) != 1:
+    others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
+    numbers = [name for name in others if all(type(c[name]) in (int, float) for c in configs)]
+    found = [name for name in (swept, "lr") if name in numbers][:1] or numbers
+    if len(axes) > 1 or len(found) != 1 or swept not in ("", *found):
         raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes one of "
                         f"{', '.join(AXES)}, and lr or one other number")
-    return axes[0] if axes else "width", swept[0]
+    return axes[0] if axes else "width", found[0], [name for name in others if name != found[0]]
 
 
 def climb(axis, swept, rows):
@@ -43,7 +46,8 @@ def climb(axis, swept, rows):
     losses, random = {rung: {} for rung in rungs}, np.random.default_rng(0)
     for row in rows:
         loss = np.inf if row["diverged"] else row["val_loss"]
-        losses[row[axis]].setdefault(json.loads(row["config"])[swept], {})[row["seed"]] = loss
+        x = float(f"{json.loads(row['config'])[swept]:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
+        losses[row[axis]].setdefault(x, {})[row["seed"]] = loss
 
     def fit(seeds):
         return {rung: optimum(mean_losses(losses[rung], seeds)) for rung in rungs}
@@ -68,12 +72,21 @@ def climb(axis, swept, rows):
     return ladder
 
 
-def analyse(rows):
-    """The report, as a dict. Raises UserError when the rows are no ladder."""
-    axis, swept = choose(rows)
-    ladders = {name: climb(axis, swept, [row for row in rows if row["parametrization"] == name])
-               for name in sorted({row["parametrization"] for row in rows})}
-    return {"axis": axis, "swept": swept, "ladders": ladders}
+def analyse(rows, swept=""):
+    """The report, as a dict: of all `rows`, or of those that differ from the most common settings in `swept`
+    alone. Raises UserError when the rows are no ladder."""
+    configs = [json.loads(row["config"]) for row in rows]
+    if swept:
+        usual = {name: mode(c[name] for c in configs) for name in configs[0].keys() - {*AXES, "seed", swept}}
+        rows = [row for row, c in zip(rows, configs, strict=True) if usual.items() <= c.items()]
+        configs = [json.loads(row["config"]) for row in rows]
+    axis, swept, others = choose(configs, swept)
+    ladders = {}
+    for row, config in zip(rows, configs, strict=True):
+        name = ", ".join([row["parametrization"], *(f"{name}={config[name]}" for name in others)])
+        ladders.setdefault(name, []).append(row)
+    return {"axis": axis, "swept": swept,
+            "ladders": {name: climb(axis, swept, its) for name, its in sorted(ladders.items())}}
 
 
 def span(interval):
@@ -97,13 +110,13 @@ def text(report):
 
 
 def main(argv):
-    own = {"to": ""}
+    own = {"to": "", "swept": ""}
     folders, axes = words_of(argv, own, __doc__)
     if not folders or axes or any(word.startswith("-") for word in folders):
-        raise UserError("report: takes folders of trials.csv, and --to=DIR")
+        raise UserError("report: takes folders of trials.csv, --to=DIR, --swept=SETTING")
     if not (rows := [row for folder in folders for row in read(folder)]):
         raise UserError(f"report: {folders[0]} has no trials; takes a folder that scaling.sweep wrote")
-    report, to = analyse(rows), own["to"] or folders[0]
+    report, to = analyse(rows, own["swept"]), own["to"] or folders[0]
     os.makedirs(to, exist_ok=True)
     write(os.path.join(to, "report.json"), json.dumps(report, indent=1, default=float))
     print(text(report), *figures.draw(report, to), sep="\n")

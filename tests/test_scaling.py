@@ -189,13 +189,13 @@ def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
     assert stopped.returncode == 130 and "the same command goes on" in output and "Traceback" not in errors
 
 
-def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, **more):
-    """Rows whose loss is a parabola in log2 lr: of each rung, at optima[i]."""
+def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, swept="lr", **more):
+    """Rows whose loss is a parabola in log2 of the swept setting: of each rung, at optima[i]."""
     rows = []
     for width, best, low in zip((64, 128, 256), optima, losses, strict=True):
         for k in range(-20, -9):
             for seed in range(seeds):
-                config = Config(width=width, lr=2 ** (k / 2), seed=seed, **more)
+                config = Config(width=width, seed=seed, **more, **{swept: 2 ** (k / 2)})
                 loss = low + 0.1 * (k / 2 - best - 0.02 * (seed - 1)) ** 2
                 rows.append({"parametrization": config.parametrization, "width": width, "seed": seed,
                              "val_loss": loss, "diverged": k == -10, "config": identity(config),
@@ -222,6 +222,29 @@ def test_what_follows_the_axis_is_no_second_axis():
         config = json.loads(row["config"]) | {"width": 128, "batch": batch, "steps": 2**20 // batch}
         row |= {"batch": batch, "config": json.dumps(config)}
     assert analyse(rows)["axis"] == "batch"
+
+
+def test_ladders_that_another_setting_tells_apart_are_not_mixed():
+    ladders = analyse(ladder([-7, -7.5, -8]) + ladder([-7, -7, -7], base_batch=8))["ladders"]
+    assert ladders.keys() == {"mup, base_batch=None", "mup, base_batch=8"}
+    assert ladders["mup, base_batch=None"]["drift"] == pytest.approx(-0.5, abs=1e-3)
+    assert ladders["mup, base_batch=8"]["drift"] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_report_picks_the_rows_of_one_setting_among_those_of_several():
+    rows = ladder([-7, -7.5, -8], swept="readout_std") + ladder([-7, -7, -7], swept="embedding_lr_mult")
+    for swept, drift in {"readout_std": -0.5, "embedding_lr_mult": 0.0}.items():
+        report = analyse(rows, swept)
+        assert report["swept"] == swept
+        assert report["ladders"]["mup"]["drift"] == pytest.approx(drift, abs=1e-3)
+    with pytest.raises(UserError, match="^report: got rows that vary"):
+        analyse(rows)
+
+
+def test_a_regret_beyond_the_grid_is_not_made_up():
+    rows = ladder([-9, -6, -6])
+    rows = [row for row in rows if row["width"] > 64 or json.loads(row["config"])["lr"] < 2**-7]
+    assert analyse(rows)["ladders"]["mup"]["rungs"][0]["regret"] is None
 
 
 def test_an_optimum_at_the_edge_is_said_and_not_fitted():
