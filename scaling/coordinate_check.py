@@ -61,7 +61,7 @@ def sizes(config, data, steps):
     """{(layer, when): mean |output| at initialization, then mean |change| after each step} of one run."""
     device, autocast = pick_device(config)
     model = GPT(sized(config, data)).to(device)
-    optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True)
+    optimizer = torch.optim.AdamW(model.param_groups(), fused=True)
     take_step = Step(model, optimizer, config, autocast)
     batches = [torch.stack(data.batch(config.seed, step, config.batch, config.context)).to(device)
                for step in range(steps + 1)]
@@ -79,7 +79,8 @@ def coordinate_check(config, axis="width", rungs=(64, 128, 256, 512), steps=5, s
     """([{layer, start, change, interval, expected, passes}], all powers of `axis`; the sizes they are fitted
     to, {(layer, when): {rung: [one for each seed]}}). Raises UserError."""
     config = replace(config, batch=BATCH, context=min(CONTEXT, config.context), micro_batch=None, dropout=0.0,
-                     steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0)
+                     steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0, base_batch=None,
+                     base_tokens=None)
     data, found = Data(prepare(config)), defaultdict(lambda: defaultdict(list))
     for rung in rungs:
         for seed in range(seeds):

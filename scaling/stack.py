@@ -21,7 +21,7 @@ from train import Result, evaluate, pick_device, pick_graph, schedule, without
 MAY_DIFFER = set("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
     embedding_std hidden_std readout_std zero_residual_out zero_query embedding_mult logit_mult attention_mult
     weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr seed base_width base_depth
-    base_head_dim base_batch base_steps""".split())
+    base_head_dim base_batch base_tokens""".split())
 
 
 def check(configs):
@@ -47,9 +47,9 @@ class Adam:
                                 device=device)
             for p in groups[0]["params"]:
                 self.settings[names[id(p)]] = rows.view(3, K, *[1] * p.dim())
-        configs = [model.config for model in models]
         self.beta1, self.beta2, self.clip = torch.tensor(
-            [[c.beta1, c.beta2, c.grad_clip or math.inf] for c in configs], device=device).T
+            [[*model.param_groups()[0]["betas"], model.config.grad_clip or math.inf] for model in models],
+            device=device).T
         self.first, self.second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "12")
         self.steps = torch.zeros((), device=device)
 

@@ -197,7 +197,7 @@ SETTINGS = {
     "head_dim": (8, "first loss"), "position": ("rotary", "shapes"), "tied": (True, "shapes"),
     "bias": (True, "shapes"), "dropout": (0.5, "first loss"), "vocab_size": (300, "shapes"),
     "base_width": (32, "first loss"), "base_depth": (2, "first loss"), "base_head_dim": (16, "first loss"),
-    "base_batch": (2, "losses"), "base_steps": (3, "losses"),
+    "base_batch": (2, "losses"), "base_tokens": (99, "losses"),
     "parametrization": ("sp", "first loss"), "depth_alpha": (0.5, "first loss"), "lr": (2**-8, "losses"),
     "embedding_lr_mult": (2.0, "losses"), "readout_lr_mult": (2.0, "losses"),
     "norm_lr_mult": (2.0, "losses"), "embedding_std": (0.5, "first loss"), "hidden_std": (0.5, "first loss"),
