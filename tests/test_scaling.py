@@ -38,9 +38,10 @@ def losses(result):
     not torch.cuda.is_available(), reason="needs CUDA"))])
 @pytest.mark.parametrize("seeds", [None, 3], ids=["own texts", "one text"])
 def test_stacked_models_are_those_trained_alone(corpus, seeds, where):
-    shared = corpus | {"steps": 20, "position": "rotary", "bias": True, "device": where}
+    shared = corpus | {"steps": 20, "position": "rotary", "bias": True, "device": where, "precision": "fp32",
+                       "compile": False}  # in bf16 rounding grows to 0.05 in 20 steps
     configs = [Config(**shared | settings | ({"seed": seeds} if seeds else {})) for settings in MIXED]
-    noise = 1e-4 if where == "cpu" else 2e-2
+    noise = 1e-4 if where == "cpu" else 5e-3
     for config, together in zip(configs, train_stacked(configs), strict=True):
         alone = train(config, quiet=True)
         assert losses(together) == pytest.approx(losses(alone), abs=noise)
