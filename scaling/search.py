@@ -1,10 +1,11 @@
 """Find a proxy's settings at random: python -m scaling.search CONFIG [--trials=64] [--seeds=3] [--out=DIR]
 
 Draws the settings that transfer (the classes of Tensor Programs V, arXiv 2203.03466, table 1: optimizer,
-initialization, multipliers; regularization does not, and is left out), trains each draw, then the leading few
-on other seeds too: the best of many noisy trials flatters itself. Writes DIR/best.py, which stacks on any
-configuration: python train.py config/target.py DIR/best.py. Also --space=lr,readout_std (only these are
-drawn), --target=CONFIG (tuning as a share of its FLOPs), --stack=K. Interrupted, the same command goes on.
+initialization, multipliers; regularization does not, and is left out) and trains each draw: half from all of
+the space, then variants of the leading few, which in the end are trained on other seeds too: the best of many
+noisy trials flatters itself. Writes DIR/best.py, which stacks on any configuration: python train.py
+config/target.py DIR/best.py. Also --space=lr,readout_std (only these are drawn), --target=CONFIG (tuning as a
+share of its FLOPs), --stack=K. Interrupted, the same command goes on.
 """
 
 import math
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from configure import UserError, command, configure
+from configure import UserError, check, command, configure, read
 from data import Data, prepare
 from data.checkpoints import write
 from data.feed import sized
@@ -40,36 +41,36 @@ SPACE = {  # setting: values, all as likely
     "beta2": [0.9, 0.95, 0.98, 0.99],
     "warmup": [0.02, 0.05, 0.1, 0.2],
 }
-LEADERS = 5
-
-
-def draws(config, space, count):
-    """`count` different configurations, the first being `config` itself: a search should not end below it."""
-    chooser, found = random.Random(config.seed), [config]
-    while len(found) < count:
-        drawn = replace(config, **{name: chooser.choice(values) for name, values in space.items()})
-        found += [drawn] if drawn not in found else []
-    return found
+LEADERS = 5  # are trained on other seeds too, and are the parents of later rounds
+ROUNDS = 1/2, 3/4, 1  # of the trials, done after each round; the first is purely random
+REDRAWN = 1/4  # of a parent's settings, in later rounds
 
 
 def search(config, count, seeds, folder, space=SPACE, stack=1):
     """(the best Config, rows of its seeds, rows of all trials). Raises UserError, KeyboardInterrupt."""
     if count > (possible := math.prod(map(len, space.values()))):
         raise UserError(f"trials: got {count}, takes {possible} or fewer with this space")
-    drawn = draws(trials(config, {})[0], space, count)
 
     def loss(row):
         return math.inf if row["diverged"] else row["val_loss"]
 
-    rows = run(drawn, folder, stack)
-    order = sorted(range(count), key=lambda i: loss(rows[i]))[:LEADERS]
-    again = [replace(drawn[i], seed=config.seed + k) for i in order for k in range(seeds)]
+    chooser, leaders = random.Random(config.seed), []
+    drawn = trials(config, {})  # `config` itself is the first: a search should not end below it
+    for share in ROUNDS:
+        while len(drawn) < max(1, round(share * count)):
+            parent = chooser.choice(leaders) if leaders else config
+            changed = [name for name in space if not leaders or chooser.random() < REDRAWN]
+            draw = replace(drawn[0], **{name: getattr(parent, name) for name in space} | {
+                name: chooser.choice(space[name]) for name in changed})
+            drawn += [draw] if draw not in drawn else []
+        rows = run(drawn, folder, stack)
+        leaders = [drawn[i] for i in sorted(range(len(drawn)), key=lambda i: loss(rows[i]))[:LEADERS]]
+    again = [replace(leader, seed=config.seed + k) for leader in leaders for k in range(seeds)]
     found = run(again, folder, stack)
-    finals = [found[i * seeds:(i + 1) * seeds] for i in range(len(order))]
-    means = [sum(map(loss, final)) / seeds for final in finals]
-    best = min(range(len(order)), key=means.__getitem__)
+    finals = [found[i * seeds:(i + 1) * seeds] for i in range(len(leaders))]
+    best = min(range(len(leaders)), key=lambda i: sum(map(loss, finals[i])))
     known = {row["config"]: row for row in rows + found}
-    return drawn[order[best]], finals[best], list(known.values())
+    return leaders[best], finals[best], list(known.values())
 
 
 def best_file(config, rows, count):
@@ -96,8 +97,8 @@ def main(argv):
     config, names = configure(words), own["space"].split(",")
     if axes or not {*names} <= {*SPACE}:
         raise UserError(f"space: got {', '.join([*axes, *names])}, takes some of {', '.join(SPACE)}")
-    # the target trains on the proxy's data, for as long, unless its file says otherwise
-    target = configure([*words, own["target"]]) if own["target"] else None
+    where = own["target"]  # it trains on the proxy's data, for as long, unless its file says otherwise
+    other = {name: check(name, value, f"{where}: ") for name, value in (read(where) if where else {}).items()}
     space = {name: SPACE[name] for name in names}
     try:
         best, finals, rows = search(config, own["trials"], own["seeds"], own["out"], space, own["stack"])
@@ -111,9 +112,10 @@ def main(argv):
     spent = sum(row["flops"] for row in rows if row["flops"] == row["flops"])
     losses = sorted(row["val_loss"] for row in rows if not row["diverged"])
     print(f"{path}:\n{text}\n{len(rows)} trials: best {losses[0]:.4f}, median {losses[len(losses) // 2]:.4f}")
-    print(f"tuning took {spent:.2e} FLOPs", end="\n" * (not target))
-    if target:
-        print(f", {spent / flops(target):.1%} of one training of {own['target']}, {flops(target):.2e}")
+    print(f"tuning took {spent:.2e} FLOPs", end="\n" * (not where))
+    if where:
+        whole = flops(replace(config, **other))
+        print(f", {spent / whole:.1%} of one training of {where}, {whole:.2e}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from scaling.coordinate_check import coordinate_check
 from scaling.report import analyse, text
 from scaling.report import main as report_main
 from scaling.search import best_file, search
+from scaling.search import main as search_main
 from scaling.stack import train_stacked
 from scaling.trials import identity, read
 from train import train
@@ -134,6 +135,9 @@ def test_a_sweep_goes_on_when_config_has_gained_a_setting(corpus, tmp_path, monk
     (tmp_path / "trials.csv").write_text(text.replace('""base_batch"": null, ', ""))
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.run(configs, str(tmp_path)) == rows
+    (tmp_path / "trials.csv").write_text(text.replace('""base_batch""', '""base_bach""'))
+    with pytest.raises(UserError, match="base_bach: no such setting; did you mean base_batch"):
+        read(tmp_path)
 
 
 def test_a_sweep_keeps_every_trial_as_train_gives_it_and_trains_none_twice(corpus, tmp_path, monkeypatch):
@@ -205,13 +209,16 @@ def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, swept="lr", **more):
 
 
 def test_the_report_finds_the_optimum_its_drift_and_what_the_proxys_rate_costs():
-    report = analyse(ladder([-7.7, -7.5, -7.3]) + ladder([-7, -8, -9.3], parametrization="sp"))
+    rows = ladder([-7.7, -7.5, -7.3]) + ladder([-7, -8, -9.3], parametrization="sp")
+    report = analyse(rows)
     mup, sp = (report["ladders"][name] for name in ("mup", "sp"))
     assert [rung["log2_best"] for rung in mup["rungs"]] == pytest.approx([-7.7, -7.5, -7.3], abs=1e-3)
     assert mup["drift"] == pytest.approx(0.2, abs=1e-3) and sp["drift"] == pytest.approx(-1.15, abs=1e-3)
     low, high = mup["drift_interval"]
     assert low <= mup["drift"] <= high and high - low < 0.1
     assert [rung["regret"] for rung in mup["rungs"]] == pytest.approx([0.004, 0, 0.004], abs=1e-4)
+    from_256 = analyse(rows, base=256)["ladders"]["mup"]["rungs"]
+    assert [rung["regret"] for rung in from_256] == pytest.approx([0.016, 0.004, 0], abs=1e-4)
     assert mup["rungs"][0]["interval"] == pytest.approx([-7.72, -7.68], abs=0.005)
     assert "moves +0.200 octaves for each doubling of width" in text(report)
 
@@ -265,14 +272,24 @@ def test_the_report_refuses_rows_that_are_no_ladder(tmp_path):
 def test_a_search_ends_at_its_best_draw_and_writes_it_as_a_configuration(corpus, tmp_path):
     config = Config(**corpus | {"weight_decay": 0.01})
     space = {"lr": [2**-6, 2**-14], "readout_std": [1.0, 1e38], "zero_query": [False, True]}
-    best, finals, rows = search(config, 6, 2, str(tmp_path), space)
+    best, finals, rows = search(config, 8, 2, str(tmp_path), space)  # `config` and 7 of the 8 possible
     assert best.lr == 2**-6 and best.readout_std == 1.0, "the only draws that learn"
     assert [row["seed"] for row in finals] == [0, 1]
-    (tmp_path / "best.py").write_text(best_file(best, finals, 6))
+    (tmp_path / "best.py").write_text(best_file(best, finals, 8))
     other = configure([str(tmp_path / "best.py"), "--width=64", "--seed=5", "--steps=3"])
     assert (other.lr, other.weight_decay, other.width, other.seed) == (2**-6, 0.01, 64, 5)
     with pytest.raises(UserError, match="^trials: got 9, takes 8"):
         search(config, 9, 1, str(tmp_path / "more"), space)
+
+
+def test_a_search_says_what_it_cost_beside_a_target_that_trains_longer(corpus, tmp_path, capsys):
+    (tmp_path / "target.py").write_text("steps = 24\n")
+    line = ["--trials=3", "--seeds=1", "--space=lr", f"--target={tmp_path}/target.py", f"--out={tmp_path}"]
+    search_main([*line, *(f"--{name}={value}" for name, value in corpus.items())])
+    assert ", 75.0% of one training of" in capsys.readouterr().out, "3 of 6 steps, beside 24"
+    (tmp_path / "target.py").write_text("widht = 24\n")
+    with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
+        search_main([f"--target={tmp_path}/target.py"])
 
 
 CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
