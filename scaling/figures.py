@@ -92,7 +92,7 @@ def size(report, pyplot):
                 exponent, error, factor = fits.power_law(x, y)
                 label += f": {factor:.3g} x^({exponent:.3f} ± {error:.3f})"
                 ax.plot(x, factor * np.array(x) ** exponent, "--", color=colour, linewidth=1)
-            ax.plot(x, y, marker, color=colour, label=label)
+            ax.plot(x, y, marker, color=colour, label=label, fillstyle="none", markersize=8, mew=2)
             ax.set(xscale="log", yscale="log", xlabel={"flops": "training FLOPs"}.get(unit, unit))
             ax.yaxis.set_major_formatter("{x:.2f}")
             ax.yaxis.set_minor_formatter("{x:.2f}")

@@ -1,10 +1,11 @@
-"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--swept=NAME]
+"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--base=RUNG]
 
 From the rows alone: the best learning rate of each rung of the ladder (a parabola in log2 lr near the lowest
-loss), its drift for each doubling of the axis, and what the proxy's rate costs at each rung (regret).
-Intervals are of 95%, from a bootstrap over seeds. Other settings that differ make ladders of their own. With
---swept=NAME, only rows that differ in NAME, and in nothing else, from the most common settings. Writes
-report.json and figures beside the rows, or to --to=DIR.
+loss), its drift for each doubling of the axis, and what the proxy's rate costs at each rung (regret). The
+proxy is the rung at the base shape, or --base, or the first. Intervals are of 95%, from a bootstrap over each
+rung's seeds. Other settings that differ make ladders of their own. With --swept=NAME, only rows that differ
+in NAME, and in nothing else, from the most common settings. Writes report.json and figures beside the rows,
+or to --to=DIR.
 """
 
 import json
@@ -40,41 +41,43 @@ def choose(configs, swept):
     return axes[0] if axes else "width", found[0], [name for name in others if name != found[0]]
 
 
-def climb(axis, swept, rows):
-    """The report of one parametrization's ladder."""
-    rungs, seeds = (sorted({row[name] for row in rows}) for name in (axis, "seed"))
-    losses, random = {rung: {} for rung in rungs}, np.random.default_rng(0)
+def climb(axis, swept, rows, base):
+    """The report of one ladder."""
+    rungs, random = sorted({row[axis] for row in rows}), np.random.default_rng(0)
+    seeds = {rung: sorted({row["seed"] for row in rows if row[axis] == rung}) for rung in rungs}
+    losses = {rung: {} for rung in rungs}
     for row in rows:
         loss = np.inf if row["diverged"] else row["val_loss"]
         x = float(f"{json.loads(row['config'])[swept]:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
         losses[row[axis]].setdefault(x, {})[row["seed"]] = loss
 
     def fit(seeds):
-        return {rung: optimum(mean_losses(losses[rung], seeds)) for rung in rungs}
+        return {rung: optimum(mean_losses(losses[rung], seeds[rung])) for rung in rungs}
 
     best = fit(seeds)
-    draws = [fit(random.choice(seeds, len(seeds))) for _ in range(DRAWS if len(seeds) > 1 else 0)]
-    base = json.loads(rows[0]["config"]).get(f"base_{axis}")  # the proxy's rung, else the first
+    draws = [fit({rung: random.choice(its, len(its)) for rung, its in seeds.items()}) for _ in range(DRAWS)]
+    base = base or json.loads(rows[0]["config"]).get(f"base_{axis}")  # the proxy's rung, else the first
     base = base if base in rungs else rungs[0]
-    ladder = {"seeds": len(seeds), "base": base, "drift": slope(best),
-              "drift_interval": interval([slope(draw) for draw in draws]), "rungs": []}
+    several = {rung: draws if len(its) > 1 else [] for rung, its in seeds.items()}  # one seed has no interval
+    ladder = {"base": base, "drift": slope(best), "rungs": [],
+              "drift_interval": interval([slope(draw) for draw in draws if all(several.values())])}
     for rung in rungs:
-        found, mean = best[rung], mean_losses(losses[rung], seeds)
+        found, mean = best[rung], mean_losses(losses[rung], seeds[rung])
         top = min((row for row in rows if row[axis] == rung and not row["diverged"]),
                   key=lambda row: row["val_loss"], default=rows[0])
         ladder["rungs"].append({
             axis: rung, "edge": found is None, "log2_best": found and found[0], "loss": min(mean.values()),
-            "interval": interval([draw[rung][0] for draw in draws if draw[rung]]),
+            "interval": interval([draw[rung][0] for draw in several[rung] if draw[rung]]),
             "regret": regret(found, mean, best[base][0]) if found and best[base] else None,
-            "parameters": top["parameters"], "flops": top["flops"], "curve": top["curve"],
+            "seeds": len(seeds[rung]), **{name: top[name] for name in ("parameters", "flops", "curve")},
             "losses": {str(x): {str(seed): loss for seed, loss in by_seed.items()}
                        for x, by_seed in sorted(losses[rung].items())}})
     return ladder
 
 
-def analyse(rows, swept=""):
+def analyse(rows, swept="", base=None):
     """The report, as a dict: of all `rows`, or of those that differ from the most common settings in `swept`
-    alone. Raises UserError when the rows are no ladder."""
+    alone. `base`: the proxy's rung. Raises UserError when the rows are no ladder."""
     configs = [json.loads(row["config"]) for row in rows]
     if swept:
         usual = {name: mode(c[name] for c in configs) for name in configs[0].keys() - {*AXES, "seed", swept}}
@@ -86,7 +89,7 @@ def analyse(rows, swept=""):
         name = ", ".join([row["parametrization"], *(f"{name}={config[name]}" for name in others)])
         ladders.setdefault(name, []).append(row)
     return {"axis": axis, "swept": swept,
-            "ladders": {name: climb(axis, swept, its) for name, its in sorted(ladders.items())}}
+            "ladders": {name: climb(axis, swept, its, base) for name, its in sorted(ladders.items())}}
 
 
 def span(interval):
@@ -99,24 +102,25 @@ def text(report):
     for name, ladder in report["ladders"].items():
         drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
         lines += [f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {axis}, "
-                  f"{span(ladder['drift_interval'])}, {ladder['seeds']} seeds",
-                  f"{axis:>10}{'parameters':>14}{'best log2':>12}{'interval':>20}{'loss':>9}{'regret':>9}"]
+                  f"{span(ladder['drift_interval'])}",
+                  f"{axis:>10}{'parameters':>14}{'seeds':>7}{'best log2':>12}{'interval':>18}{'loss':>9}"
+                  f"{'regret':>9}"]
         for rung in ladder["rungs"]:
             at = "at the edge" if rung["edge"] else f"{rung['log2_best']:.2f}"
             cost = "-" if rung["regret"] is None else f"{rung['regret']:.4f}"
-            lines.append(f"{rung[axis]:>10.0f}{rung['parameters']:>14,.0f}{at:>12}"
-                         f"{span(rung['interval']):>20}{rung['loss']:>9.4f}{cost:>9}")
+            lines.append(f"{rung[axis]:>10.0f}{rung['parameters']:>14,.0f}{rung['seeds']:>7}{at:>12}"
+                         f"{span(rung['interval']):>18}{rung['loss']:>9.4f}{cost:>9}")
     return "\n".join(lines)
 
 
 def main(argv):
-    own = {"to": "", "swept": ""}
+    own = {"to": "", "swept": "", "base": 0}
     folders, axes = words_of(argv, own, __doc__)
     if not folders or axes or any(word.startswith("-") for word in folders):
-        raise UserError("report: takes folders of trials.csv, --to=DIR, --swept=SETTING")
+        raise UserError("report: takes folders of trials.csv, --to, --swept, --base")
     if not (rows := [row for folder in folders for row in read(folder)]):
         raise UserError(f"report: {folders[0]} has no trials; takes a folder that scaling.sweep wrote")
-    report, to = analyse(rows, own["swept"]), own["to"] or folders[0]
+    report, to = analyse(rows, own["swept"], own["base"]), own["to"] or folders[0]
     os.makedirs(to, exist_ok=True)
     write(os.path.join(to, "report.json"), json.dumps(report, indent=1, default=float))
     print(text(report), *figures.draw(report, to), sep="\n")

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import Config
+from configure import Config, check
 from data.runs import MAY_CHANGE
 
 COLUMNS = ("parametrization width depth batch context steps lr seed val_loss val_error val_bits_per_byte "
@@ -61,7 +61,8 @@ def read(folder):
             text = file.read()
         rows += csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1]))
     for row in rows:
-        row["config"] = identity(Config(**json.loads(row["config"])))  # with what Config has gained since
+        settings = {name: check(name, x, f"{folder}: ") for name, x in json.loads(row["config"]).items()}
+        row["config"] = identity(Config(**settings))  # with what Config has gained since
         for name in COLUMNS[1:15]:
             row[name] = float(row[name] or "nan")
         row["diverged"] = row["diverged"] == "True" or bool(row["failure"])
