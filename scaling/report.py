@@ -37,7 +37,7 @@ def choose(configs, swept):
     found = [name for name in (swept, "lr") if name in numbers][:1] or numbers
     if len(axes) > 1 or len(found) != 1 or swept not in ("", *found):
         raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes one of "
-                        f"{', '.join(AXES)}, and lr or one other number")
+                        f"{', '.join(AXES)}, and {swept or 'lr or one other number'}")
     return axes[0] if axes else "width", found[0], [name for name in others if name != found[0]]
 
 
