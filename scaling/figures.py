@@ -7,7 +7,6 @@ import numpy as np
 
 from scaling import fits
 
-COLOURS = "viridis"  # ordered in lightness: readable without colour, and by the colour-blind
 OKABE_ITO = "#000000 #e69f00 #56b4e9 #009e73 #0072b2 #d55e00 #cc79a7 #999999 #882255".split()
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # a legend that covers nothing
 STYLES = ("o", "#0072b2"), ("s", "#d55e00"), ("^", "#009e73")  # Okabe and Ito's blue, vermilion, green
@@ -35,14 +34,15 @@ def title(name):
 
 def keep(figure, path, pyplot):
     figure.savefig(path, bbox_inches="tight")
-    return pyplot.close(figure) or path
+    pyplot.close(figure)
+    return path
 
 
 def panels(report, pyplot, **shared):
     """(figure, [(name, ladder, axes)]): a panel for each parametrization, side by side."""
     ladders = sorted(report["ladders"].items(), key=lambda item: not item[0].startswith("mup"))
-    size = 5.5 * len(ladders) + 1, 4.4  # inches
-    figure, axes = pyplot.subplots(1, len(ladders), figsize=size, squeeze=False, **shared)
+    size = {"figsize": (5.5 * len(ladders) + 1, 4.4)}  # inches
+    figure, axes = pyplot.subplots(1, len(ladders), squeeze=False, **size, **shared)
     return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes[0], strict=True)]
 
 
@@ -50,7 +50,8 @@ def shades(report):
     """{rung: colour}, the same in every panel."""
     import matplotlib
     rungs = sorted({rung[report["axis"]] for each in report["ladders"].values() for rung in each["rungs"]})
-    return dict(zip(rungs, matplotlib.colormaps[COLOURS](np.linspace(0.0, 0.88, len(rungs))), strict=True))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(rungs)))  # ordered in lightness:
+    return dict(zip(rungs, colours, strict=True))  # readable without colour, and by the colour-blind
 
 
 def legend(report, ax, more=""):
@@ -62,20 +63,19 @@ def legend(report, ax, more=""):
 
 def transfer(report, pyplot):
     """Loss against log2 of the swept setting, a line for each rung, its seeds' range, its optimum."""
-    axis, swept = report["axis"], report["swept"]
     figure, parts = panels(report, pyplot, sharex=True, sharey=True)
     best = [rung["loss"] for ladder in report["ladders"].values() for rung in ladder["rungs"]]
     low, top = min(best), 1.5 * max(best) - 0.5 * min(best) + 0.1
     for name, ladder, ax in parts:
         for rung in ladder["rungs"]:
-            colour = shades(report)[rung[axis]]
+            colour = shades(report)[rung[report["axis"]]]
             x = np.log2([float(value) for value in rung["losses"]])
             seeds = [[y if np.isfinite(y) else np.nan for y in by.values()] for by in rung["losses"].values()]
             ax.plot(x, [np.mean(losses) for losses in seeds], "o-", color=colour, markersize=4)
             ax.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=colour, alpha=0.2)
             if not rung["edge"]:
                 ax.plot(rung["log2_best"], rung["loss"], "*", color=colour, markersize=13, mec="k")
-        ax.set(title=title(name), xlabel=f"log2 {swept}", ylim=(low - 0.03, top))
+        ax.set(title=title(name), xlabel=f"log2 {report['swept']}", ylim=(low - 0.03, top))
     parts[0][2].set_ylabel("validation loss, nats per token")
     legend(report, parts[-1][2], "\n(star: optimum)")
     return figure
