@@ -2,7 +2,8 @@
 
 Tensor names carry their shape: B batch, T tokens, C channels (width), H heads, D channels per head,
 V vocabulary. Sources: μP, Tensor Programs V (arXiv 2203.03466) Table 8; depth, CompleteP (arXiv
-2505.01618); Adam's eps on embedding and readout, Complete(d)P (arXiv 2512.22382)."""
+2505.01618); Adam's eps on embedding and readout, Complete(d)P (arXiv 2512.22382).
+"""
 
 import math
 import re
@@ -74,22 +75,21 @@ def scale(config, cell):
 
 
 def rule(config, role, fan_in=None):
-    """dict(std, lr, weight_decay, eps, betas): what the table says of `role` at the shape of `config`, lr at
-    the schedule's peak. fan_in: inputs of a hidden matrix (default: width). std None: nothing random."""
+    """dict(std, lr, weight_decay, eps): what the table says of `role` at the shape of `config`, lr at the
+    schedule's peak. fan_in: inputs of a hidden matrix (default: width). std None: nothing random."""
     cells = TABLES[config.parametrization](config.depth_alpha)[0][role]
     base_fan_in = (fan_in or config.width) / config.width_mult
     base_std = {"embedding": config.embedding_std, "hidden": config.hidden_std / math.sqrt(base_fan_in),
                 "readout": config.readout_std / math.sqrt(config.base_width)}.get(role)
     lr_mult = {"embedding": config.embedding_lr_mult, "readout": config.readout_lr_mult,
                "hidden": 1.0}.get(role, config.norm_lr_mult)
-    root = math.sqrt(config.batch / (config.base_batch or config.batch))  # of arXiv 2205.10287
+    lr_mult *= math.sqrt(config.batch / (config.base_batch or config.batch))  # arXiv 2205.10287
     tokens = max(config.steps, 1) * config.batch * config.context
-    lr_mult *= root * (tokens / (config.base_tokens or tokens)) ** -0.32  # arXiv 2409.19913
+    lr_mult *= (tokens / (config.base_tokens or tokens)) ** -0.32  # arXiv 2409.19913
     return {"std": cells.std and base_std * scale(config, cells.std),
             "lr": config.lr * lr_mult * scale(config, cells.lr),
-            "weight_decay": config.weight_decay * root * scale(config, cells.decay) if cells.decay else 0.0,
-            "eps": config.eps / root * scale(config, cells.eps),
-            "betas": tuple(max(0.0, 1 - root**2 * (1 - beta)) for beta in (config.beta1, config.beta2))}
+            "weight_decay": config.weight_decay * scale(config, cells.decay) if cells.decay else 0.0,
+            "eps": config.eps * scale(config, cells.eps)}
 
 
 def multipliers(config):

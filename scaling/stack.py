@@ -47,9 +47,9 @@ class Adam:
                                 device=device)
             for p in groups[0]["params"]:
                 self.settings[names[id(p)]] = rows.view(3, K, *[1] * p.dim())
+        configs = [model.config for model in models]
         self.beta1, self.beta2, self.clip = torch.tensor(
-            [[*model.param_groups()[0]["betas"], model.config.grad_clip or math.inf] for model in models],
-            device=device).T
+            [[c.beta1, c.beta2, c.grad_clip or math.inf] for c in configs], device=device).T
         self.first, self.second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "12")
         self.steps = torch.zeros((), device=device)
 
