@@ -47,11 +47,10 @@ def panels(report, pyplot, **shared):
 
 
 def shades(report):
-    """{rung: colour}, the same in every panel."""
-    import matplotlib
+    """{rung: colour}, the same in every panel; ordered in lightness, so readable without colour."""
+    from matplotlib import colormaps
     rungs = sorted({rung[report["axis"]] for each in report["ladders"].values() for rung in each["rungs"]})
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(rungs)))  # ordered in lightness:
-    return dict(zip(rungs, colours, strict=True))  # readable without colour, and by the colour-blind
+    return dict(zip(rungs, colormaps["viridis"](np.linspace(0.0, 0.88, len(rungs))), strict=True))
 
 
 def legend(report, ax, more=""):
@@ -96,6 +95,7 @@ def size(report, pyplot):
             ax.set(xscale="log", yscale="log", xlabel={"flops": "training FLOPs"}.get(unit, unit))
             ax.yaxis.set_major_formatter("{x:.2f}")
             ax.yaxis.set_minor_formatter("{x:.2f}")
+            ax.xaxis.set_minor_formatter("")  # these overlap
             ax.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     axes[0].set_ylabel("best validation loss, nats per token")
     return figure

@@ -4,8 +4,7 @@ From the rows alone: the best learning rate of each rung of the ladder (a parabo
 loss), its drift for each doubling of the axis, and what the proxy's rate costs at each rung (regret). The
 proxy is the rung at the base shape, or --base, or the first. Intervals are of 95%, from a bootstrap over each
 rung's seeds. Other settings that differ make ladders of their own. With --swept=NAME, only rows that differ
-in NAME, and in nothing else, from the most common settings. Writes report.json and figures beside the rows,
-or to --to=DIR.
+in NAME alone from the most common settings. Writes report.json and figures beside the rows, or to --to=DIR.
 """
 
 import json
@@ -55,19 +54,20 @@ def climb(axis, swept, rows, base):
         return {rung: optimum(mean_losses(losses[rung], seeds[rung])) for rung in rungs}
 
     best = fit(seeds)
-    draws = [fit({rung: random.choice(its, len(its)) for rung, its in seeds.items()}) for _ in range(DRAWS)]
+    several = [rung for rung, its in seeds.items() if len(its) > 1]  # one seed has no interval
+    draws = [fit({rung: random.choice(its, len(its)) for rung, its in seeds.items()})
+             for _ in range(DRAWS if several else 0)]
     base = base or json.loads(rows[0]["config"]).get(f"base_{axis}")  # the proxy's rung, else the first
     base = base if base in rungs else rungs[0]
-    several = {rung: draws if len(its) > 1 else [] for rung, its in seeds.items()}  # one seed has no interval
     ladder = {"base": base, "drift": slope(best), "rungs": [],
-              "drift_interval": interval([slope(draw) for draw in draws if all(several.values())])}
+              "drift_interval": interval([slope(draw) for draw in draws] if several == rungs else [])}
     for rung in rungs:
         found, mean = best[rung], mean_losses(losses[rung], seeds[rung])
         top = min((row for row in rows if row[axis] == rung and not row["diverged"]),
                   key=lambda row: row["val_loss"], default=rows[0])
         ladder["rungs"].append({
             axis: rung, "edge": found is None, "log2_best": found and found[0], "loss": min(mean.values()),
-            "interval": interval([draw[rung][0] for draw in several[rung] if draw[rung]]),
+            "interval": interval([draw[rung][0] for draw in draws if rung in several and draw[rung]]),
             "regret": regret(found, mean, best[base][0]) if found and best[base] else None,
             "seeds": len(seeds[rung]), **{name: top[name] for name in ("parameters", "flops", "curve")},
             "losses": {str(x): {str(seed): loss for seed, loss in by_seed.items()}

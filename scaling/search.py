@@ -21,7 +21,7 @@ from data.checkpoints import write
 from data.feed import sized
 from model import GPT
 from scaling.stack import MAY_DIFFER
-from scaling.sweep import processes, run, trials
+from scaling.sweep import run, trials, worker
 from scaling.words import words_of
 
 SPACE = {  # setting: values, all as likely
@@ -58,10 +58,9 @@ def search(config, count, seeds, folder, space=SPACE, stack=1):
     drawn = trials(config, {})  # `config` itself is the first: a search should not end below it
     for share in ROUNDS:
         while len(drawn) < max(1, round(share * count)):
-            parent = chooser.choice(leaders) if leaders else config
+            parent = chooser.choice(leaders) if leaders else drawn[0]
             changed = [name for name in space if not leaders or chooser.random() < REDRAWN]
-            draw = replace(drawn[0], **{name: getattr(parent, name) for name in space} | {
-                name: chooser.choice(space[name]) for name in changed})
+            draw = replace(parent, **{name: chooser.choice(space[name]) for name in changed})
             drawn += [draw] if draw not in drawn else []
         rows = run(drawn, folder, stack)
         leaders = [drawn[i] for i in sorted(range(len(drawn)), key=lambda i: loss(rows[i]))[:LEADERS]]
@@ -105,7 +104,7 @@ def main(argv):
     except KeyboardInterrupt:
         print(f"{own['out']}: stopped; the same command goes on")
         return 130
-    if processes()[0] > 0:
+    if worker()[0] > 0:
         return
     path, text = os.path.join(own["out"], "best.py"), best_file(best, finals, own["trials"])
     write(path, text)

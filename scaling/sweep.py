@@ -57,15 +57,15 @@ def grouped(configs, size):
     return sorted(lists, key=lambda group: -sum(map(work, group)))
 
 
-def processes():
-    """(number of this process, how many there are) under torchrun, which here train apart from each other."""
+def worker():
+    """(number of this process, how many there are) under torchrun, where they train apart: none joins."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def run(configs, folder, stack=1):
     """Train those of `configs` that have no row in `folder`; return the rows of all, in order. Under torchrun
     a process trains its share and waits for the others'. Raises KeyboardInterrupt when a signal stops it."""
-    rank, world = processes()
+    rank, world = worker()
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -109,7 +109,7 @@ def main(argv):
     except KeyboardInterrupt:
         print(f"{own['out']}: stopped; the same command goes on")
         return 130
-    if processes()[0] > 0:
+    if worker()[0] > 0:
         return
     print("".join(f"{name:>14}" for name in [*axes, "val_loss"]))
     for row in rows:
