@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import Config, check
+from configure import Config, UserError, check
 from data.runs import MAY_CHANGE
 
 COLUMNS = ("parametrization width depth batch context steps lr seed val_loss val_error val_bits_per_byte "
@@ -54,17 +54,26 @@ def append(path, rows):
 
 
 def read(folder):
-    """The rows kept in `folder`, by whichever process: dicts with numbers as float, a curve as their list."""
+    """The rows kept in `folder`, by whichever process: dicts with numbers as float, a curve as their list.
+    Raises UserError when one of them is damaged."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "trials*.csv"))):
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
             text = file.read()
-        rows += csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1]))
-    for row in rows:
-        settings = {name: check(name, x, f"{folder}: ") for name, x in json.loads(row["config"]).items()}
-        row["config"] = identity(Config(**settings))  # with what Config has gained since
-        for name in COLUMNS[1:15]:
-            row[name] = float(row[name] or "nan")
-        row["diverged"] = row["diverged"] == "True" or bool(row["failure"])
-        row["curve"] = [float(loss) for loss in row["curve"].split()]
+        reader = csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1]))
+        try:
+            rows += [numbers_of(row, f"{path}: ") for row in reader]
+        except UserError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, csv.Error):
+            raise UserError(f"{path}: line {reader.line_num} is damaged; remove it") from None
     return rows
+
+
+def numbers_of(row, where):
+    """A row of text, as read() returns it. Raises UserError when a setting is unknown or does not fit."""
+    settings = {name: check(name, x, where) for name, x in json.loads(row["config"]).items()}
+    return row | {name: float(row[name] or "nan") for name in COLUMNS[1:15]} | {
+        "config": identity(Config(**settings)),  # with what Config has gained since
+        "diverged": row["diverged"] == "True" or bool(row["failure"]),
+        "curve": [float(loss) for loss in row["curve"].split()]}
