@@ -1,11 +1,11 @@
 """Find a proxy's settings at random: python -m scaling.search CONFIG [--trials=64] [--seeds=3] [--out=DIR]
 
 Draws the settings that transfer (the classes of Tensor Programs V, arXiv 2203.03466, table 1: optimizer,
-initialization, multipliers; regularization does not, and is left out) and trains each draw: half from all of
-the space, then variants of the leading few, which in the end are trained on other seeds too: the best of many
-noisy trials flatters itself. Writes DIR/best.py, which stacks on any configuration: python train.py
-config/target.py DIR/best.py. Also --space=lr,readout_std (only these are drawn), --target=CONFIG (tuning as a
-share of its FLOPs), --stack=K. Interrupted, the same command goes on.
+initialization, multipliers; regularization does not, and is left out) and trains each draw: half from all
+of the space, then variants of the leading few, which in the end are trained on other seeds too: the best of
+many noisy trials flatters itself. The winner takes the lr at the bottom of its own curve. Writes DIR/best.py,
+which stacks on any configuration: python train.py config/target.py DIR/best.py. Also --space=lr,readout_std
+(only these are drawn), --target=CONFIG (tuning as a share of its FLOPs), --stack=K. Goes on like a sweep.
 """
 
 import math
@@ -20,6 +20,7 @@ from data import Data, prepare
 from data.checkpoints import write
 from data.feed import sized
 from model import GPT
+from scaling.fits import optimum
 from scaling.stack import MAY_DIFFER
 from scaling.sweep import run, trials, worker
 from scaling.words import words_of
@@ -42,6 +43,7 @@ SPACE = {  # setting: values, all as likely
     "warmup": [0.02, 0.05, 0.1, 0.2],
 }
 LEADERS = 5  # are trained on other seeds too, and are the parents of later rounds
+OCTAVES = -1, -1/2, 0, 1/2, 1  # around the lr of the best, for the curve
 ROUNDS = 1/2, 3/4, 1  # of the trials, done after each round; the first is purely random
 REDRAWN = 1/4  # of a parent's settings, in later rounds
 
@@ -66,10 +68,17 @@ def search(config, count, seeds, folder, space=SPACE, stack=1):
         leaders = [drawn[i] for i in sorted(range(len(drawn)), key=lambda i: loss(rows[i]))[:LEADERS]]
     again = [replace(leader, seed=config.seed + k) for leader in leaders for k in range(seeds)]
     found = run(again, folder, stack)
-    finals = [found[i * seeds:(i + 1) * seeds] for i in range(len(leaders))]
-    best = min(range(len(leaders)), key=lambda i: sum(map(loss, finals[i])))
-    known = {row["config"]: row for row in rows + found}
-    return leaders[best], finals[best], list(known.values())
+    totals = [sum(map(loss, found[i:i + seeds])) for i in range(0, len(again), seeds)]
+    best = leaders[totals.index(min(totals))]
+    if "lr" in space:  # draws are far apart: one of them is seldom in the middle, where transfer costs least
+        curve = run([replace(best, lr=best.lr * 2**octave) for octave in OCTAVES], folder, stack)
+        losses = {row["lr"]: loss(row) for row in curve}
+        middle = optimum(losses)
+        best = replace(best, lr=float(2 ** middle[0] if middle else min(losses, key=losses.get)))
+        found += curve
+    finals = run([replace(best, seed=config.seed + k) for k in range(seeds)], folder, stack)
+    known = {row["config"]: row for row in rows + found + finals}
+    return best, finals, list(known.values())
 
 
 def best_file(config, rows, count):
