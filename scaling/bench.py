@@ -7,7 +7,7 @@ their range), milliseconds a step, the share of the device's peak (MFU), memory,
 import time
 from dataclasses import replace
 
-from configure import UserError, command, configure
+from configure import command, configure
 from data.devices import peak_flops, pick_device
 from data.processes import join, processes
 from scaling.words import words_of
@@ -37,10 +37,7 @@ def bench(config):
 
 
 def main(argv):
-    words, axes = words_of(argv, {}, __doc__)
-    if axes:
-        raise UserError(f"bench: got {', '.join(axes)} without dashes, takes --name=value")
-    config = configure(words)
+    config = configure(words_of(argv, {}, __doc__))
     join()
     numbers = bench(config)
     if processes()[0] == 0:

@@ -11,7 +11,6 @@ or is too small to (Adam's eps). A pass does not prove that settings transfer: s
 """
 
 import math
-import os
 from collections import defaultdict
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from data.feed import sized
 from model import GPT, multipliers
 from scaling import figures
 from scaling.fits import power_law
-from scaling.words import values, words_of
+from scaling.words import make_folder, values, words_of
 from train import Step, pick_device
 
 BOUND = 0.15  # of a power. Finite sizes leave up to 0.12 under μP; a wrong exponent leaves 0.4 or more
@@ -105,12 +104,12 @@ def coordinate_check(config, axis="width", rungs=(64, 128, 256, 512), steps=5, s
 
 def main(argv):
     own = {"widths": "", "depths": "", "steps": 5, "seeds": 3, "out": "out/coordinate_check"}
-    words, axes = words_of(argv, own, __doc__)
-    config = configure(words)
+    config = configure(words_of(argv, own, __doc__))
     axis = "depth" if own["depths"] else "width"
     rungs = values(axis, own[f"{axis}s"] or "64,128,256,512")
-    if axes or own["seeds"] < 2 or len(rungs) < 2:
+    if own["widths"] and own["depths"] or own["seeds"] < 2 or len({*rungs}) < 2:
         raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
+    make_folder(own["out"])
     checked = {name: coordinate_check(replace(config, parametrization=name), axis, rungs, own["steps"],
                                       own["seeds"])
                for name in dict.fromkeys((config.parametrization, "mup", "sp"))}
@@ -121,7 +120,6 @@ def main(argv):
               + ("PASS" if row["passes"] else "FAIL"))
     failed = not all(row["passes"] for row in rows)
     print("FAIL" if failed else "PASS", *__doc__.split("\n\n")[2:], sep="\n", end="")
-    os.makedirs(own["out"], exist_ok=True)
     print(figures.coordinates(checked, axis, rungs, own["steps"], own["out"]))
     return int(failed)
 

@@ -1,10 +1,9 @@
 """What a sweep over learning rates says about transfer: python -m scaling.report DIR [--base=RUNG]
 
-From the rows alone: the best learning rate of each rung of the ladder (a parabola in log2 lr near the lowest
-loss), its drift for each doubling of the axis, and what the proxy's rate costs at each rung (regret). The
-proxy is the rung at the base shape, or --base, or the first. Intervals are of 95%, from a bootstrap over each
-rung's seeds. Other settings that differ make ladders of their own. With --swept=NAME, only rows that differ
-in NAME alone from the most common settings. Writes report.json and figures beside the rows, or to --to=DIR.
+From the rows alone: the best lr of each rung (by a parabola in log2 lr), its drift for each doubling
+of the axis, and what the proxy's rate costs at a rung (regret). The proxy is the rung at the base shape, or
+--base, or the first. Intervals: 95%, by bootstrap over seeds. Other settings that differ make their own
+ladders; --swept=NAME takes only rows that differ in NAME alone from the most common settings; --to=DIR.
 """
 
 import json
@@ -18,7 +17,7 @@ from data.checkpoints import write
 from scaling import figures
 from scaling.fits import interval, mean_losses, optimum, regret, slope
 from scaling.trials import read
-from scaling.words import words_of
+from scaling.words import make_folder, words_of
 
 AXES = ("width", "depth", "context", "batch", "steps")
 DRAWS = 1000
@@ -57,8 +56,10 @@ def climb(axis, swept, rows, base):
     several = [rung for rung, its in seeds.items() if len(its) > 1]  # one seed has no interval
     draws = [fit({rung: random.choice(its, len(its)) for rung, its in seeds.items()})
              for _ in range(DRAWS if several else 0)]
-    base = base or json.loads(rows[0]["config"]).get(f"base_{axis}")  # the proxy's rung, else the first
-    base = base if base in rungs else rungs[0]
+    proxy = json.loads(rows[0]["config"]).get(f"base_{axis}")
+    base = base or (proxy if proxy in rungs else rungs[0])
+    if base not in rungs:
+        raise UserError(f"base: got {base}, takes one of {', '.join(f'{rung:g}' for rung in rungs)}")
     ladder = {"base": base, "drift": slope(best), "rungs": [],
               "drift_interval": interval([slope(draw) for draw in draws] if several == rungs else [])}
     for rung in rungs:
@@ -115,13 +116,12 @@ def text(report):
 
 def main(argv):
     own = {"to": "", "swept": "", "base": 0}
-    folders, axes = words_of(argv, own, __doc__)
-    if not folders or axes or any(word.startswith("-") for word in folders):
+    folders = words_of(argv, own, __doc__)
+    if not folders or any(word.startswith("-") for word in folders):
         raise UserError("report: takes folders of trials.csv, --to, --swept, --base")
     if not (rows := [row for folder in folders for row in read(folder)]):
         raise UserError(f"report: {folders[0]} has no trials; takes a folder that scaling.sweep wrote")
-    report, to = analyse(rows, own["swept"], own["base"]), own["to"] or folders[0]
-    os.makedirs(to, exist_ok=True)
+    report, to = analyse(rows, own["swept"], own["base"]), make_folder(own["to"] or folders[0])
     write(os.path.join(to, "report.json"), json.dumps(report, indent=1, default=float))
     print(text(report), *figures.draw(report, to), sep="\n")
 

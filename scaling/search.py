@@ -101,10 +101,9 @@ def flops(config):
 
 def main(argv):
     own = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE), "target": ""}
-    words, axes = words_of(argv, own, __doc__)
-    config, names = configure(words), own["space"].split(",")
-    if axes or not {*names} <= {*SPACE}:
-        raise UserError(f"space: got {', '.join([*axes, *names])}, takes some of {', '.join(SPACE)}")
+    config, names = configure(words_of(argv, own, __doc__)), own["space"].split(",")
+    if not {*names} <= {*SPACE}:
+        raise UserError(f"space: got {own['space']}, takes some of {', '.join(SPACE)}")
     where = own["target"]  # it trains on the proxy's data, for as long, unless its file says otherwise
     other = {name: check(name, value, f"{where}: ") for name, value in (read(where) if where else {}).items()}
     space = {name: SPACE[name] for name in names}

@@ -18,9 +18,11 @@ from itertools import product
 from tqdm import tqdm
 
 from configure import UserError, command, configure
+from data.runs import MAY_CHANGE
 from scaling.stack import MAY_DIFFER, train_stacked
+from scaling.stack import check as check_stack
 from scaling.trials import append, identity, read, row_of
-from scaling.words import values, words_of
+from scaling.words import make_folder, values, words_of
 from train import train
 
 HOLDS = {"steps": None, "tokens": "steps", "step_tokens": "batch"}  # what is held: the setting that gives way
@@ -66,11 +68,9 @@ def run(configs, folder, stack=1):
     """Train those of `configs` that have no row in `folder`; return the rows of all, in order. Under torchrun
     a process trains its share and waits for the others'. Raises KeyboardInterrupt when a signal stops it."""
     rank, world = worker()
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: cannot write {folder}: {error.strerror}") from None
-    done = {row["config"] for row in read(folder)}
+    for config in configs if stack > 1 else ():
+        check_stack([config])
+    done = {row["config"] for row in read(make_folder(folder))}
     mine = grouped(configs, stack)[rank::world]  # the same on every process, whatever the others have done
     left = [[config for config in group if identity(config) not in done] for group in mine]
     left, share = [group for group in left if group], sum(map(len, mine))
@@ -100,9 +100,12 @@ def run(configs, folder, stack=1):
 
 def main(argv):
     own = {"out": "out/sweep", "stack": 1, "hold": "steps"}
-    words, axes = words_of(argv, own, __doc__)
+    axes = {}
+    words = words_of(argv, own, __doc__, axes)
     if not axes:
         raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
+    if apart := {*axes} & (MAY_CHANGE - {"steps"}):
+        raise UserError(f"{min(apart)}: does not tell trials apart, takes --{min(apart)}=VALUE")
     axes = {name: values(name, text) for name, text in axes.items()}
     try:
         rows = run(trials(configure(words), axes, own["hold"]), own["out"], own["stack"])

@@ -1,17 +1,20 @@
 """What the command lines of scaling have in common."""
 
 import math
+import os
 import sys
 
 from configure import UserError, check, parse
 
+MANY = 10_000  # values of one setting: more is a slip
 
-def words_of(argv, own, doc):
-    """(words for configure, {name: text} of NAME=VALUES words); `own` takes the --name=value it has. --help
-    prints `doc` and exits. Raises UserError."""
+
+def words_of(argv, own, doc, axes=None):
+    """The words that are for configure. `own` takes the --name=value that it has; `axes`, where there may be
+    some, the {name: text} of NAME=VALUES words. --help prints `doc` and exits. Raises UserError."""
     if {"-h", "--help"} & {*argv}:
         sys.exit(print(doc.strip()))
-    words, axes = [], {}
+    words = []
     for word in argv:
         name, equals, text = word.lstrip("-").partition("=")
         if equals and word.startswith("--") and name in own:
@@ -19,10 +22,13 @@ def words_of(argv, own, doc):
                 raise UserError(f"{name}: got {text!r}, takes a whole number, 1 or more")
             own[name] = type(own[name])(text)
         elif equals and not word.startswith("-"):
+            if axes is None or name in axes:
+                raise UserError(f"{name}: got {word}, takes --{word}" if axes is None else
+                                f"{name}: got {axes[name]} and {text}, takes {axes[name]},{text}")
             axes[name] = text
         else:
             words.append(word)
-    return words, axes
+    return words
 
 
 def values(name, text):
@@ -37,6 +43,16 @@ def values(name, text):
         density = parse("lr", density or "1")
         if not all(type(x) in (int, float) and x > 0 for x in (low, high, density)) or low > high:
             raise UserError(f"{name}: got {item!r}, takes LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0")
-        count = math.floor(density * math.log2(high / low) + 1e-6)
+        if not (count := math.floor(density * math.log2(high / low) + 1e-6)) < MANY:
+            raise UserError(f"{name}: got {item}, {count:,} values; takes up to {MANY:,}")
         found += [check(name, low * 2 ** (i / density)) for i in range(count + 1)]
     return found
+
+
+def make_folder(path):
+    """The folder at `path`, made if need be. Raises UserError."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: cannot write {path}: {error.strerror}") from None
+    return path

@@ -1,6 +1,7 @@
 """What builds on the trainer: many models at once, and speed measured."""
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -310,6 +311,36 @@ def test_a_search_says_what_it_cost_beside_a_target_that_trains_longer(corpus, t
     (tmp_path / "target.py").write_text("widht = 24\n")
     with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
         search_main([f"--target={tmp_path}/target.py"])
+
+
+SLIPS = {
+    "sweep": {"lr=2**-8 lr=2**-9": "lr: got 2**-8 and 2**-9, takes 2**-8,2**-9",
+              "out=a,b": "out: does not tell trials apart, takes --out=VALUE",
+              "lr=1..2:100000000": "lr: got 1..2:100000000, 100,000,000 values; takes up to 10,000",
+              "lr=1,2 --stack=2 --dropout=0.1": "stack: got dropout=0.1, takes dropout=0.0"},
+    "search": {"width=64": "width: got width=64, takes --width=64",
+               "--space=lr,width": "space: got lr,width, takes some of lr,",
+               "--stack=2 --dropout=0.1": "stack: got dropout=0.1"},
+    "report": {"FOLDER --base=3": "base: got 3, takes one of 32",
+               "FOLDER --to=FILE": "out: cannot write FILE: "},
+    "coordinate_check": {"--widths=64,64": "coordinate_check: takes --widths or --depths, 2 or more",
+                         "--widths=64,128 --depths=2,4": "coordinate_check: takes --widths or --depths"},
+    "bench": {"width=64": "width: got width=64, takes --width=64"}}
+
+
+@pytest.mark.parametrize(("command", "line"), [(name, line) for name in SLIPS for line in SLIPS[name]])
+def test_a_slip_is_one_line_and_nothing_is_trained(corpus, tmp_path, monkeypatch, command, line):
+    (file := tmp_path / "file").write_text("")
+    kept = sweep.trials(Config(**corpus | {"steps": 1}), {"lr": [1.0, 2.0]})
+    sweep.run(kept, str(tmp_path / "kept"))
+    monkeypatch.setattr(sweep, "train", None)
+    monkeypatch.chdir(tmp_path)
+    settings = [] if command == "report" else [f"--{name}={value}" for name, value in corpus.items()]
+    place = lambda text: text.replace("FOLDER", str(tmp_path / "kept")).replace("FILE", str(file))  # noqa: E731
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(f"scaling.{command}").main([*settings, *place(line).split()])
+    assert str(caught.value).startswith(place(SLIPS[command][line]))
+    assert sorted(os.listdir(tmp_path)) == ["file", "kept"] and len(kept) == len(read(tmp_path / "kept"))
 
 
 CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
