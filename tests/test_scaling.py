@@ -182,28 +182,23 @@ def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
     line += ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "scaling.sweep", *line]
     kept = 0
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
         while len(read(tmp_path)) < kept + 3:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, errors = process.communicate()
         assert len(read(tmp_path)) >= kept + 3
         kept = len(read(tmp_path))
+    assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in errors
     with open(tmp_path / "trials.csv", "a") as file:
         file.write('mup,32,2,4,16,40,0.1,0,3.3,"{')  # as a kill within a write leaves it
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 13, done.stderr
     rows = read(tmp_path)
     assert len(rows) == len({row["config"] for row in rows}) == 12
-    stopped = subprocess.Popen([*command[:-1], f"--out={tmp_path / 'other'}"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while len(read(tmp_path / "other")) < 2:
-        time.sleep(0.01)
-    stopped.send_signal(signal.SIGINT)
-    output, errors = stopped.communicate()
-    assert stopped.returncode == 130 and "the same command goes on" in output and "Traceback" not in errors
 
 
 def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, swept="lr", **more):
