@@ -74,7 +74,7 @@ def test_a_process_that_ends_ends_the_run_with_one_line_and_a_good_checkpoint(co
     process = start(2, corpus, out=run, steps=100_000, checkpoint_every=20)
     while not (run / "metrics.csv").exists() or len(curve(run)) < 60:
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+        time.sleep(0.05)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     children = found.stdout.split()
     assert len(children) == 2
