@@ -109,6 +109,8 @@ def main(argv):
     rungs = values(axis, own[f"{axis}s"] or "64,128,256,512")
     if own["widths"] and own["depths"] or own["seeds"] < 2 or len({*rungs}) < 2:
         raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
+    for rung in rungs:
+        replace(config, **{axis: rung})  # refused before there is a folder
     make_folder(own["out"])
     checked = {name: coordinate_check(replace(config, parametrization=name), axis, rungs, own["steps"],
                                       own["seeds"])

@@ -318,7 +318,8 @@ SLIPS = {
                "--stack=2 --dropout=0.1": "stack: got dropout=0.1"},
     "report": {"FOLDER --base=3": "base: got 3, takes one of 32",
                "FOLDER --to=FILE": "out: cannot write FILE: "},
-    "coordinate_check": {"--widths=64,64": "coordinate_check: takes --widths or --depths, 2 or more",
+    "coordinate_check": {"--widths=64,99": "width: got 99, takes a multiple of head_dim",
+                         "--widths=64,64": "coordinate_check: takes --widths or --depths, 2 or more",
                          "--widths=64,128 --depths=2,4": "coordinate_check: takes --widths or --depths"},
     "bench": {"width=64": "width: got width=64, takes --width=64"}}
 
