@@ -22,9 +22,10 @@ def words_of(argv, own, doc, axes=None):
                 raise UserError(f"{name}: got {text!r}, takes a whole number, 1 or more")
             own[name] = type(own[name])(text)
         elif equals and not word.startswith("-"):
-            if axes is None or name in axes:
-                raise UserError(f"{name}: got {word}, takes --{word}" if axes is None else
-                                f"{name}: got {axes[name]} and {text}, takes {axes[name]},{text}")
+            if axes is None:
+                raise UserError(f"{name}: got {word}, takes --{word}")
+            if name in axes:
+                raise UserError(f"{name}: got {axes[name]} and {text}, takes {axes[name]},{text}")
             axes[name] = text
         else:
             words.append(word)
