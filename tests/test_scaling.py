@@ -332,7 +332,10 @@ def test_a_slip_is_one_line_and_nothing_is_trained(corpus, tmp_path, monkeypatch
     monkeypatch.setattr(sweep, "train", None)
     monkeypatch.chdir(tmp_path)
     settings = [] if command == "report" else [f"--{name}={value}" for name, value in corpus.items()]
-    place = lambda text: text.replace("FOLDER", str(tmp_path / "kept")).replace("FILE", str(file))  # noqa: E731
+
+    def place(text):
+        return text.replace("FOLDER", str(tmp_path / "kept")).replace("FILE", str(file))
+
     with pytest.raises(UserError) as caught:
         importlib.import_module(f"scaling.{command}").main([*settings, *place(line).split()])
     assert str(caught.value).startswith(place(SLIPS[command][line]))
