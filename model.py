@@ -112,13 +112,14 @@ class Linear(nn.Linear):
     def __init__(self, fan_in, fan_out, bias, factor=1.0):
         super().__init__(fan_in, fan_out, bias)
         self.factor = constant(factor)
+        self.register_buffer("scaled", None, persistent=False)  # data/updates.py: their product, in bf16
 
     def reset_parameters(self):
         """Nothing: GPT.initialize() draws all."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.factor.flatten() * self.bias
-        return F.linear(x, self.factor * self.weight, bias)
+        return F.linear(x, self.factor * self.weight if self.scaled is None else self.scaled, bias)
 
 
 def rotate(x_BHTD, angles_TD):
@@ -227,8 +228,7 @@ class GPT(nn.Module):
         x_BTC, angles_TD = self.embed(tokens_BT, positions_T), None
         if self.config.position == "rotary":
             D = self.config.head_dim
-            frequencies_D = 10000.0 ** (-torch.arange(0, D, 2, device=tokens_BT.device) / D)
-            angles_TD = torch.outer(positions_T, frequencies_D)
+            angles_TD = torch.outer(positions_T, 1e4 ** (-torch.arange(0, D, 2, device=tokens_BT.device) / D))
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, angles_TD, None if cache is None else cache[i])
         return self.read_out(x_BTC, targets_BT)

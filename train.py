@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configure import UserError, command, configure
-from data import Data, alarms, devices, prepare
+from data import Data, alarms, devices, prepare, updates
 from data.devices import pick_device
 from data.feed import feed, sized
 from data.processes import agree, first_here, join, processes, signals_caught
@@ -129,7 +129,8 @@ def without(name, config, error, say):
 @contextlib.contextmanager
 def compiled(model, whole, config, device, autocast, say):
     """Within, training of `model`, not its evaluation, goes through torch.compile, where config.compile asks
-    for it and it works. All blocks share one code; "model" compiles all as one: longer, for a faster step."""
+    for it and it works. All blocks share one code; "model" compiles all as one: longer, for a faster step, whose
+    end data/updates.py then fuses."""
     parts = [(block, "forward") for block in model.blocks] + [(model, "embed"), (model, "read_out")]
     parts = [(model, "forward")] if config.compile == "model" else parts
     if not config.compile or config.compile == "auto" and device.type != "cuda":
@@ -151,7 +152,8 @@ def compiled(model, whole, config, device, autocast, say):
             while parts:
                 delattr(*parts.pop())
             without("compile", config, error, say)
-        model.zero_grad()
+        for leaf in (*model.parameters(), *model.buffers()):
+            leaf.grad = None
     yield
     for part, name in parts:
         delattr(part, name)
@@ -163,7 +165,9 @@ class Step:
 
     def __init__(self, model, optimizer, config, autocast, graph=False, say=print):
         self.optimizer, self.config = optimizer, config
-        self.run = devices.Replayed(functools.partial(plain_step, model, optimizer, config, autocast), graph,
+        update = updates.pick(model, optimizer, config, autocast)
+        self.close = update.close
+        self.run = devices.Replayed(functools.partial(plain_step, model, update, config, autocast), graph,
                                     lambda error: without("graph", config, error, say))
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         if graph:  # tensors, which a replay reads
@@ -184,7 +188,7 @@ class Step:
         return self.run(batch)
 
 
-def plain_step(model, optimizer, config, autocast, batch):
+def plain_step(model, update, config, autocast, batch):
     passes, world, losses = batch.size(1), processes()[1], []
     share = torch.full((), 1 / passes, device=batch.device)
     for i, (tokens_BT, targets_BT) in enumerate(zip(*batch, strict=True)):
@@ -200,13 +204,7 @@ def plain_step(model, optimizer, config, autocast, batch):
     if world > 1:
         dist.all_reduce(loss)
         loss = loss / world
-    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
-    norm = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    if hasattr(norm, "full_tensor"):
-        norms, norm = norms.full_tensor(), norm.full_tensor()
+    norm, norms = update()
     return torch.cat((torch.stack((loss, norm)), norms))
 
 
@@ -242,10 +240,10 @@ def train(config, quiet=False):
         f"{', one CUDA graph a step' * graph}; {config.steps:,} steps of "
         f"{per_step:,} tokens: {config.steps * per_step / len(data.train):.2f} epochs, "
         f"{flops * per_step * config.steps:.2e} FLOPs\n{model.table()}")
+    take_step = Step(whole, optimizer, config, autocast, graph, say)
     with (contextlib.closing(keep), compiled(model, whole, config, device, autocast, say),
           signals_caught() as caught,
           tqdm(total=config.steps, initial=start, disable=quiet) as bar):
-        take_step = Step(whole, optimizer, config, autocast, graph, say)
         pending, speeds, leaps, clock = [], [], alarms.Leaps(config.grad_clip, say), time.perf_counter()
         for step in range(start, config.steps + 1):  # `step` steps are done
             last, warm = step == config.steps, step == start + 3
@@ -297,6 +295,7 @@ def train(config, quiet=False):
             if rows or step == start:
                 pending, clock = [], time.perf_counter()
             pending.append(take_step(next(batches), step))
+        take_step.close()
         result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
         result.peak_memory = devices.peak_memory(device)
         if not (result.stopped or result.diverged):

@@ -14,6 +14,7 @@ from configure import UserError
 from data import Data, prepare
 from data.devices import Replayed
 from data.feed import feed, sized
+from data.updates import adamw
 from model import GPT
 from train import Result, evaluate, pick_device, pick_graph, schedule, without
 
@@ -63,11 +64,8 @@ class Adam:
             lr, decay, eps = self.settings[name]
             factor, clip, beta1, beta2, grow1, grow2 = (
                 x.view(lr.shape) for x in (factor_K, clip_K, self.beta1, self.beta2, grow1_K, grow2_K))
-            grad, first, second = clip * grads[name], self.first[name], self.second[name]
-            first.copy_(beta1 * first + (1 - beta1) * grad)
-            second.copy_(beta2 * second + (1 - beta2) * grad.square())
-            move = first / grow1 / ((second / grow2).sqrt() + eps)
-            p.copy_(p - factor * lr * (decay * p + move))
+            adamw(p, clip * grads[name], self.first[name], self.second[name], factor * lr, decay, eps,
+                  (beta1, beta2), (grow1, grow2))
         return norm_K
 
 
