@@ -97,7 +97,7 @@ class Config:
     out: Text | None = None  # run directory; None: out/NAME on the command line, none from Python
     device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest there is
     precision: one_of("auto", "bf16", "fp32") = "auto"  # matrix products; auto: bf16 on cuda
-    compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; model: slower to make, faster; auto: blocks, on cuda
+    compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; auto: blocks, on cuda
     graph: one_of("auto", True, False) = "auto"  # the optimizer step as one CUDA graph; auto: on one GPU
     shard: Flag = False  # cut model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
     wandb: Flag = False  # log to Weights & Biases too, offline without a login

@@ -129,8 +129,8 @@ def without(name, config, error, say):
 @contextlib.contextmanager
 def compiled(model, whole, config, device, autocast, say):
     """Within, training of `model`, not its evaluation, goes through torch.compile, where config.compile asks
-    for it and it works. All blocks share one code; "model" compiles all as one: longer, for a faster step, whose
-    end data/updates.py then fuses."""
+    for it and it works. All blocks share one code; "model" compiles all as one: longer, for a faster step
+    (and an update of fewer passes over memory, data/updates.py)."""
     parts = [(block, "forward") for block in model.blocks] + [(model, "embed"), (model, "read_out")]
     parts = [(model, "forward")] if config.compile == "model" else parts
     if not config.compile or config.compile == "auto" and device.type != "cuda":
