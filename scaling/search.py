@@ -84,7 +84,7 @@ def search(config, count, seeds, folder, space=SPACE, stack=1):
 def best_file(config, rows, count):
     """The text of best.py: everything that transfers, drawn or not."""
     losses = [row["val_loss"] for row in rows]
-    return (f'"""The best of {count} random trials at width {config.width}, depth {config.depth}.\n\n'
+    return (f'"""The best of {count} trials at width {config.width}, depth {config.depth}.\n\n'
             f"Validation loss {sum(losses) / len(losses):.4f}, the mean of {len(losses)} seeds from "
             f'{min(losses):.4f} to {max(losses):.4f}.\n"""\n\n'
             + "".join(f"{name} = {value!r}\n" for name, value in vars(config).items()
@@ -114,7 +114,7 @@ def main(argv):
         return 130
     if worker()[0] > 0:
         return
-    path, text = os.path.join(own["out"], "best.py"), best_file(best, finals, own["trials"])
+    path, text = os.path.join(own["out"], "best.py"), best_file(best, finals, len(rows))
     write(path, text)
     spent = sum(row["flops"] for row in rows if row["flops"] == row["flops"])
     losses = sorted(row["val_loss"] for row in rows if not row["diverged"])

@@ -44,9 +44,9 @@ def values(name, text):
         density = parse("lr", density or "1")
         if not all(type(x) in (int, float) and x > 0 for x in (low, high, density)) or low > high:
             raise UserError(f"{name}: got {item!r}, takes LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0")
-        if not (count := math.floor(density * math.log2(high / low) + 1e-6)) < MANY:
-            raise UserError(f"{name}: got {item}, {count:,} values; takes up to {MANY:,}")
-        found += [check(name, low * 2 ** (i / density)) for i in range(count + 1)]
+        if (last := density * (math.log2(high) - math.log2(low)) + 1e-6) >= MANY:
+            raise UserError(f"{name}: got {item}, takes a range of at most {MANY:,} values")
+        found += [check(name, low * 2 ** (i / density)) for i in range(math.floor(last) + 1)]
     return found
 
 

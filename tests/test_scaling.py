@@ -311,7 +311,7 @@ def test_a_search_says_what_it_cost_beside_a_target_that_trains_longer(corpus, t
 SLIPS = {
     "sweep": {"lr=2**-8 lr=2**-9": "lr: got 2**-8 and 2**-9, takes 2**-8,2**-9",
               "out=a,b": "out: does not tell trials apart, takes --out=VALUE",
-              "lr=1..2:100000000": "lr: got 1..2:100000000, 100,000,000 values; takes up to 10,000",
+              "lr=1..2:100000000": "lr: got 1..2:100000000, takes a range of at most 10,000 values",
               "lr=1,2 --stack=2 --dropout=0.1": "stack: got dropout=0.1, takes dropout=0.0"},
     "search": {"width=64": "width: got width=64, takes --width=64",
                "--space=lr,width": "space: got lr,width, takes some of lr,",
