@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from configure import Config
 from model import GPT
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 NOUNS = "the model a teacher some student this layer that river every token one gradient".split()
 VERBS = "learns reads follows forgets measures finds keeps turns into moves over".split()
@@ -79,6 +82,14 @@ def plain_logits(model, tokens_BT, branch, logits, attention):
         x = x + branch * linear(hidden, f"blocks.{i}.mlp.down")
     readout = weight["token_embedding.weight" if config.tied else "readout.weight"]
     return logits * norm(x, "final_norm") @ readout.T
+
+
+def run(settings, **changes):
+    return train.train(Config(**settings | changes), quiet=True)
+
+
+def column(result, name="train_loss"):
+    return [row[name] for row in result.history if name in row]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import column, cuda, run
 
 import train
 from configure import Config, UserError
@@ -25,15 +26,6 @@ from model import GPT
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
         "weight_decay": 0.1}
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def run(settings, **changes):
-    return train.train(Config(**settings | changes), quiet=True)
-
-
-def column(result, name="train_loss"):
-    return [row[name] for row in result.history if name in row]
 
 
 def weights(result):

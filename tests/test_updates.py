@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import column, cuda, run
 
 import train
 from configure import Config
@@ -9,15 +10,6 @@ from data import updates
 from model import GPT
 
 FUSED = {"compile": "model", "precision": "bf16", "steps": 8}
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def run(settings, **changes):
-    return train.train(Config(**settings | changes), quiet=True)
-
-
-def column(result, name):
-    return [row[name] for row in result.history if name in row]
 
 
 def check_equal(first, second, noise):
@@ -47,11 +39,9 @@ def test_fused_updates_are_those_of_torch_on_cuda(corpus, monkeypatch, settings,
 
 
 def test_a_run_with_fused_updates_goes_on_from_its_checkpoint(corpus, compiled, tmp_path):
-    whole = run(corpus | FUSED)
-    run(corpus | FUSED, steps=4, schedule="constant", warmup=0.0, out=str(tmp_path / "run"))
-    resumed = run(corpus | FUSED, schedule="constant", warmup=0.0, out=str(tmp_path / "run"))
-    check_equal(resumed, run(corpus | FUSED, schedule="constant", warmup=0.0), 1e-6)
-    assert resumed.val_loss != whole.val_loss
+    settings = corpus | FUSED | {"schedule": "constant", "warmup": 0.0}
+    run(settings, steps=4, out=str(tmp_path / "run"))
+    check_equal(run(settings, out=str(tmp_path / "run")), run(settings), 1e-6)
 
 
 def test_another_trial_with_fused_updates_compiles_nothing(corpus, compiled):
