@@ -57,15 +57,17 @@ def test_the_model_is_left_without_copies_that_another_optimizer_would_not_renew
     assert all(layer.scaled is None for layer in model.modules() if hasattr(layer, "scaled"))
 
 
-def chosen(corpus, optimizer=torch.optim.AdamW, **changes):
-    config = Config(**corpus | FUSED | {"vocab_size": 257} | changes)
+def chosen(corpus, optimizer=torch.optim.AdamW, betas=(0.9, 0.95), changes=None, **options):
+    config = Config(**corpus | FUSED | {"vocab_size": 257} | (changes or {}))
     model = GPT(config)
-    autocast = train.pick_device(config)[1]
-    return type(updates.pick(model, optimizer(model.param_groups()), config, autocast))
+    optimizer = optimizer(model.param_groups(), betas=betas, **options)
+    return type(updates.pick(model, optimizer, config, train.pick_device(config)[1]))
 
 
 def test_gradients_that_would_add_up_in_bf16_and_other_optimizers_keep_torchs_update(corpus):
     assert chosen(corpus) is updates.Fused
-    for changes in ({"micro_batch": 1}, {"precision": "fp32"}, {"compile": "blocks"}, {"compile": False},
-                    {"optimizer": torch.optim.NAdam}):
-        assert chosen(corpus, **changes) is updates.Plain, changes
+    for changes in ({"micro_batch": 1}, {"precision": "fp32"}, {"compile": "blocks"}, {"compile": False}):
+        assert chosen(corpus, changes=changes) is updates.Plain, changes
+    for options in ({"optimizer": torch.optim.NAdam}, {"betas": (0.9, 0.99)}, {"amsgrad": True},
+                    {"maximize": True}):
+        assert chosen(corpus, **options) is updates.Plain, options
