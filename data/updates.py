@@ -113,8 +113,8 @@ class Fused:
 
 
 def pick(model, optimizer, config, autocast):
-    """What is to end each step. Fused asks for one pass a step, as bf16 gradients must not be added up, and for
-    the optimizer that train() makes: another in its place is torch's to step."""
+    """What is to end each step. Fused asks for one pass a step, as bf16 gradients must not be added up, and
+    for the optimizer that train() makes: another in its place is torch's to step."""
     alone = processes()[1] == 1 and not config.shard and config.micro_batch in (None, config.batch)
     known = type(optimizer) is torch.optim.AdamW and all(
         group["betas"] == (config.beta1, config.beta2) and not group["amsgrad"] and not group["maximize"]
