@@ -161,12 +161,12 @@ def compiled(model, whole, config, device, autocast, say):
 
 class Step:
     """The optimizer step. A call takes a batch, (2, passes, B, T), and its number, and returns one tensor:
-    mean loss, gradient norm before clipping, its parts. `graph`: replayed as a CUDA graph, AdamW included."""
+    mean loss, gradient norm before clipping, its parts. `graph`: replayed as a CUDA graph, AdamW included.
+    `update`: what ends a step (data/updates.py); None: torch's."""
 
-    def __init__(self, model, optimizer, config, autocast, graph=False, say=print):
+    def __init__(self, model, optimizer, config, autocast, graph=False, say=print, update=None):
         self.optimizer, self.config = optimizer, config
-        update = updates.pick(model, optimizer, config, autocast)
-        self.close = update.close
+        update = update or updates.Plain(model, optimizer, config)
         self.run = devices.Replayed(functools.partial(plain_step, model, update, config, autocast), graph,
                                     lambda error: without("graph", config, error, say))
         self.peaks = [group["lr"] for group in optimizer.param_groups]
@@ -240,10 +240,11 @@ def train(config, quiet=False):
         f"{', one CUDA graph a step' * graph}; {config.steps:,} steps of "
         f"{per_step:,} tokens: {config.steps * per_step / len(data.train):.2f} epochs, "
         f"{flops * per_step * config.steps:.2e} FLOPs\n{model.table()}")
-    take_step = Step(whole, optimizer, config, autocast, graph, say)
+    update = updates.pick(whole, optimizer, config, autocast)  # before compiled(): its copies are compiled in
     with (contextlib.closing(keep), compiled(model, whole, config, device, autocast, say),
           signals_caught() as caught,
           tqdm(total=config.steps, initial=start, disable=quiet) as bar):
+        take_step = Step(whole, optimizer, config, autocast, graph, say, update)
         pending, speeds, leaps, clock = [], [], alarms.Leaps(config.grad_clip, say), time.perf_counter()
         for step in range(start, config.steps + 1):  # `step` steps are done
             last, warm = step == config.steps, step == start + 3
@@ -295,7 +296,7 @@ def train(config, quiet=False):
             if rows or step == start:
                 pending, clock = [], time.perf_counter()
             pending.append(take_step(next(batches), step))
-        take_step.close()
+        update.close()
         result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
         result.peak_memory = devices.peak_memory(device)
         if not (result.stopped or result.diverged):

@@ -6,8 +6,9 @@ from conftest import column, cuda, run
 
 import train
 from configure import Config
-from data import updates
+from data import Data, prepare, updates
 from model import GPT
+from scaling.coordinate_check import sizes
 
 FUSED = {"compile": "model", "precision": "bf16", "steps": 8}
 
@@ -55,6 +56,14 @@ def test_another_trial_with_fused_updates_compiles_nothing(corpus, compiled):
 def test_the_model_is_left_without_copies_that_another_optimizer_would_not_renew(corpus, compiled):
     model = run(corpus | FUSED).model
     assert all(layer.scaled is None for layer in model.modules() if hasattr(layer, "scaled"))
+
+
+def test_a_coordinate_check_reads_the_weights_and_no_copies(corpus):
+    found = []
+    for compile in ("model", False):
+        config = Config(**corpus | FUSED | {"compile": compile})
+        found.append(sizes(config, Data(prepare(config)), 2))
+    assert found[0] == found[1]
 
 
 def chosen(corpus, optimizer=torch.optim.AdamW, betas=(0.9, 0.95), changes=None, **options):
