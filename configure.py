@@ -53,8 +53,8 @@ class Config:
     base_width: Count = 128  # residual channels of the tuned proxy
     base_depth: Count = 4  # blocks of the tuned proxy
     base_head_dim: Count = 64  # channels per head of the tuned proxy
-    base_batch: Count | None = None  # sequences a step there, for lr x sqrt(batch / base_batch); None: none
-    base_tokens: Count | None = None  # tokens of its run, for lr x (tokens / base_tokens)^-0.32; None: none
+    base_batch: Count | None = None  # sequences a step there: lr, decay, beta2 go with batch; None: they stay
+    base_tokens: Count | None = None  # tokens of its run: lr x (tokens / base_tokens)^-0.32; None: it stays
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
     depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
     # Tuned settings (found on the proxy, moved unchanged to the target)

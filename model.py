@@ -75,7 +75,7 @@ def scale(config, cell):
 
 
 def rule(config, role, fan_in=None):
-    """dict(std, lr, weight_decay, eps): what the table says of `role` at the shape of `config`, lr at the
+    """dict(std, lr, weight_decay, eps, betas): what holds for `role` at the shape of `config`, lr at the
     schedule's peak. fan_in: inputs of a hidden matrix (default: width). std None: nothing random."""
     cells = TABLES[config.parametrization](config.depth_alpha)[0][role]
     base_fan_in = (fan_in or config.width) / config.width_mult
@@ -83,13 +83,15 @@ def rule(config, role, fan_in=None):
                 "readout": config.readout_std / math.sqrt(config.base_width)}.get(role)
     lr_mult = {"embedding": config.embedding_lr_mult, "readout": config.readout_lr_mult,
                "hidden": 1.0}.get(role, config.norm_lr_mult)
-    lr_mult *= math.sqrt(config.batch / (config.base_batch or config.batch))  # arXiv 2205.10287
     tokens = max(config.steps, 1) * config.batch * config.context
     lr_mult *= (tokens / (config.base_tokens or tokens)) ** -0.32  # arXiv 2409.19913
+    batch_mult = config.batch / (config.base_batch or config.batch)
+    root = math.sqrt(batch_mult)  # of lr: arXiv 2205.10287; lr * decay per token stays: arXiv 2405.13698
     return {"std": cells.std and base_std * scale(config, cells.std),
-            "lr": config.lr * lr_mult * scale(config, cells.lr),
-            "weight_decay": config.weight_decay * scale(config, cells.decay) if cells.decay else 0.0,
-            "eps": config.eps * scale(config, cells.eps)}
+            "lr": config.lr * lr_mult * root * scale(config, cells.lr),
+            "weight_decay": config.weight_decay * root * scale(config, cells.decay) if cells.decay else 0.0,
+            "eps": config.eps * scale(config, cells.eps),
+            "betas": (config.beta1, config.beta2 ** batch_mult)}  # its half-life in tokens stays: 2507.07101
 
 
 def multipliers(config):
@@ -150,8 +152,7 @@ class Attention(nn.Module):
         if cache is not None:
             if cache:
                 k_BHTD, v_BHTD = torch.cat((cache[0], k_BHTD), 2), torch.cat((cache[1], v_BHTD), 2)
-                S = k_BHTD.size(2)  # all tokens so far
-                mask = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(S - T)
+                mask = x_BTC.new_ones(T, S := k_BHTD.size(2), dtype=torch.bool).tril(S - T)
             cache[:] = k_BHTD, v_BHTD
         y_BHTD = F.scaled_dot_product_attention(
             q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=mask is None, scale=1.0,
@@ -253,9 +254,8 @@ class GPT(nn.Module):
     def param_groups(self):
         """AdamW's groups, one per role: params, role and what rule() says, lr at the schedule's peak."""
         named = [(role_of(name), p) for name, p in self.named_parameters()]
-        groups = [{"role": role, "params": [p for its, p in named if its == role], **rule(self.config, role)}
-                  for role in ROLES]
-        return [group for group in groups if group["params"]]
+        return [{"role": role, "params": [p for its, p in named if its == role], **rule(self.config, role)}
+                for role in ROLES if role in dict(named)]
 
     def table(self):
         """The resolved parametrization, for people: a line per role, then the factors of the forward pass."""
@@ -268,7 +268,7 @@ class GPT(nn.Module):
                          f"{lr:>11.3g}{lr * group['weight_decay']:>11.3g}{group['eps']:>11.3g}")
         factors = ", ".join(f"{name} x {value:.4g}" for name, value in multipliers(self.config).items())
         return "\n".join([*lines, f"{self.config.parametrization}: width_mult {self.config.width_mult:g}, "
-                          f"depth_mult {self.config.depth_mult:g}; {factors}"])
+                          f"depth_mult {self.config.depth_mult:g}; {factors}; beta2 {group['betas'][1]:.4g}"])
 
     def flops_per_token(self):
         """Floating-point operations per trained token, forward and backward: 6 per weight in a matrix product

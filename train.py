@@ -225,8 +225,7 @@ def train(config, quiet=False):
     devices.keep_freed_memory()
     model = GPT(shape).to(device)
     result, start, whole = Result(model), 0, parallel(model, config, device)
-    optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True,
-                                  capturable=graph)
+    optimizer = torch.optim.AdamW(model.param_groups(), fused=True, capturable=graph)
     if checkpoint := keep.load(model, optimizer):
         start = checkpoint["step"]
         result.best_step, result.best_val_loss, result.history = checkpoint["past"]

@@ -18,6 +18,7 @@ readout_std = 0.5
 zero_residual_out = True  # every block starts as the identity
 zero_query = True  # attention starts as a plain average
 attention_mult = 0.5
+depth_alpha = 0.8  # nothing here; with 1 the best lr fell with depth, with 0.5 it rose (scaling/results)
 weight_decay = 0.03
 beta1 = 0.8  # 500 steps are short: react fast
 beta2 = 0.99

@@ -64,7 +64,7 @@ class Fused:
 
     def __init__(self, model, optimizer, config):
         self.groups, self.one = optimizer.param_groups, next(model.parameters()).new_ones(())
-        self.betas = self.one.new_tensor([config.beta1, config.beta2])
+        self.betas = self.one.new_tensor(self.groups[0]["betas"])
         self.clip = self.one * (config.grad_clip or math.inf)
         self.norm_of, self.move = (torch.compile(f, dynamic=False) for f in (norm_of, move))
         self.layers = {layer.weight: layer for layer in model.blocks.modules() if hasattr(layer, "scaled")}
@@ -116,8 +116,9 @@ def pick(model, optimizer, config, autocast):
     """What is to end each step. Fused asks for one pass a step, as bf16 gradients must not be added up, and
     for the optimizer that train() makes: another in its place is torch's to step."""
     alone = processes()[1] == 1 and not config.shard and config.micro_batch in (None, config.batch)
+    groups = optimizer.param_groups
     known = type(optimizer) is torch.optim.AdamW and all(
-        group["betas"] == (config.beta1, config.beta2) and not group["amsgrad"] and not group["maximize"]
-        for group in optimizer.param_groups)
+        group["betas"] == groups[0]["betas"] and not group["amsgrad"] and not group["maximize"]
+        for group in groups)
     fused = config.compile == "model" and autocast._enabled and alone and known
     return (Fused if fused else Plain)(model, optimizer, config)

@@ -60,7 +60,7 @@ def sizes(config, data, steps):
     """{(layer, when): mean |output| at initialization, then mean |change| after each step} of one run."""
     device, autocast = pick_device(config)
     model = GPT(sized(config, data)).to(device)
-    optimizer = torch.optim.AdamW(model.param_groups(), betas=(config.beta1, config.beta2), fused=True)
+    optimizer = torch.optim.AdamW(model.param_groups(), fused=True)
     take_step = Step(model, optimizer, config, autocast)
     batches = [torch.stack(data.batch(config.seed, step, config.batch, config.context)).to(device)
                for step in range(steps + 1)]

@@ -44,13 +44,11 @@ class Adam:
         device = next(iter(params.values())).device
         names = {id(p): name for name, p in models[0].named_parameters()}
         for groups in zip(*(model.param_groups() for model in models), strict=True):
-            rows = torch.tensor([[group[key] for group in groups] for key in ("lr", "weight_decay", "eps")],
-                                device=device)
+            rows = torch.tensor([[group["lr"], group["weight_decay"], group["eps"], *group["betas"]]
+                                 for group in groups], device=device)
             for p in groups[0]["params"]:
-                self.settings[names[id(p)]] = rows.view(3, K, *[1] * p.dim())
-        configs = [model.config for model in models]
-        self.beta1, self.beta2, self.clip = torch.tensor(
-            [[c.beta1, c.beta2, c.grad_clip or math.inf] for c in configs], device=device).T
+                self.settings[names[id(p)]] = rows.T.reshape(5, K, *[1] * p.dim())
+        self.clip = torch.tensor([model.config.grad_clip or math.inf for model in models], device=device)
         self.first, self.second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "12")
         self.steps = torch.zeros((), device=device)
 
@@ -59,13 +57,11 @@ class Adam:
         self.steps += 1
         norm_K = torch.stack([g.square().flatten(1).sum(1) for g in grads.values()]).sum(0).sqrt()
         clip_K = (self.clip / (norm_K + 1e-6)).clamp(max=1.0)
-        grow1_K, grow2_K = 1 - self.beta1 ** self.steps, 1 - self.beta2 ** self.steps
         for name, p in params.items():
-            lr, decay, eps = self.settings[name]
-            factor, clip, beta1, beta2, grow1, grow2 = (
-                x.view(lr.shape) for x in (factor_K, clip_K, self.beta1, self.beta2, grow1_K, grow2_K))
+            lr, decay, eps, *betas = self.settings[name]
+            factor, clip = factor_K.view(lr.shape), clip_K.view(lr.shape)
             adamw(p, clip * grads[name], self.first[name], self.second[name], factor * lr, decay, eps,
-                  (beta1, beta2), (grow1, grow2))
+                  betas, [1 - beta ** self.steps for beta in betas])
         return norm_K
 
 

@@ -44,7 +44,7 @@ def in_double(config):
 
 
 def adamw(model):
-    return torch.optim.AdamW(model.param_groups(), betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(model.param_groups(), fused=True)
 
 
 def plain_logits(model, tokens_BT, branch, logits, attention):

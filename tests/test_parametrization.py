@@ -14,7 +14,7 @@ from conftest import adamw, in_double, plain_logits, tiny, tokens
 
 import model as code
 import train
-from configure import UserError
+from configure import Config, UserError
 from data import Data, prepare
 from data.feed import feed
 from model import GPT
@@ -382,13 +382,24 @@ def test_a_tuned_setting_scales_its_own_cells_and_no_others(parametrization, set
 
 
 @pytest.mark.parametrize("role", code.ROLES)
-def test_every_lr_goes_with_batch_and_tokens_where_a_base_for_them_is_given(role):
+def test_rates_go_with_batch_and_tokens_where_a_base_for_them_is_given(role):
     bases = {}, {"base_batch": 4}, {"base_tokens": 3200}, {"base_batch": 4, "base_tokens": 3200}
-    shape = {"batch": 64, "context": 16, "steps": 100}
+    shape = {"batch": 64, "context": 16, "steps": 100, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.99}
     plain, batch, tokens, both = (code.rule(tiny(**shape, **base), role) for base in bases)
-    assert batch == plain | {"lr": pytest.approx(4 * plain["lr"])}, "the square root, arXiv 2205.10287"
+    assert batch == plain | {
+        "lr": pytest.approx(4 * plain["lr"]),  # the square root, arXiv 2205.10287
+        "weight_decay": pytest.approx(4 * plain["weight_decay"]),  # lr x decay x steps stays, 2405.13698
+        "betas": (0.8, pytest.approx(0.851458))}  # 0.99^16: one half-life in tokens, 2507.07101
     assert tokens == plain | {"lr": pytest.approx(0.32988 * plain["lr"], rel=1e-4)}, "32^-0.32, 2409.19913"
     assert both["lr"] == pytest.approx(4 * 0.32988 * plain["lr"], rel=1e-4)
+
+
+def test_a_run_by_the_batch_rule_is_the_run_of_its_numbers_by_hand(corpus):
+    settings = corpus | {"batch": 8, "lr": 2**-8, "weight_decay": 0.5, "beta2": 0.9, "steps": 8}
+    rule = train.train(Config(**settings, base_batch=2), quiet=True)
+    by_hand = settings | {"lr": 2**-7, "weight_decay": 1.0, "beta2": 0.9**4}
+    assert rule.val_loss == train.train(Config(**by_hand), quiet=True).val_loss
+    assert rule.val_loss != train.train(Config(**by_hand | {"beta2": 0.9}), quiet=True).val_loss
 
 
 @pytest.mark.parametrize(("setting", "zeroed"), [
@@ -427,4 +438,5 @@ def test_the_printed_table_has_a_line_for_each_role_with_its_numbers():
     assert rows["readout"] == ["1", "4,096", "0.25", "1", "1", "0.25"]
     assert rows["norm"] == ["16", "1,024", "-", "1", "0", "0.0312"]
     assert [*rows] == [*code.ROLES]
-    assert lines[-1] == ("mup: width_mult 4, depth_mult 8; branch x 0.125, logits x 0.25, attention x 0.125")
+    assert lines[-1] == ("mup: width_mult 4, depth_mult 8; branch x 0.125, logits x 0.25, attention x 0.125; "
+                         "beta2 0.95")

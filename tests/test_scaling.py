@@ -27,7 +27,7 @@ from train import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MIXED = [{"lr": 2**-6, "seed": 0},
-         {"lr": 2**-8, "seed": 1, "logit_mult": 2.0, "zero_query": True, "beta1": 0.8},
+         {"lr": 2**-8, "seed": 1, "logit_mult": 2.0, "zero_query": True, "beta1": 0.8, "base_batch": 2},
          {"lr": 2**-7, "seed": 2, "parametrization": "sp", "weight_decay": 0.5, "grad_clip": 0.1, "eps": 1e-3,
           "warmup": 0.5, "schedule": "linear", "attention_mult": 3.0, "norm_lr_mult": 4.0}]
 

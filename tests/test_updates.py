@@ -20,7 +20,8 @@ def check_equal(first, second, noise):
 
 
 SEVERAL = [{}, {"tied": True, "bias": True, "position": "rotary", "weight_decay": 3.0, "grad_clip": 0.1,
-                "beta2": 0.99, "width": 64, "base_width": 32, "base_depth": 1, "attention_mult": 0.3}]
+                "beta2": 0.99, "width": 64, "base_width": 32, "base_depth": 1, "attention_mult": 0.3,
+                "base_batch": 2}]
 
 
 @pytest.mark.parametrize("settings", SEVERAL, ids=["plain", "hard"])
@@ -66,10 +67,11 @@ def test_a_coordinate_check_reads_the_weights_and_no_copies(corpus):
     assert found[0] == found[1]
 
 
-def chosen(corpus, optimizer=torch.optim.AdamW, betas=(0.9, 0.95), changes=None, **options):
+def chosen(corpus, optimizer=torch.optim.AdamW, changes=None, group=None, **options):
     config = Config(**corpus | FUSED | {"vocab_size": 257} | (changes or {}))
     model = GPT(config)
-    optimizer = optimizer(model.param_groups(), betas=betas, **options)
+    optimizer = optimizer(model.param_groups(), **options)
+    optimizer.param_groups[0].update(group or {})
     return type(updates.pick(model, optimizer, config, train.pick_device(config)[1]))
 
 
@@ -77,6 +79,6 @@ def test_gradients_that_would_add_up_in_bf16_and_other_optimizers_keep_torchs_up
     assert chosen(corpus) is updates.Fused
     for changes in ({"micro_batch": 1}, {"precision": "fp32"}, {"compile": "blocks"}, {"compile": False}):
         assert chosen(corpus, changes=changes) is updates.Plain, changes
-    for options in ({"optimizer": torch.optim.NAdam}, {"betas": (0.9, 0.99)}, {"amsgrad": True},
+    for options in ({"optimizer": torch.optim.NAdam}, {"group": {"betas": (0.9, 0.99)}}, {"amsgrad": True},
                     {"maximize": True}):
         assert chosen(corpus, **options) is updates.Plain, options
