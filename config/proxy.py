@@ -6,8 +6,7 @@ where the median of the random trials was 4.603. They move unchanged to any widt
 
 batch = 16  # sequences: with 256 tokens each, small steps that leave time for 500 of them
 steps = 500  # 2 M tokens, 0.7 of an epoch of the standard library
-eval_every = 100  # steps: five looks at the falling loss
-checkpoint_every = 100  # steps: 20 s of work at most is lost
+eval_every = checkpoint_every = 100  # steps: five looks at the falling loss, 20 s of work lost at most
 
 lr = 2**-7.5
 embedding_lr_mult = 16.0  # matters most: rows of rare tokens see few gradients
@@ -18,7 +17,7 @@ readout_std = 0.5
 zero_residual_out = True  # every block starts as the identity
 zero_query = True  # attention starts as a plain average
 attention_mult = 0.5
-depth_alpha = 0.8  # nothing here; with 1 the best lr fell with depth, with 0.5 it rose (scaling/results)
+depth_alpha = 0.8  # acts on other depths: with 1 the best lr fell with depth, with 0.5 it rose (README.md)
 weight_decay = 0.03
 beta1 = 0.8  # 500 steps are short: react fast
 beta2 = 0.99

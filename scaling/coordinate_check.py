@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from configure import UserError, command, configure
 from data import Data, prepare
 from data.feed import sized
-from model import GPT, multipliers
+from model import GPT, multipliers, rule
 from scaling import figures
 from scaling.fits import power_law
 from scaling.words import make_folder, values, words_of
@@ -60,8 +60,7 @@ def sizes(config, data, steps):
     """{(layer, when): mean |output| at initialization, then mean |change| after each step} of one run."""
     device, autocast = pick_device(config)
     model = GPT(sized(config, data)).to(device)
-    optimizer = torch.optim.AdamW(model.param_groups(), fused=True)
-    take_step = Step(model, optimizer, config, autocast)
+    take_step = Step(model, torch.optim.AdamW(model.param_groups(), fused=True), config, autocast)
     batches = [torch.stack(data.batch(config.seed, step, config.batch, config.context)).to(device)
                for step in range(steps + 1)]
     probe_BT = batches.pop()[0]
@@ -91,8 +90,9 @@ def coordinate_check(config, axis="width", rungs=(64, 128, 256, 512), steps=5, s
         x, y = zip(*pairs, strict=True)
         return power_law(x, y)[:2] if min(y) > 0 else (math.nan, math.nan)
 
-    branch = math.log2(multipliers(replace(config, depth=2 * config.depth))["branch"]
-                       / multipliers(config)["branch"]) if axis == "depth" else 0.0
+    near, far = (multipliers(c)["branch"] * (rule(c, "hidden")["lr"] if c.zero_residual_out else 1.0)
+                 for c in (config, replace(config, depth=2 * config.depth)))  # from 0, all of it is learnt
+    branch = math.log2(far / near) if axis == "depth" else 0.0
     rows = []
     for layer in dict.fromkeys(layer for layer, _ in found):
         (start, _), (change, error) = fit(layer, 0), fit(layer, steps)

@@ -349,7 +349,7 @@ CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, 
 
 @pytest.mark.parametrize(("axis", "rungs"), [("width", (64, 128, 256)), ("depth", (8, 16, 32))])
 def test_the_coordinate_check_passes_mup_and_fails_sp(corpus, axis, rungs):
-    config = Config(**corpus | CHECKED)
+    config = Config(**corpus | CHECKED | {"depth_alpha": 0.8})
     rows, _ = coordinate_check(config, axis, rungs, seeds=2)
     assert all(row["passes"] for row in rows), [row for row in rows if not row["passes"]]
     rows, _ = coordinate_check(dataclasses.replace(config, parametrization="sp"), axis, rungs, seeds=2)
