@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import sys
-import time
 from dataclasses import dataclass
 from operator import add, mul, sub, truediv
 from pathlib import Path
@@ -189,12 +188,3 @@ def help_text():
     return "\n".join(["usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]", __doc__] + [
         f"\n{group}" if group else f"  {f'--{name}={getattr(Config, name)}':32}{text}"
         for group, name, text in found])
-
-
-def command(main):
-    """Run main(argv) as a program: a UserError is one line on stderr and exit code 2."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        time.sleep(3 * (os.environ.get("RANK", "0") > "0"))  # the first says it, torchrun ends the rest
-        sys.exit(print("error:", *str(error).split(), file=sys.stderr) or 2)

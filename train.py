@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configure import UserError, command, configure
+from configure import UserError, configure
 from data import Data, alarms, devices, prepare, updates
 from data.devices import pick_device
 from data.feed import feed, sized
-from data.processes import agree, first_here, join, processes, signals_caught
+from data.processes import agree, command, first_here, join, processes, signals_caught
 from data.runs import Run
 from model import GPT, role_of
 

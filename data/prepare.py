@@ -3,9 +3,10 @@
 train.py does the same when it finds its data set not prepared.
 """
 
-from configure import command, configure
+from configure import configure
 from data.batches import Data
 from data.folders import prepare
+from data.processes import command
 
 
 def main(argv):

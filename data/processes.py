@@ -1,13 +1,29 @@
-"""The processes that torchrun starts to train one model together, and the signals they get."""
+"""The processes that torchrun starts to train one model together, the signals they get, and how they end."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from configure import UserError
+
+
+def command(main):
+    """Run main(argv) as a program: a UserError is one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # `| tee log` shows a line when it is said
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        time.sleep(3 * (os.environ.get("RANK", "0") > "0"))  # the first says it, torchrun ends the rest
+        sys.exit(print("error:", *str(error).split(), file=sys.stderr) or 2)
+    except BrokenPipeError:  # of `| head`: nobody reads on, which is no error of ours
+        os._exit(128 + signal.SIGPIPE)  # at once: Python's own end would write what is left
 
 
 def join():

@@ -7,9 +7,9 @@ their range), milliseconds a step, the share of the device's peak (MFU), memory,
 import time
 from dataclasses import replace
 
-from configure import command, configure
+from configure import configure
 from data.devices import peak_flops, pick_device
-from data.processes import join, processes
+from data.processes import command, join, processes
 from scaling.words import words_of
 from train import train
 

@@ -17,9 +17,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from configure import UserError, command, configure
+from configure import UserError, configure
 from data import Data, prepare
 from data.feed import sized
+from data.processes import command
 from model import GPT, multipliers, rule
 from scaling import figures
 from scaling.fits import power_law
@@ -90,13 +91,12 @@ def coordinate_check(config, axis="width", rungs=(64, 128, 256, 512), steps=5, s
         x, y = zip(*pairs, strict=True)
         return power_law(x, y)[:2] if min(y) > 0 else (math.nan, math.nan)
 
-    near, far = (multipliers(c)["branch"] * (rule(c, "hidden")["lr"] if c.zero_residual_out else 1.0)
-                 for c in (config, replace(config, depth=2 * config.depth)))  # from 0, all of it is learnt
-    branch = math.log2(far / near) if axis == "depth" else 0.0
+    one, two = (multipliers(c)["branch"] * (rule(c, "hidden")["lr"] if c.zero_residual_out else 1.0)
+                for c in (config, replace(config, depth=2 * config.depth)))  # from 0, all of it is learnt
     rows = []
     for layer in dict.fromkeys(layer for layer, _ in found):
         (start, _), (change, error) = fit(layer, 0), fit(layer, steps)
-        expected = branch if layer in ("attention.out", "mlp.down") else 0.0
+        expected = math.log2(two / one) if axis == "depth" and layer in ("attention.out", "mlp.down") else 0.0
         rows.append({"layer": layer, "start": start, "change": change, "expected": expected,
                      "interval": 2 * error, "passes": abs(change - expected) <= BOUND and not start > BOUND})
     return rows, found

@@ -12,8 +12,9 @@ from statistics import mode
 
 import numpy as np
 
-from configure import UserError, command
+from configure import UserError
 from data.checkpoints import write
+from data.processes import command
 from scaling import figures
 from scaling.fits import interval, mean_losses, optimum, regret, slope
 from scaling.trials import read
@@ -102,10 +103,9 @@ def text(report):
     axis, lines = report["axis"], []
     for name, ladder in report["ladders"].items():
         drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
-        lines += [f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {axis}, "
-                  f"{span(ladder['drift_interval'])}",
-                  f"{axis:>10}{'parameters':>14}{'seeds':>7}{'best log2':>12}{'interval':>18}{'loss':>9}"
-                  f"{'regret':>9}"]
+        drift += f" for each doubling of {axis}, {span(ladder['drift_interval'])}"
+        lines += [f"{name}: best log2 {report['swept']} moves {drift}",
+                  f"{axis:>10}    parameters  seeds   best log2          interval     loss   regret"]
         for rung in ladder["rungs"]:
             at = "at the edge" if rung["edge"] else f"{rung['log2_best']:.2f}"
             cost = "-" if rung["regret"] is None else f"{rung['regret']:.4f}"

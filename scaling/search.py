@@ -15,10 +15,11 @@ from dataclasses import replace
 
 import torch
 
-from configure import UserError, check, command, configure, read
+from configure import UserError, check, configure, read
 from data import Data, prepare
 from data.checkpoints import write
 from data.feed import sized
+from data.processes import command
 from model import GPT
 from scaling.fits import optimum
 from scaling.stack import MAY_DIFFER

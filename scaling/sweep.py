@@ -17,7 +17,8 @@ from itertools import product
 
 from tqdm import tqdm
 
-from configure import UserError, command, configure
+from configure import UserError, configure
+from data.processes import command
 from data.runs import MAY_CHANGE
 from scaling.stack import MAY_DIFFER, train_stacked
 from scaling.stack import check as check_stack

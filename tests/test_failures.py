@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import train
-from configure import Config, command
+from configure import Config
 from data import checkpoints
+from data.processes import command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -171,6 +173,13 @@ def test_what_is_wrong_is_said_in_one_line_and_leaves_nothing(corpus, place, mon
     assert contents(place) == before, "something was written"
     new = set(os.listdir(corpus["data_dir"])) - prepared
     assert all(os.path.exists(f"{corpus['data_dir']}/{name}/meta.json") for name in new)
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    process = subprocess.Popen([sys.executable, f"{ROOT}/train.py", "--help"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
 def test_there_are_thirty_cases():
