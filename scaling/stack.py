@@ -44,10 +44,11 @@ class Adam:
         device = next(iter(params.values())).device
         names = {id(p): name for name, p in models[0].named_parameters()}
         for groups in zip(*(model.param_groups() for model in models), strict=True):
-            rows = torch.tensor([[group["lr"], group["weight_decay"], group["eps"], *group["betas"]]
-                                 for group in groups], device=device)
+            rows = torch.tensor([[group[key] for group in groups] for key in ("lr", "weight_decay", "eps")],
+                                device=device)
             for p in groups[0]["params"]:
-                self.settings[names[id(p)]] = rows.T.reshape(5, K, *[1] * p.dim())
+                self.settings[names[id(p)]] = rows.view(3, K, *[1] * p.dim())
+        self.betas = torch.tensor([group["betas"] for group in groups], device=device).T  # as all groups have
         self.clip = torch.tensor([model.config.grad_clip or math.inf for model in models], device=device)
         self.first, self.second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "12")
         self.steps = torch.zeros((), device=device)
@@ -57,11 +58,12 @@ class Adam:
         self.steps += 1
         norm_K = torch.stack([g.square().flatten(1).sum(1) for g in grads.values()]).sum(0).sqrt()
         clip_K = (self.clip / (norm_K + 1e-6)).clamp(max=1.0)
+        grown = 1 - self.betas ** self.steps
         for name, p in params.items():
-            lr, decay, eps, *betas = self.settings[name]
-            factor, clip = factor_K.view(lr.shape), clip_K.view(lr.shape)
+            lr, decay, eps = self.settings[name]
+            factor, clip, *pairs = (x.view(lr.shape) for x in (factor_K, clip_K, *self.betas, *grown))
             adamw(p, clip * grads[name], self.first[name], self.second[name], factor * lr, decay, eps,
-                  betas, [1 - beta ** self.steps for beta in betas])
+                  pairs[:2], pairs[2:])
         return norm_K
 
 

@@ -40,7 +40,8 @@ def finish(process):
     return output
 
 
-@pytest.mark.parametrize(("way", "processes", "shard"), [("sp", 2, True), ("mup", 4, False)])
+@pytest.mark.parametrize(("way", "processes", "shard"),
+                         [("mup", 2, False), ("sp", 2, True), ("mup", 4, True)])
 def test_any_number_of_processes_gives_the_numbers_of_one(corpus, tmp_path, way, processes, shard):
     settings, one, many = corpus | DEEP | WAYS[way], tmp_path / "one", tmp_path / "many"
     train.train(Config(**settings, out=str(one)), quiet=True)

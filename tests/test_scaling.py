@@ -347,9 +347,10 @@ CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, 
            "base_head_dim": 16, "context": 64}
 
 
-@pytest.mark.parametrize(("axis", "rungs"), [("width", (64, 128, 256)), ("depth", (8, 32))])
-def test_the_coordinate_check_passes_mup_and_fails_sp(corpus, axis, rungs):
-    config = Config(**corpus | CHECKED | {"depth_alpha": 0.8})
+@pytest.mark.parametrize(("axis", "rungs", "alpha"), [
+    ("width", (64, 128, 256), 1.0), ("depth", (8, 16, 32), 1.0), ("depth", (8, 16, 32), 0.8)])
+def test_the_coordinate_check_passes_mup_and_fails_sp(corpus, axis, rungs, alpha):
+    config = Config(**corpus | CHECKED | {"depth_alpha": alpha})
     rows, _ = coordinate_check(config, axis, rungs, seeds=2)
     assert all(row["passes"] for row in rows), [row for row in rows if not row["passes"]]
     rows, _ = coordinate_check(dataclasses.replace(config, parametrization="sp"), axis, rungs, seeds=2)
