@@ -1,20 +1,26 @@
 """Every setting, its unit and its default. Defaults < config files, in order < --name=value.
-A config file is plain Python assignments; a run directory stands for the `config.json` in it."""
+
+A config file is plain Python assignments; a run directory stands for the `config.json` in it.
+This module imports no torch: a command that only reads tables starts at once.
+"""
 
 import ast
 import difflib
 import inspect
 import json
 import math
+import operator
 import os
 import re
 import runpy
+import signal
 import sys
+import time
 from dataclasses import dataclass
-from operator import add, mul, sub, truediv
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
+# Each type of setting: (Python type, whether a value is accepted, what is accepted, for people)
 Count = Annotated[int, lambda x: x >= 1, "a whole number, 1 or more"]
 Whole = Annotated[int, lambda x: 0 <= x < 2**31, "a whole number from 0 to below 2**31"]
 Positive = Annotated[float, lambda x: 0 < x < math.inf, "a finite number above 0"]
@@ -22,12 +28,15 @@ NotNegative = Annotated[float, lambda x: 0 <= x < math.inf, "a finite number, 0 
 Fraction = Annotated[float, lambda x: 0 <= x < 1, "a number from 0 to below 1"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Flag = Annotated[bool, lambda x: True, "true or false"]
-Text = Annotated[str, bool, "text"]
+Text = Annotated[str, lambda x: x != "", "text"]
+AnyText = Annotated[str, lambda x: True, "text"]
 Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d\d?)?").fullmatch, "auto, cpu, mps, cuda, cuda:N"]
 
 
 def one_of(*choices):
-    return Annotated[object, lambda x: repr(x) in map(repr, choices), ", ".join(map(str, choices))]
+    """The type of a setting that takes one of a few values. Compared by repr, so that 1 is not True."""
+    spelled = [repr(choice) for choice in choices]
+    return Annotated[object, lambda x: repr(x) in spelled, ", ".join(map(str, choices))]
 
 
 class UserError(ValueError):
@@ -43,7 +52,7 @@ class Config:
     batch: Count = 32  # sequences per optimizer step, over all devices and accumulation
     context: Count = 256  # tokens per sequence
     head_dim: Count = 64  # channels per attention head
-    position: one_of("learned", "rotary") = "learned"  # how a token knows its place
+    position: one_of("learned", "rotary") = "learned"  # how a token knows its position
     tied: Flag = False  # one matrix for embedding and readout; it takes the embedding's rules
     bias: Flag = False  # biases in the blocks' linear layers and in every norm
     dropout: Fraction = 0.0  # probability, on embeddings, attention and residual branches
@@ -52,11 +61,11 @@ class Config:
     base_width: Count = 128  # residual channels of the tuned proxy
     base_depth: Count = 4  # blocks of the tuned proxy
     base_head_dim: Count = 64  # channels per head of the tuned proxy
-    base_batch: Count | None = None  # sequences a step there: lr, decay, beta2 go with batch; None: they stay
-    base_tokens: Count | None = None  # tokens of its run: lr x (tokens / base_tokens)^-0.32; None: it stays
+    base_batch: Count | None = None  # its sequences per step: lr, decay, beta2 scale with batch; None: fixed
+    base_tokens: Count | None = None  # tokens of its run: lr x (tokens / base_tokens)^-0.32; None: fixed
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
     depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
-    # Tuned settings (found on the proxy, moved unchanged to the target)
+    # Tuned settings (found on the proxy, used as they are on the target)
     lr: Positive = 2**-9  # peak learning rate of the hidden matrices at the base shape
     embedding_lr_mult: Positive = 1.0  # x lr, embedding
     readout_lr_mult: Positive = 1.0  # x lr, readout
@@ -75,18 +84,19 @@ class Config:
     eps: Positive = 1e-8  # Adam's epsilon at the base shape
     grad_clip: NotNegative = 1.0  # largest global gradient norm; 0: no clipping
     warmup: Fraction = 0.1  # fraction of the steps, linear
-    schedule: one_of("cosine", "linear", "constant", "inverse_sqrt", "step") = "cosine"  # after the warmup
+    schedule: one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt", "step") = "cosine"  # after warmup
     final_lr: Share = 0.1  # fraction of the peak that the schedule ends at, or never goes under
+    decay_fraction: Share = 0.2  # wsd (warmup, stable, decay): last fraction of the steps, linear decay
     # Data
-    dataset: Text = "stdlib"  # stdlib; a path, glob or folder of .txt .jsonl .parquet; a hub name owner/name
+    dataset: Text = "stdlib"  # stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name
     tokenizer: Text = "bpe:2048"  # bpe:N, trained on the data set; bytes; a tiktoken name (gpt2, o200k_base)
     subset: Text | None = None  # configuration of a hub data set
     split: Text = "train"  # split of a hub data set
-    text_field: Text = "text"  # column that holds the text of .jsonl, .parquet and hub rows
+    text_field: Text = "text"  # column that holds the text of .csv, .jsonl, .parquet and hub rows
     max_tokens: Count | None = None  # tokens to prepare; None: all
     val_fraction: Fraction = 0.05  # fraction of the documents held out, chosen by a fixed hash of their text
     seed: Whole = 0  # of initialization, batches and dropout
-    # Run (what a run that goes on may change; nothing above)
+    # Run (what a resumed run may change; nothing above)
     steps: Whole = 1000  # optimizer steps
     micro_batch: Count | None = None  # sequences per pass, a divisor of batch; None: the whole batch
     eval_every: Count | None = None  # steps between evaluations; None: at the end only
@@ -94,97 +104,180 @@ class Config:
     checkpoint_every: Count | None = 500  # steps between checkpoints; None: at the end only
     data_dir: Text = "data/prepared"  # folder of prepared data sets
     out: Text | None = None  # run directory; None: out/NAME on the command line, none from Python
-    device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest there is
+    device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest available
     precision: one_of("auto", "bf16", "fp32") = "auto"  # matrix products; auto: bf16 on cuda
     compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; auto: blocks, on cuda
     graph: one_of("auto", True, False) = "auto"  # the optimizer step as one CUDA graph; auto: on one GPU
-    shard: Flag = False  # cut model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
+    shard: Flag = False  # split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
+    log_roles: Flag = False  # per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv
     wandb: Flag = False  # log to Weights & Biases too, offline without a login
-    prompt: Annotated[str, lambda x: True, "text"] = ""  # what the sample at the end goes on from
+    prompt: AnyText = ""  # what the sample at the end continues
     sample_tokens: Whole = 200  # tokens in the sample
     temperature: NotNegative = 0.8  # x 1/temperature on the logits; 0: always the likeliest token
     top_k: Count | None = 50  # tokens to choose among; None: all
 
     def __post_init__(self):
-        self.__dict__.update({name: check(name, getattr(self, name)) for name in KINDS})
+        for name in SETTINGS:
+            object.__setattr__(self, name, check_setting(name, getattr(self, name)))
         for name, unit in ("width", "head_dim"), ("base_width", "base_head_dim"), ("batch", "micro_batch"):
-            n, d = getattr(self, name), getattr(self, unit) or 1
-            if n % d:
-                raise UserError(f"{name}: got {n}, takes a multiple of {unit}={d}, such as {n + d - n % d}")
-    width_mult = property(lambda self: self.width / self.base_width)
-    depth_mult = property(lambda self: self.depth / self.base_depth)
+            value, divisor = getattr(self, name), getattr(self, unit)
+            if divisor is not None and value % divisor:
+                above = value + divisor - value % divisor
+                raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
+
+    @property
+    def width_mult(self):
+        return self.width / self.base_width
+
+    @property
+    def depth_mult(self):
+        return self.depth / self.base_depth
 
 
-KINDS = {name: get_args(kind) for name, kind in get_type_hints(Config, include_extras=True).items()}
-KINDS = {name: (*get_args(a[0]), True) if type(None) in a else (*a, False) for name, a in KINDS.items()}
+class Setting(NamedTuple):
+    """What a setting accepts. `kind` is a Python type; object where only a few values are accepted."""
+    kind: type
+    accepts: object  # value -> truthy
+    description: str
+    optional: bool  # whether None is accepted too
 
 
-def hint(word, words):
-    """The end of an error line about a mistyped word: the nearest there are."""
-    near = [w for w in difflib.get_close_matches(word, words) if w != word]
+def settings_of(config_class):
+    """{name: Setting}, read from the annotations of Config."""
+    settings = {}
+    for name, hint in get_type_hints(config_class, include_extras=True).items():
+        parts = get_args(hint)
+        optional = type(None) in parts
+        if optional:  # Optional[Annotated[...]]: the annotation is the first of the union
+            parts = get_args(parts[0])
+        settings[name] = Setting(*parts, optional)
+    return settings
+
+
+SETTINGS = settings_of(Config)
+
+# What a resumed run may change, and what does not tell two trials apart (but for steps): Config's last group
+MAY_CHANGE_ON_RESUME = frozenset([*SETTINGS][[*SETTINGS].index("steps"):])
+
+
+def closest(word, words):
+    """The end of an error line about a mistyped word: the nearest valid ones, or nothing."""
+    near = [candidate for candidate in difflib.get_close_matches(word, words) if candidate != word]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def check(name, value, where=""):
-    """`value` as setting `name` keeps it; UserError when there is no such setting or it does not fit."""
-    if name not in KINDS:
-        raise UserError(f"{where}{name}: no such setting{hint(name, KINDS) or '; --help lists them'}")
-    kind, fits, words, optional = KINDS[name]
-    if type(value) in (int, float) and abs(value) < 1e99 and (kind is float or kind is int and not value % 1):
-        value = kind(value)
-    if not (value is None and optional) and (kind not in (type(value), object) or not fits(value)):
-        raise UserError(f"{where}{name}: got {value!r}, takes {words}{hint(str(value), words.split(', '))}")
+def check_setting(name, value, where=""):
+    """`value` in the type of setting `name`: whole floats become int, ints become float where a float is
+    expected. Raises UserError when there is no such setting or the value is not accepted."""
+    if name not in SETTINGS:
+        advice = closest(name, SETTINGS) or "; --help lists them"
+        raise UserError(f"{where}{name}: no such setting{advice}")
+    kind, accepts, description, optional = SETTINGS[name]
+    if value is None and optional:
+        return None
+    if type(value) in (int, float) and abs(value) < 1e99:
+        if kind is float or kind is int and value % 1 == 0:
+            value = kind(value)
+    right_type = kind is object or type(value) is kind
+    if not right_type or not accepts(value):
+        advice = closest(str(value), description.split(", "))
+        raise UserError(f"{where}{name}: got {value!r}, takes {description}{advice}")
     return value
 
 
-def parse(name, text):
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.Pow: math.pow}
+
+
+def evaluate_arithmetic(node):
+    """The value of a parsed literal or arithmetic expression such as 2**-8; never runs code."""
+    operation = OPERATIONS.get(type(getattr(node, "op", None)))
+    if operation is not None and isinstance(node, ast.BinOp):
+        return operation(evaluate_arithmetic(node.left), evaluate_arithmetic(node.right))
+    return ast.literal_eval(node)
+
+
+def parse_value(name, text):
     """What `text`, from the command line, means for setting `name`: a literal, arithmetic, or just text."""
-    def calculate(node):
-        operation = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: math.pow}.get(
-            type(getattr(node, "op", None)))
-        return operation(calculate(node.left), calculate(node.right)) if operation else ast.literal_eval(node)
-    kind, _, _, optional = KINDS.get(name, (str, None, None, False))
+    kind, optional = str, False
+    if name in SETTINGS:
+        kind, optional = SETTINGS[name].kind, SETTINGS[name].optional
+    is_none = optional and text.lower() == "none"
+    if kind is str and not is_none:
+        return text
+    literal = text.capitalize() if text.isalpha() else text.strip()  # true, none -> True, None
     try:
-        if kind is str and not (optional and text.lower() == "none"):
-            return text
-        return calculate(ast.parse(text.capitalize() if text.isalpha() else text.strip(), mode="eval").body)
+        return evaluate_arithmetic(ast.parse(literal, mode="eval").body)
     except (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return text
 
 
-def read(source):
+def read_settings(source):
     """{setting: value} of a config file or a run directory. Raises UserError."""
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     try:
         if path != source:
             return {**json.loads(Path(path).read_text("utf-8")), "out": source}
-        return {name: value for name, value in runpy.run_path(path).items()
-                if name in KINDS or not (name[0] == "_" or inspect.ismodule(value) or callable(value))}
+        return {name: value for name, value in runpy.run_path(path).items() if is_assignment(name, value)}
     except (Exception, SystemExit) as error:
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{path}: {what}{hint(path, map(str, Path('config').glob('*.py')))}") from None
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        advice = closest(path, map(str, Path("config").glob("*.py")))
+        raise UserError(f"{path}: {reason}{advice}") from None
+
+
+def is_assignment(name, value):
+    """Whether a global of a config file is meant as a setting: no import, function or private name is."""
+    if name in SETTINGS:
+        return True
+    return not (name.startswith("_") or inspect.ismodule(value) or callable(value))
 
 
 def configure(argv):
     """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        sys.exit()
     words, layers, flags = iter(argv), [], {}
     for word in words:
-        name, equals, text = word.lstrip("-").partition("=")
-        if word in ("-h", "--help"):
-            sys.exit(print(help_text()))
         if not word.startswith("-"):
-            layers.append((f"{word}: ", read(word)))
+            name, equals, _ = word.partition("=")
+            if equals and name in SETTINGS:
+                raise UserError(f"{name}: got {word}, takes --{word}")
+            layers.append((f"{word}: ", read_settings(word)))
             continue
-        if name in KINDS and not equals and (text := next(words, "--")).startswith("--"):
-            raise UserError(f"{name}: got no value, takes --{name}=VALUE")
-        flags[name] = parse(name, text)
-    return Config(**{name: check(name, value, where) for where, values in [*layers, ("", flags)]
-                     for name, value in values.items()})
+        name, equals, text = word.lstrip("-").partition("=")
+        if name in SETTINGS and not equals:  # --name value
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise UserError(f"{name}: got no value, takes --{name}=VALUE")
+        flags[name] = parse_value(name, text)
+    layers.append(("", flags))
+    return Config(**{name: check_setting(name, value, where)
+                     for where, values in layers for name, value in values.items()})
 
 
 def help_text():
-    """Every setting with its default, unit and group, read off the source of Config."""
-    found = re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", inspect.getsource(Config), re.MULTILINE)
-    return "\n".join(["usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]", __doc__] + [
-        f"\n{group}" if group else f"  {f'--{name}={getattr(Config, name)}':32}{text}"
-        for group, name, text in found])
+    """Every setting with its default, unit and group, read from the source of Config."""
+    lines = ["usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]", __doc__]
+    pattern = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): .*?  # (?P<comment>.+))$", re.MULTILINE)
+    for match in pattern.finditer(inspect.getsource(Config)):
+        if match["group"]:
+            lines.append(f"\n{match['group']}")
+        else:
+            option = f"--{match['name']}={getattr(Config, match['name'])}"
+            lines.append(f"  {option:32}{match['comment']}")
+    return "\n".join(lines)
+
+
+def run_cli(main):
+    """Run main(argv) as a program: it returns the exit code; a UserError is one line and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # `| tee log` shows each line when it is printed
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # rank 0 prints the line; torchrun then ends the others
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `| head` has closed the pipe: not an error of ours
+        os._exit(128 + signal.SIGPIPE)  # at once, as Python's own shutdown would write the rest

@@ -1,12 +1,11 @@
-"""A GPT, and the parametrization that lets its settings move from a small proxy to a large target.
+"""A GPT: a decoder-only transformer, from token ids to logits in one pass.
 
 Tensor names carry their shape: B batch, T tokens, C channels (width), H heads, D channels per head,
-V vocabulary. Sources: μP, Tensor Programs V (arXiv 2203.03466) Table 8; depth, CompleteP (arXiv
-2505.01618); Adam's eps on embedding and readout, Complete(d)P (arXiv 2512.22382).
+V vocabulary. Initial weights and the factors of the forward pass come from parametrization.py.
 """
 
 import math
-import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,114 +13,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configure import UserError
-
-
-class Cells(NamedTuple):
-    """A row of the table. A cell is (exponent of width_mult, exponent of depth_mult); None: no such thing."""
-    std: tuple | None  # of the initial values
-    lr: tuple
-    decay: tuple | None  # coupled, as torch's AdamW applies it: a step multiplies weights by 1 - lr * decay
-    eps: tuple  # Adam's
-
-
-def mup(a):
-    """Maximal update parametrization; residual branches shrink with depth to the power a (depth_alpha)."""
-    return {  #                 std         lr          decay    eps
-        "embedding":  Cells((0, 0),    (0, 0),     (0, 0),  (-1, 0)),
-        "hidden":     Cells((-1/2, 0), (-1, a-1),  (1, 0),  (-1, -a)),
-        "norm":       Cells(None,      (0, a-1),   None,    (-1, -a)),
-        "bias":       Cells(None,      (0, a-1),   None,    (-1, -a)),
-        "final_norm": Cells(None,      (0, 0),     None,    (-1, 0)),
-        "readout":    Cells((0, 0),    (0, 0),     (0, 0),  (-1, 0)),
-    }, {"branch": (0, -a), "logits": (-1, 0), "attention": -1}  # -1: of head_dim / base_head_dim
-
-
-def sp(a):
-    """The standard parametrization of the same model, the control: 1/sqrt(fan_in) init, one lr for all."""
-    one = (0, 0)
-    return {
-        "embedding":  Cells(one,       one, one,  one),
-        "hidden":     Cells((-1/2, 0), one, one,  one),
-        "norm":       Cells(None,      one, None, one),
-        "bias":       Cells(None,      one, None, one),
-        "final_norm": Cells(None,      one, None, one),
-        "readout":    Cells((-1/2, 0), one, one,  one),
-    }, {"branch": one, "logits": one, "attention": -1/2}
-
-
-TABLES = {"mup": mup, "sp": sp}
-
-ROLES = {  # role: the names of its parameters. Nothing hangs on tensors, so nothing gets lost on the way.
-    "embedding": r"(token|position)_embedding\.weight",
-    "hidden": r"blocks\.\d+\.(attention|mlp)\.\w+(?<!_norm)\.weight",
-    "norm": r"blocks\.\d+\.(\w+\.)?\w+_norm\.weight",
-    "bias": r"blocks\.\d+\..+\.bias",
-    "final_norm": r"final_norm\.(weight|bias)",
-    "readout": r"readout\.weight",
-}
-
-
-def role_of(name):
-    """The one role of the parameter `name`; UserError when it has none, or several."""
-    roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
-    if len(roles) != 1:
-        raise UserError(f"model.py: parameter {name} has {' and '.join(roles) or 'no role'}, takes one "
-                        f"of {', '.join(ROLES)}")
-    return roles[0]
-
-
-def scale(config, cell):
-    return config.width_mult ** cell[0] * config.depth_mult ** cell[1]
-
-
-def rule(config, role, fan_in=None):
-    """dict(std, lr, weight_decay, eps, betas): what holds for `role` at the shape of `config`, lr at the
-    schedule's peak. fan_in: inputs of a hidden matrix (default: width). std None: nothing random."""
-    cells = TABLES[config.parametrization](config.depth_alpha)[0][role]
-    base_fan_in = (fan_in or config.width) / config.width_mult
-    base_std = {"embedding": config.embedding_std, "hidden": config.hidden_std / math.sqrt(base_fan_in),
-                "readout": config.readout_std / math.sqrt(config.base_width)}.get(role)
-    lr_mult = {"embedding": config.embedding_lr_mult, "readout": config.readout_lr_mult,
-               "hidden": 1.0}.get(role, config.norm_lr_mult)
-    tokens = max(config.steps, 1) * config.batch * config.context
-    lr_mult *= (tokens / (config.base_tokens or tokens)) ** -0.32  # arXiv 2409.19913
-    batch_mult = config.batch / (config.base_batch or config.batch)
-    root = math.sqrt(batch_mult)  # of lr: arXiv 2205.10287; lr * decay per token stays: arXiv 2405.13698
-    return {"std": cells.std and base_std * scale(config, cells.std),
-            "lr": config.lr * lr_mult * root * scale(config, cells.lr),
-            "weight_decay": config.weight_decay * root * scale(config, cells.decay) if cells.decay else 0.0,
-            "eps": config.eps * scale(config, cells.eps),
-            "betas": (config.beta1, config.beta2 ** batch_mult)}  # its half-life in tokens stays: 2507.07101
-
-
-def multipliers(config):
-    """Factors of the forward pass: residual branches, logits, attention logits."""
-    forward = TABLES[config.parametrization](config.depth_alpha)[1]
-    heads = (config.head_dim / config.base_head_dim) ** forward["attention"] / math.sqrt(config.base_head_dim)
-    return {"branch": scale(config, forward["branch"]),
-            "logits": config.logit_mult * scale(config, forward["logits"]),
-            "attention": config.attention_mult * heads}
+from parametrization import forward_multipliers, hyperparameters, role_of
 
 
 def constant(value):
     """A factor of the forward pass, as a tensor: compiled code reads its value, and so serves every value."""
-    return nn.Buffer(torch.tensor(value), persistent=False)
+    return nn.Buffer(torch.as_tensor(value), persistent=False)
 
 
 class Linear(nn.Linear):
-    """nn.Linear, weights and biases times `factor`: that is free where they are cast to bf16 anyway."""
+    """nn.Linear with weights and biases times `factor`: free where they are cast to bf16 anyway."""
 
     def __init__(self, fan_in, fan_out, bias, factor=1.0):
         super().__init__(fan_in, fan_out, bias)
         self.factor = constant(factor)
-        self.register_buffer("scaled", None, persistent=False)  # data/updates.py: their product, in bf16
+        # factor * weight in bf16, where training/optimizer.py maintains it; None: computed in each pass
+        self.register_buffer("scaled", None, persistent=False)
 
     def reset_parameters(self):
-        """Nothing: GPT.initialize() draws all."""
+        """Nothing: GPT.initialize() draws all weights."""
 
     def forward(self, x):
+        weight = self.factor * self.weight if self.scaled is None else self.scaled
         bias = None if self.bias is None else self.factor.flatten() * self.bias
-        return F.linear(x, self.factor * self.weight if self.scaled is None else self.scaled, bias)
+        return F.linear(x, weight, bias)
 
 
 def rotate(x_BHTD, angles_TD):
@@ -132,14 +47,17 @@ def rotate(x_BHTD, angles_TD):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. `cache`, if given, holds keys and values of all earlier tokens, and grows."""
+    """Causal self-attention. `cache`, if given, is a list of the keys and values of all earlier tokens; the
+    new ones are appended."""
 
     def __init__(self, config):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
-        C, factors = config.width, multipliers(config)
-        queries = [[factors["attention"]]] * C + [[1.0]] * (2 * C)  # to scale the logits, scale the queries
-        self.qkv = Linear(C, 3 * C, config.bias, queries)
+        C, factors = config.width, forward_multipliers(config)
+        # Scaling the queries scales the attention logits, at no cost: keys and values keep a factor of 1
+        qkv_factors = torch.ones(3 * C, 1)
+        qkv_factors[:C] = factors["attention"]
+        self.qkv = Linear(C, 3 * C, config.bias, qkv_factors)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
     def forward(self, x_BTC, angles_TD=None, cache=None):
@@ -148,15 +66,16 @@ class Attention(nn.Module):
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
         if angles_TD is not None:
             q_BHTD, k_BHTD = rotate(q_BHTD, angles_TD), rotate(k_BHTD, angles_TD)
-        mask = None
+        mask_TS = None
         if cache is not None:
             if cache:
                 k_BHTD, v_BHTD = torch.cat((cache[0], k_BHTD), 2), torch.cat((cache[1], v_BHTD), 2)
-                mask = x_BTC.new_ones(T, S := k_BHTD.size(2), dtype=torch.bool).tril(S - T)
+                S = k_BHTD.size(2)  # tokens seen so far, these T included
+                mask_TS = x_BTC.new_ones(T, S, dtype=torch.bool).tril(S - T)
             cache[:] = k_BHTD, v_BHTD
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=mask is None, scale=1.0,
-            dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_TS, dropout_p=dropout,
+                                                is_causal=mask_TS is None, scale=1.0)
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -164,7 +83,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.up = Linear(config.width, 4 * config.width, config.bias)
-        self.down = Linear(4 * config.width, config.width, config.bias, multipliers(config)["branch"])
+        self.down = Linear(4 * config.width, config.width, config.bias, forward_multipliers(config)["branch"])
 
     def forward(self, x_BTC):
         return self.down(F.gelu(self.up(x_BTC)))
@@ -185,8 +104,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer, pre-LN. `config.vocab_size` must be set; the weights are a function of the
-    config alone (its seed included). UserError: a parameter without a role."""
+    """Decoder-only transformer, pre-LN. `config.vocab_size` must be set; the weights depend on the config
+    alone (its seed included). Raises UserError for a parameter without a role."""
 
     def __init__(self, config):
         super().__init__()
@@ -202,18 +121,25 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(config.width, bias=config.bias)
         if not config.tied:
-            self.readout = Linear(config.width, config.vocab_size, False)
-        factors = config.embedding_mult, multipliers(config)["logits"]
-        self.embedding_mult, self.logit_mult = map(constant, factors)
+            self.readout = Linear(config.width, config.vocab_size, bias=False)
+        self.embedding_mult = constant(config.embedding_mult)
+        self.logit_mult = constant(forward_multipliers(config)["logits"])
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
-        """Draw every weight by its role's rule, on the CPU, so that all devices start alike."""
+        """Draw every weight by its role's standard deviation, on the CPU: the same weights on all devices."""
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
-            std = rule(config, role_of(name), p.shape[-1])["std"]
-            p.fill_(not name.endswith("bias")) if std is None else p.normal_(std=std, generator=generator)
+            if p.is_meta:  # of model_size(), in each training: no numbers, and drawing them takes long
+                continue
+            std = hyperparameters(config, role_of(name), fan_in=p.shape[-1])["std"]
+            if std is not None:
+                p.normal_(std=std, generator=generator)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                p.fill_(1.0)
             if config.zero_residual_out and name.endswith(("attention.out.weight", "mlp.down.weight")):
                 p.zero_()
             if config.zero_query and name.endswith("qkv.weight"):
@@ -221,15 +147,17 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT, targets_BT=None, cache=None):
         """logits_BTV or, given targets, their mean cross-entropy in nats. `cache`: one list per block, empty
-        at first, for going on token by token; logits are the same with and without it."""
-        past, T = cache[0][0].size(2) if cache and cache[0] else 0, tokens_BT.size(1)
+        at first, to continue token by token; the logits are the same with and without it."""
+        past = cache[0][0].size(2) if cache and cache[0] else 0
+        T = tokens_BT.size(1)
         if past + T > self.config.context:
             raise UserError(f"context: got {past + T} tokens, takes at most {self.config.context}")
         positions_T = torch.arange(past, past + T, device=tokens_BT.device)
         x_BTC, angles_TD = self.embed(tokens_BT, positions_T), None
         if self.config.position == "rotary":
             D = self.config.head_dim
-            angles_TD = torch.outer(positions_T, 1e4 ** (-torch.arange(0, D, 2, device=tokens_BT.device) / D))
+            frequencies_D = 1e4 ** (-torch.arange(0, D, 2, device=tokens_BT.device) / D)
+            angles_TD = torch.outer(positions_T, frequencies_D)
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, angles_TD, None if cache is None else cache[i])
         return self.read_out(x_BTC, targets_BT)
@@ -240,8 +168,10 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x_BTC = x_BTC + self.position_embedding(positions_T)
         x_BTC = self.dropout(self.embedding_mult * x_BTC)
-        where = x_BTC.device.type
-        return x_BTC.to(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else x_BTC
+        device_type = x_BTC.device.type
+        if torch.is_autocast_enabled(device_type):
+            x_BTC = x_BTC.to(torch.get_autocast_dtype(device_type))
+        return x_BTC
 
     def read_out(self, x_BTC, targets_BT=None):
         """The logits; or only their loss, as logits that leave compiled code cost 3% of a step."""
@@ -251,30 +181,18 @@ class GPT(nn.Module):
             return logits_BTV
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
-    def param_groups(self):
-        """AdamW's groups, one per role: params, role and what rule() says, lr at the schedule's peak."""
-        named = [(role_of(name), p) for name, p in self.named_parameters()]
-        return [{"role": role, "params": [p for its, p in named if its == role], **rule(self.config, role)}
-                for role in ROLES if role in dict(named)]
-
-    def table(self):
-        """The resolved parametrization, for people: a line per role, then the factors of the forward pass."""
-        lines = ["role         tensors     parameters        init std         lr   lr*decay        eps"]
-        for group in self.param_groups():
-            role, params, lr = group["role"], group["params"], group["lr"]
-            stds = dict.fromkeys(rule(self.config, role, p.shape[-1])["std"] for p in params)
-            std = "/".join("-" if s is None else f"{s:.3g}" for s in stds)
-            lines.append(f"{role:<12}{len(params):>8}{sum(p.numel() for p in params):>15,}{std:>16}"
-                         f"{lr:>11.3g}{lr * group['weight_decay']:>11.3g}{group['eps']:>11.3g}")
-        factors = ", ".join(f"{name} x {value:.4g}" for name, value in multipliers(self.config).items())
-        return "\n".join([*lines, f"{self.config.parametrization}: width_mult {self.config.width_mult:g}, "
-                          f"depth_mult {self.config.depth_mult:g}; {factors}; beta2 {group['betas'][1]:.4g}"])
-
     def flops_per_token(self):
         """Floating-point operations per trained token, forward and backward: 6 per weight in a matrix product
         and 12 * depth * width * context for attention (PaLM, arXiv 2204.02311, appendix B)."""
-        c, hidden = self.config, sum(p.numel() for n, p in self.named_parameters() if role_of(n) == "hidden")
+        c = self.config
+        hidden = sum(p.numel() for name, p in self.named_parameters() if role_of(name) == "hidden")
         return 6 * (hidden + c.width * c.vocab_size) + 12 * c.depth * c.width * c.context
+
+    def activations_per_token(self):
+        """Numbers per token that the backward pass reads, at the least: of each matrix product the wider of
+        its input and output, and the logits."""
+        hidden = [p for name, p in self.named_parameters() if role_of(name) == "hidden"]
+        return sum(max(p.shape) for p in hidden) + self.config.vocab_size
 
     @torch.no_grad()
     def generate(self, tokens_BT, n, temperature=1.0, top_k=None, seed=0):
@@ -282,19 +200,46 @@ class GPT(nn.Module):
         chooses among all. When the context is full, the last half of it is kept and read again."""
         training, generator = self.training, torch.Generator(tokens_BT.device).manual_seed(seed)
         self.eval()
-        context, cache, unread_BT = self.config.context, None, tokens_BT[:, -self.config.context:]
+        context, cache = self.config.context, [[] for _ in self.blocks]
+        unread_BT = tokens_BT[:, -context:]
         for _ in range(n):
-            cache = cache or [[] for _ in self.blocks]
             logits_BV = self(unread_BT, cache=cache)[:, -1].float()
-            if temperature:
-                if top_k and top_k < logits_BV.size(-1):
-                    logits_BV[logits_BV < logits_BV.topk(top_k).values[:, -1:]] = -math.inf
-                logits_BV = (logits_BV - logits_BV.amax()) / max(temperature, 1e-6)  # never inf
-                unread_BT = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
-            else:
-                unread_BT = logits_BV.argmax(-1, keepdim=True)
+            unread_BT = choose_token(logits_BV, temperature, top_k, generator)
             tokens_BT = torch.cat((tokens_BT, unread_BT), dim=1)
             if cache[0][0].size(2) == context:
-                cache, unread_BT = None, tokens_BT[:, -(context // 2 or 1):]
+                cache, unread_BT = [[] for _ in self.blocks], tokens_BT[:, -max(1, context // 2):]
         self.train(training)
         return tokens_BT
+
+
+def choose_token(logits_BV, temperature, top_k, generator):
+    """The next token of each row, (B, 1): the likeliest at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    if top_k is not None and top_k < logits_BV.size(-1):
+        smallest_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -math.inf)
+    logits_BV = (logits_BV - logits_BV.amax()) / max(temperature, 1e-6)  # never overflows
+    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+
+
+class ModelSize(NamedTuple):
+    parameters: int
+    flops_per_token: int
+    activations_per_token: int
+
+
+def model_size(config):
+    """The ModelSize of the GPT of `config`, without making it: blocks are alike, so each adds what the second
+    block of a model without weights adds. Raises UserError for a shape that no tensor can have."""
+    try:
+        with torch.device("meta"):
+            one, two = (GPT(replace(config, depth=depth)) for depth in (1, 2))
+    except RuntimeError:  # more elements than torch can count
+        raise UserError(f"width: got {config.width}, which with vocab_size={config.vocab_size} and context="
+                        f"{config.context} makes a larger tensor than torch can count; takes a smaller model"
+                        ) from None
+    sizes = [(sum(p.numel() for p in model.parameters()), model.flops_per_token(),
+              model.activations_per_token()) for model in (one, two)]
+    return ModelSize(*(first + (config.depth - 1) * (second - first)
+                       for first, second in zip(*sizes, strict=True)))

@@ -1,27 +1,40 @@
-"""Train a GPT: `python train.py CONFIG.py [--name=value ...]`; `python train.py RUN_DIR` goes on with a run.
+"""Train a GPT: `python train.py CONFIG.py [--name=value ...]`; `python train.py RUN_DIR` resumes a run.
 `train(config)` is the same for scripts and notebooks; `--help` lists every setting."""
 
 import contextlib
-import functools
 import math
-import os
-import re
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configure import UserError, configure
-from data import Data, alarms, devices, prepare, updates
-from data.devices import pick_device
-from data.feed import feed, sized
-from data.processes import agree, command, first_here, join, processes, signals_caught
-from data.runs import Run
-from model import GPT, role_of
+from configure import Config, configure, run_cli
+from data.loader import TokenDataset, prefetch_batches, with_vocab_size
+from data.prepare import prepare
+from model import GPT
+from parametrization import format_table, role_of
+from training.checkpoint import has_finite_weights
+from training.cli import catch_signals, choose_run_dir, errors_in_one_line
+from training.compile import compiled_training, use_cuda_graph
+from training.device import (
+    batches_on_device,
+    check_memory,
+    peak_flops,
+    peak_memory,
+    precision_name,
+    reuse_freed_memory,
+    select_device,
+)
+from training.distributed import any_rank, init_distributed, local_rank0_first, parallelize, rank, world_size
+from training.evaluate import evaluate, generate_sample
+from training.logger import RunLogger
+from training.metrics import MetricsBuffer, is_finite
+from training.monitor import LossSpikeDetector, build_observers, divergence_message
+from training.optimizer import build_optimizer, choose_update
+from training.step import TrainStep
+
+READ_SECONDS = 0.5  # between two reads of the metrics, at the most
+WARM_STEPS = 3  # after them the step is compiled, allocated and captured
 
 
 @dataclass
@@ -41,296 +54,236 @@ class Result:
     sample: str = ""
 
 
-def schedule(config, step):
-    """The learning rate at `step`, counted from 0, as a fraction of each group's peak. The first is not 0."""
-    warmup, low = round(config.warmup * config.steps), config.final_lr
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step + 1 - warmup) / (config.steps - warmup)  # 1 at the last step
-    return {"cosine": low + (1 - low) * (1 + math.cos(math.pi * done)) / 2,
-            "linear": 1 - (1 - low) * done,
-            "constant": 1.0,
-            "inverse_sqrt": max(low, math.sqrt((warmup + 1) / (step + 1))),
-            "step": 1.0 if done <= 0.5 else math.sqrt(low) if done <= 0.75 else low}[config.schedule]
+@dataclass
+class Run:
+    """What a run works with: made once by set_up(), before the first step."""
+    config: Config
+    say: object  # prints a line; silent on all ranks but the first
+    device: torch.device
+    autocast: object  # the context manager that gives the precision
+    dataset: TokenDataset
+    model: GPT
+    parallel_model: torch.nn.Module  # `model`, or a copy or a part of it on each rank
+    optimizer: torch.optim.Optimizer
+    logger: RunLogger
+    checkpoint: dict | None  # where the run resumes from
+    batches: object  # yields the batch of each step
+
+    @property
+    def start(self):
+        """Steps that were done before."""
+        return self.checkpoint["step"] if self.checkpoint else 0
 
 
-def due(every, step):
+def set_up(config, say):
+    """The Run of `config`: data prepared, model built, the last checkpoint loaded. Raises UserError."""
+    device, autocast = select_device(config)
+    use_cuda_graph(config, device)  # rejected now, rather than after the data is prepared
+    with local_rank0_first():
+        dataset = TokenDataset(prepare(config))
+    dataset.check_fills_batch(config.context, config.batch)
+    dataset.validation_windows(config.context, config.eval_tokens)  # rejected now, not after training
+    sized_config = with_vocab_size(config, dataset)
+    check_memory(sized_config, device, autocast)
+    logger = RunLogger(config, dataset.hashes, say)
+    reuse_freed_memory()
+    model = GPT(sized_config).to(device)
+    parallel_model = parallelize(model, config, device)
+    optimizer = build_optimizer(model, capturable=use_cuda_graph(config, device))
+    checkpoint = logger.load_checkpoint(model, optimizer)
+    start = checkpoint["step"] if checkpoint else 0
+    chunks = prefetch_batches(dataset, config, start, rank(), world_size(), pin_memory=device.type == "cuda")
+    return Run(config, say, device, autocast, dataset, model, parallel_model, optimizer, logger, checkpoint,
+               batches_on_device(chunks, device))
+
+
+def describe(run):
+    """What is about to be trained, for people."""
+    config, dataset = run.config, run.dataset
+    tokens = config.steps * config.batch * config.context
+    parameters = sum(p.numel() for p in run.model.parameters())
+    modes = f"{run.device}"
+    if run.autocast._enabled:
+        modes += ", bf16"
+    if use_cuda_graph(config, run.device):
+        modes += ", one CUDA graph a step"
+    return (f"{dataset.folder}: {len(dataset.train):,} training tokens, vocabulary {dataset.vocab_size:,}\n"
+            f"{parameters:,} parameters on {modes}; {config.steps:,} steps of "
+            f"{config.batch * config.context:,} tokens: {tokens / len(dataset.train):.2f} epochs, "
+            f"{run.model.flops_per_token() * tokens:.2e} FLOPs\n{format_table(run.model)}")
+
+
+def is_due(every, step):
+    """Whether something that happens each `every` steps (None: never) happens after `step` steps."""
     return every is not None and step % every == 0
 
 
-def pick_graph(config, device):
-    """Whether the optimizer step is to be one CUDA graph."""
-    possible = device.type == "cuda" and processes()[1] == 1 and not config.shard
-    if config.graph is True and not possible:
-        raise UserError("graph: got True, takes false, or one GPU and --shard=false")
-    return possible and config.graph is not False
+def validate(run, result, step):
+    """Evaluate after `step` steps: the numbers go into `result`, and are returned for metrics.csv."""
+    numbers = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)
+    for name, value in numbers.items():
+        setattr(result, name, value)
+    run.say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
+            f"{result.val_bits_per_byte:.4f} bits per byte")
+    return numbers
 
 
-def finite(model):
-    """Whether every weight that this process holds is a number."""
-    return all(getattr(p, "to_local", lambda p=p: p)().isfinite().all() for p in model.parameters())
+def find_divergence(run, rows, evaluating, saving):
+    """The first of `rows` that is not finite, or None. It is the last where the validation loss or the
+    weights are not: the step after a finite loss can break them."""
+    for row in rows:
+        if not is_finite(row):
+            return row
+    broken = evaluating and not math.isfinite(rows[-1]["val_loss"])
+    if evaluating or saving:
+        [broken] = any_rank(broken or not has_finite_weights(run.model))
+    return rows[-1] if broken else None
 
 
-@torch.no_grad()
-def evaluate(model, data, config, device, autocast):
-    """{val_loss, val_error, val_bits_per_byte} on the fixed validation windows."""
-    windows_BT = torch.from_numpy(data.windows(config.context, config.eval_tokens).astype("int64"))
-    pieces = windows_BT.split(max(1, 8192 // config.context))  # not by batch: every run adds up alike
-    losses, (rank, world) = [torch.zeros(len(piece)) for piece in pieces], processes()
-    model.eval()
-    for i in range(rank, rank + math.ceil(len(pieces) / world) * world, world):  # each process as often
-        rows_BT = pieces[i % len(pieces)].to(device)
-        with autocast:
-            logits_BVT = model(rows_BT[:, :-1]).float().transpose(1, 2)
-        loss_B = F.cross_entropy(logits_BVT, rows_BT[:, 1:], reduction="none").mean(1)
-        if i < len(pieces):
-            losses[i] = loss_B.cpu()
-    model.train()
-    losses = torch.cat(losses).double()
-    if world > 1:
-        dist.all_reduce(losses)
-    nats = losses.sum().item() * config.context
-    error = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return {"val_loss": losses.mean().item(), "val_error": error,
-            "val_bits_per_byte": nats / math.log(2) / data.target_bytes(windows_BT.numpy())}
-
-
-def sample(model, data, config, device):
-    """The prompt and what the model writes after it."""
-    tokens = data.encode(config.prompt) or [data.eot]
-    tokens_BT = model.generate(torch.tensor([tokens], device=device), config.sample_tokens,
-                               config.temperature, config.top_k, config.seed)
-    return config.prompt + data.decode(tokens_BT[0, len(tokens):].tolist())
-
-
-def parallel(model, config, device):
-    """The model for several processes: a copy each (DDP) or, with config.shard, a part each (FSDP2)."""
-    world = processes()[1]
-    if config.shard and not dist.is_initialized():
-        raise UserError("shard: got True, which cuts the model over processes; takes false, or torchrun")
-    if config.shard:
-        from torch.distributed.fsdp import fully_shard
-        mesh = dist.init_device_mesh(device.type, (world,))
-        for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # else evaluation leaves parts whole
-    elif world > 1:
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return model
-
-
-def without(name, config, error, say):
-    """Say that the setting `name` fails here. Raises UserError when it was asked for, not only tried."""
-    reason = f"{name}: fails here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-    if getattr(config, name) != "auto":
-        raise UserError(f"{reason}; takes false") from None
-    say(f"{reason}; running without")
-
-
-@contextlib.contextmanager
-def compiled(model, whole, config, device, autocast, say):
-    """Within, training of `model`, not its evaluation, goes through torch.compile, where config.compile asks
-    for it and it works. All blocks share one code; "model" compiles all as one: longer, for a faster step
-    (and an update of fewer passes over memory, data/updates.py)."""
-    parts = [(block, "forward") for block in model.blocks] + [(model, "embed"), (model, "read_out")]
-    parts = [(model, "forward")] if config.compile == "model" else parts
-    if not config.compile or config.compile == "auto" and device.type != "cuda":
-        parts = []
-    torch._dynamo.config.recompile_limit = 1000  # code is kept for every shape that a sweep trains
-    torch._dynamo.config.accumulated_recompile_limit = 10_000
-    for part, name in parts:
-        plain = getattr(part, name)
-        fast = torch.compile(plain, dynamic=False)
-        setattr(part, name, lambda *args, fast=fast, plain=plain, **options: (
-            fast if torch.is_grad_enabled() else plain)(*args, **options))
-    if parts:
-        rows = config.micro_batch or config.batch // processes()[1]
-        tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
-        try:
-            with autocast:
-                whole(tokens_BT, tokens_BT).backward()
-        except Exception as error:
-            while parts:
-                delattr(*parts.pop())
-            without("compile", config, error, say)
-        for leaf in (*model.parameters(), *model.buffers()):
-            leaf.grad = None
-    yield
-    for part, name in parts:
-        delattr(part, name)
-
-
-class Step:
-    """The optimizer step. A call takes a batch, (2, passes, B, T), and its number, and returns one tensor:
-    mean loss, gradient norm before clipping, its parts. `graph`: replayed as a CUDA graph, AdamW included.
-    `update`: what ends a step (data/updates.py); None: torch's."""
-
-    def __init__(self, model, optimizer, config, autocast, graph=False, say=print, update=None):
-        self.optimizer, self.config = optimizer, config
-        update = update or updates.Plain(model, optimizer, config)
-        self.run = devices.Replayed(functools.partial(plain_step, model, update, config, autocast), graph,
-                                    lambda error: without("graph", config, error, say))
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
-        if graph:  # tensors, which a replay reads
-            self.peaks = torch.tensor(self.peaks, device="cuda")
-            self.rates = self.peaks.clone()
-            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate
-
-    def __call__(self, batch, step):
-        factor, seed = schedule(self.config, step), self.config.seed * 1_000_003 + step
-        if self.config.dropout:  # no random state to save; 32 bits of the seed count
-            torch.manual_seed(seed + 7919 * processes()[0])
-        if torch.is_tensor(self.peaks):
-            torch.mul(self.peaks, factor, out=self.rates)
-        else:
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * factor  # the groups keep their ratio
-        return self.run(batch)
-
-
-def plain_step(model, update, config, autocast, batch):
-    passes, world, losses = batch.size(1), processes()[1], []
-    share = torch.full((), 1 / passes, device=batch.device)
-    for i, (tokens_BT, targets_BT) in enumerate(zip(*batch, strict=True)):
-        with contextlib.ExitStack() as stack:
-            if world > 1 and config.shard:
-                model.set_requires_gradient_sync(i == passes - 1)
-            elif world > 1 and i < passes - 1:
-                stack.enter_context(model.no_sync())
-            with autocast:
-                losses.append(model(tokens_BT, targets_BT))
-            losses[-1].backward(share)
-    loss = torch.stack(losses).detach().mean()
-    if world > 1:
-        dist.all_reduce(loss)
-        loss = loss / world
-    norm, norms = update()
-    return torch.cat((torch.stack((loss, norm)), norms))
+def save(run, result, step, evaluating, saving):
+    """Write best.pt where the evaluation is the best so far, and last.pt where that is due."""
+    names = []
+    if evaluating and result.val_loss < result.best_val_loss:
+        result.best_step, result.best_val_loss = step, result.val_loss
+        names.append("best.pt")
+    if saving:
+        names.append("last.pt")
+    past = result.best_step, result.best_val_loss, result.history
+    run.logger.save_checkpoints(names, step, past, run.model, run.optimizer)
 
 
 def train(config, quiet=False):
-    """Train what `config` describes and return its Result. With config.out the run is kept there, and goes on
+    """Train what `config` describes and return its Result. With config.out the run is kept there, and resumes
     from its last checkpoint when there is one. Raises UserError."""
-    quiet = quiet or processes()[0] > 0
-    say = (lambda text: None) if quiet else tqdm.write
-    device, autocast = pick_device(config)
-    graph = pick_graph(config, device)
-    with first_here():
-        data = Data(prepare(config))
-    data.check(config.context, config.batch)
-    data.windows(config.context, config.eval_tokens)  # refused now, rather than at the first evaluation
-    shape = sized(config, data)
-    devices.check_memory(shape, device, 2 if autocast._enabled else 4)
-    keep = Run(config, {name: data.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}, say)
-    devices.keep_freed_memory()
-    model = GPT(shape).to(device)
-    result, start, whole = Result(model), 0, parallel(model, config, device)
-    optimizer = torch.optim.AdamW(model.param_groups(), fused=True, capturable=graph)
-    if checkpoint := keep.load(model, optimizer):
-        start = checkpoint["step"]
-        result.best_step, result.best_val_loss, result.history = checkpoint["past"]
-        say(f"{config.out}: going on from step {start:,}")
-    batches = feed(data, config, device, start)
-    keep.open(model.table(), result.history)
-    per_step, flops = config.batch * config.context, model.flops_per_token()
-    peak, parts = devices.peak_flops(config, device), []
-    say(f"{data.folder}: {len(data.train):,} training tokens, vocabulary {data.vocab_size:,}\n"
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{', bf16' * autocast._enabled}"
-        f"{', one CUDA graph a step' * graph}; {config.steps:,} steps of "
-        f"{per_step:,} tokens: {config.steps * per_step / len(data.train):.2f} epochs, "
-        f"{flops * per_step * config.steps:.2e} FLOPs\n{model.table()}")
-    update = updates.pick(whole, optimizer, config, autocast)  # before compiled(): its copies are compiled in
-    with (contextlib.closing(keep), compiled(model, whole, config, device, autocast, say),
-          signals_caught() as caught,
-          tqdm(total=config.steps, initial=start, disable=quiet) as bar):
-        take_step = Step(whole, optimizer, config, autocast, graph, say, update)
-        pending, speeds, leaps, clock = [], [], alarms.Leaps(config.grad_clip, say), time.perf_counter()
-        for step in range(start, config.steps + 1):  # `step` steps are done
-            last, warm = step == config.steps, step == start + 3
-            signalled, slow = agree(bool(caught), time.perf_counter() - clock > 0.5)
-            result.stopped = signalled and not last
-            again = checkpoint and step == start  # what is done here was done before
-            evaluating = last or due(config.eval_every, step) and not again
-            saving = last or result.stopped or due(config.checkpoint_every, step)
-            rows, bad = [{"step": 0, "tokens": 0}] if evaluating and step == 0 and not again else [], []
-            if pending and (evaluating or saving or slow or warm):
-                numbers = torch.stack(pending).tolist()  # waits for the device
-                speeds.append(len(pending) * per_step / (time.perf_counter() - clock))
-                rows = [{"step": done, "tokens": done * per_step, "train_loss": loss, "grad_norm": norm,
-                         "lr": config.lr * schedule(config, done - 1), "tokens_per_second": round(speeds[-1])}
-                        for done, (loss, norm, *_) in enumerate(numbers, step + 1 - len(pending))]
-                mfu = f", MFU {speeds[-1] * flops / peak:.1%}" if peak else ""
-                bar.set_postfix_str(f"loss {numbers[-1][0]:.3f}, lr {rows[-1]['lr']:.1e}, "
-                                    f"{speeds[-1]:,.0f} tokens/s{mfu}")
-                bar.update(len(pending))
-                bad = [row for row in rows if not math.isfinite(row["train_loss"] + row["grad_norm"])]
-                parts = numbers[bad[0]["step"] - rows[0]["step"] if bad else -1][2:]
-            speeds = speeds if last or not warm else []  # what came before compiled, allocated and captured
-            if evaluating and not bad:
-                numbers = evaluate(model, data, config, device, autocast)
-                result.__dict__.update(numbers)
-                (rows or [{}])[-1].update(numbers)
-                say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
-                    f"{result.val_bits_per_byte:.4f} bits per byte")
-            broken = evaluating and not math.isfinite(result.val_loss)
-            if evaluating or saving:  # a step of sound loss can break the weights
-                [broken] = agree(broken or not finite(model))
-            bad = bad or rows[-1:] * broken
-            result.history += rows
-            keep.add(rows)
-            for row in (row for row in rows if "train_loss" in row):
-                leaps.look(row)
-            if bad:
-                result.diverged = True
-                roles = [role_of(name) for name, _ in model.named_parameters()]
-                say(alarms.divergence(bad[0], roles, parts, autocast._enabled))
-                break
-            best = evaluating and result.val_loss < result.best_val_loss
-            if best:
-                result.best_step, result.best_val_loss = step, result.val_loss
-            keep.save(["best.pt"] * best + ["last.pt"] * saving, step,
-                      (result.best_step, result.best_val_loss, result.history), model, optimizer)
-            if last or result.stopped:
-                break
-            if rows or step == start:
-                pending, clock = [], time.perf_counter()
-            pending.append(take_step(next(batches), step))
+    quiet = quiet or rank() > 0
+    run = set_up(config, say=(lambda text: None) if quiet else tqdm.write)
+    result = Result(run.model)
+    if run.checkpoint:
+        result.best_step, result.best_val_loss, result.history = run.checkpoint["past"]
+        run.say(f"{config.out}: resuming at step {run.start:,}")
+    observers = build_observers(run.model, config)
+    columns = [column for observer in observers for column in observer.columns]
+    run.logger.open(format_table(run.model), result.history, columns)
+    run.say(describe(run))
+    # Chosen before the model is compiled: its bf16 copies of the weights are compiled in
+    update = choose_update(run.parallel_model, run.optimizer, config, run.autocast)
+    with (contextlib.closing(run.logger),
+          compiled_training(run.model, run.parallel_model, config, run.device, run.autocast, run.say),
+          catch_signals() as signals,
+          tqdm(total=config.steps, initial=run.start, disable=quiet) as progress):
+        train_step = TrainStep(run.parallel_model, run.optimizer, config, run.autocast,
+                               use_cuda_graph(config, run.device), run.say, update, observers)
+        metrics = MetricsBuffer(config.batch * config.context, len([*run.model.parameters()]), columns)
+        before_the_first_step(run, result, metrics)
+        if not result.diverged:
+            loop(run, result, train_step, metrics, signals, progress)
         update.close()
-        result.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else math.nan
-        result.peak_memory = devices.peak_memory(device)
-        if not (result.stopped or result.diverged):
-            result.sample = sample(model, data, config, device)
-            keep.write("sample.txt", result.sample + "\n")
+        finish(run, result, metrics)
     return result
 
 
+def loop(run, result, train_step, metrics, signals, progress):
+    """The training loop: from the first step, or where the run resumes, to the last. Fills `result`."""
+    config, spikes = run.config, LossSpikeDetector(run.config.grad_clip, run.say)
+    metrics.restart_clock()
+    for step in range(run.start, config.steps):
+        # The step itself. Its numbers stay on the device, which runs ahead of this loop
+        lr = train_step.set_learning_rate(step)
+        numbers = train_step(next(run.batches), step)
+        metrics.record(step + 1, lr, numbers)
+
+        # What follows it. Collective, so that all ranks do the same
+        done = step + 1
+        interrupted, overdue = any_rank(bool(signals), metrics.seconds_since_read() > READ_SECONDS)
+        result.stopped = interrupted and done < config.steps
+        evaluating = done == config.steps or is_due(config.eval_every, done)
+        saving = done == config.steps or result.stopped or is_due(config.checkpoint_every, done)
+        warm = done == run.start + WARM_STEPS
+        if not (evaluating or saving or overdue or warm):
+            continue
+
+        # Wait for the numbers of all steps since the last time, evaluate, and look for trouble
+        rows = metrics.read()
+        show_progress(progress, run, metrics, rows)
+        if warm and done < config.steps:
+            metrics.forget_speeds()
+        if evaluating and all(map(is_finite, rows)):
+            rows[-1] |= validate(run, result, done)
+        bad_row = find_divergence(run, rows, evaluating, saving)
+        result.history += rows
+        run.logger.log(rows)
+        spikes.update(rows)
+        if bad_row is not None:
+            end_diverged(run, result, bad_row, metrics)
+            return
+
+        # Only weights that are known to be sound are saved
+        save(run, result, done, evaluating, saving)
+        if result.stopped:
+            return
+        metrics.restart_clock()
+
+
+def before_the_first_step(run, result, metrics):
+    """Evaluation and checkpoint at step 0 of a new run; for a finished one they are all that is done."""
+    config, step = run.config, run.start
+    finished = step == config.steps
+    is_new = run.checkpoint is None
+    evaluating = finished or is_new and is_due(config.eval_every, 0)
+    saving = finished or is_new and is_due(config.checkpoint_every, 0)
+    row = {"step": step, "tokens": step * config.batch * config.context}
+    if evaluating:
+        row |= validate(run, result, step)
+    if evaluating and is_new:
+        result.history.append(row)
+        run.logger.log([row])
+    if find_divergence(run, [row], evaluating, saving) is not None:
+        end_diverged(run, result, row, metrics)
+        return
+    save(run, result, step, evaluating, saving)
+
+
+def show_progress(progress, run, metrics, rows):
+    """The progress bar after `rows`, the newest rows of metrics.csv."""
+    row, speed = rows[-1], metrics.speeds[-1]
+    text = f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s"
+    peak = peak_flops(run.config, run.device)
+    if peak is not None:
+        text += f", MFU {speed * run.model.flops_per_token() / peak:.1%}"
+    progress.set_postfix_str(text)
+    progress.update(len(rows))
+
+
+def end_diverged(run, result, row, metrics):
+    """Mark the run as diverged, and say at which numbers."""
+    result.diverged = True
+    roles = [role_of(name) for name, _ in run.model.named_parameters()]
+    run.say(divergence_message(row, roles, metrics.grad_norms, precision_name(run.autocast)))
+
+
+def finish(run, result, metrics):
+    """What a run measures of itself and writes at its end."""
+    result.tokens_per_second = metrics.median_speed()
+    result.peak_memory = peak_memory(run.device)
+    if not (result.stopped or result.diverged):
+        result.sample = generate_sample(run.model, run.dataset, run.config, run.device)
+        run.logger.write_text("sample.txt", result.sample + "\n")
+
+
 def main(argv):
-    config = configure(argv)
-    if config.out is None:  # out/NAME, or the first of out/NAME-2, out/NAME-3, ... that is not there
-        stem = [os.path.basename(word)[:-3] for word in ["run.py", *argv] if word.endswith(".py")][-1]
-        config = replace(config, out=next(name for i in range(1, 10**6) if not os.path.exists(
-            name := f"out/{stem}" + f"-{i}" * (i > 1))))
-    join()  # after all have chosen the same name
-    say = print if processes()[0] == 0 else (lambda text: None)
-    try:
+    config = choose_run_dir(configure(argv), argv)
+    init_distributed()  # after every rank has chosen the same run directory
+    with errors_in_one_line(config):
         result = train(config)
-    except (RuntimeError, MemoryError) as error:
-        if processes()[1] > 1 and re.search("gloo|NCCL|onnection", str(error)):
-            raise UserError(f"{config.out}: another process died; `train.py {config.out}` goes on") from None
-        if "memory" not in str(error):
-            raise
-        raise UserError(f"micro_batch: got {config.micro_batch}, which does not fit in the device's memory; "
-                        f"takes a smaller divisor of batch={config.batch}, or a smaller model") from None
-    except OSError as error:
-        raise UserError(f"out: cannot write {error.filename or config.out}: {error.strerror}") from None
     if result.diverged:
         return 1
-    if result.stopped:
-        say(f"{config.out}: stopped; `python train.py {config.out}` goes on")
-        return 130
-    say(f"\n{result.sample}\n\n{config.out}: validation loss {result.val_loss:.4f} nats per token, "
-        f"{result.val_bits_per_byte:.4f} bits per byte")
+    if rank() == 0 and result.stopped:
+        print(f"{config.out}: stopped; `python train.py {config.out}` resumes it")
+    elif rank() == 0:
+        print(f"\n{result.sample}\n\n{config.out}: validation loss {result.val_loss:.4f} nats per token, "
+              f"{result.val_bits_per_byte:.4f} bits per byte")
+    return 130 if result.stopped else 0
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -1,13 +1,14 @@
 """Does every layer move alike at each size? python -m scaling.coordinate_check CONFIG [--name=value ...]
 
 Trains a few steps at several widths (--widths=64,128,256,512) or depths (--depths=8,16,32) and fits the power
-of the size with which the mean |change| of each layer's output goes (Tensor Programs V, arXiv 2203.03466,
-appendix D.1). Under μP it is 0, or what the table says; the standard parametrization, the control in the
-figure, fails. Exit code 0 for PASS, 1 for FAIL. Also --steps=5, --seeds=3, --out=DIR.
+of the size to which the mean |change| of each layer's output is proportional (Tensor Programs V, arXiv
+2203.03466, appendix D.1). Under μP it is 0, or what the table says; the standard parametrization, the control
+in the figure, fails. Exit code 0 for PASS, 1 for FAIL. Also --steps=5, --seeds=3, --out=DIR.
 
-What shrinks at the start is no failure: logits as width^-1/2 (independent weights, logits x 1/width_mult);
-what starts at 0 has no power. The check cannot see what does not act in a few steps (weight decay, horizon)
-or is too small to (Adam's eps). A pass does not prove that settings transfer: sweep, then report.
+A layer may be smaller at the start of a wider model without failing: logits start as width^-1/2, as their
+weights are independent and they are multiplied by 1/width_mult; what starts at 0 has no power. The check
+cannot see errors in what hardly acts within a few steps: weight decay, Adam's eps, the length of the run.
+A pass does not prove that settings transfer: for that, sweep and report.
 """
 
 import math
@@ -17,114 +18,195 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from configure import UserError, configure
-from data import Data, prepare
-from data.feed import sized
-from data.processes import command
-from model import GPT, multipliers, rule
+from configure import UserError, configure, run_cli
+from data.loader import TokenDataset, with_vocab_size
+from data.prepare import prepare
+from model import GPT
+from parametrization import forward_multipliers, hyperparameters, role_of
 from scaling import figures
+from scaling.cli import make_folder, parse_options, parse_values
 from scaling.fits import power_law
-from scaling.words import make_folder, values, words_of
-from train import Step, pick_device
+from training.device import select_device
+from training.optimizer import build_optimizer
+from training.step import TrainStep
 
 BOUND = 0.15  # of a power. Finite sizes leave up to 0.12 under μP; a wrong exponent leaves 0.4 or more
 SLOW = 1 / 8  # x lr: at the tuned rate, without its warmup, 5 steps are already chaotic
-LAYERS = ("token_embedding", "attention.qkv", "attention.out", "mlp.up", "mlp.down", "final_norm")
 BATCH, CONTEXT = 8, 64  # sequences, tokens: small, so that the check is quick
+CHECKED_ROLES = ("embedding", "hidden", "final_norm")  # of the layers whose output is looked at
 
 
-def outputs(model, tokens_BT):
-    """{layer: its output in every block, stacked}; also the residual stream, attention logits and logits."""
-    seen, attend, hooks = defaultdict(list), F.scaled_dot_product_attention, []
+def checked_layers(model):
+    """[(layer, module)]: what owns a parameter of CHECKED_ROLES, and "stream" for each block, whose output is
+    the residual stream. Layers of all blocks go by one name, such as mlp.up."""
+    layers = [("stream", block) for block in model.blocks]
+    for module_name, module in model.named_modules():
+        roles = {role_of(f"{module_name}.{name}") for name, _ in module.named_parameters(recurse=False)}
+        if roles & {*CHECKED_ROLES}:
+            layers.append((layer_name(module_name), module))
+    return layers
 
-    def attended(q, k, v, **options):
-        seen["attention logits"].append((q @ k.transpose(-1, -2)).tril())  # the queries are scaled already
-        return attend(q, k, v, **options)
 
-    for name, module in model.named_modules():
-        layer = name.split(".", 2)[-1] if name.startswith("blocks.") else name
-        layer = "stream" if name.removeprefix("blocks.").isdigit() else layer
-        if layer in (*LAYERS, "stream"):
-            hooks.append(module.register_forward_hook(lambda m, i, out, layer=layer: seen[layer].append(out)))
-    F.scaled_dot_product_attention = attended
+def layer_name(module_name):
+    """blocks.3.mlp.up -> mlp.up"""
+    if module_name.startswith("blocks."):
+        return module_name.split(".", 2)[2]
+    return module_name
+
+
+def layer_outputs(model, tokens_BT):
+    """{layer: its outputs in all blocks, stacked}; also the residual stream, attention logits and logits."""
+    outputs = {"logits": []}  # the first row of the table; its output comes last
+    attention = F.scaled_dot_product_attention
+
+    def record(layer, output):
+        outputs.setdefault(layer, []).append(output)
+
+    def recorded_attention(q_BHTD, k_BHTD, v_BHTD, **options):
+        keys_BHTD = k_BHTD
+        if k_BHTD.size(1) < q_BHTD.size(1):  # grouped-query attention: several heads share their keys
+            keys_BHTD = k_BHTD.repeat_interleave(q_BHTD.size(1) // k_BHTD.size(1), dim=1)
+        # The model scales the queries beforehand, so these are the logits
+        record("attention logits", (q_BHTD @ keys_BHTD.transpose(-1, -2)).tril())
+        return attention(q_BHTD, k_BHTD, v_BHTD, **options)
+
+    hooks = [module.register_forward_hook(lambda module, inputs, output, layer=layer: record(layer, output))
+             for layer, module in checked_layers(model)]
+    F.scaled_dot_product_attention = recorded_attention
     try:
         with torch.no_grad():
-            seen["logits"].append(model(tokens_BT))
+            record("logits", model(tokens_BT))
     finally:
-        F.scaled_dot_product_attention = attend
+        F.scaled_dot_product_attention = attention
         for hook in hooks:
             hook.remove()
-    return {layer: torch.stack(found) for layer, found in seen.items()}
+    return {layer: torch.stack(found) for layer, found in outputs.items()}
 
 
-def sizes(config, data, steps):
-    """{(layer, when): mean |output| at initialization, then mean |change| after each step} of one run."""
-    device, autocast = pick_device(config)
-    model = GPT(sized(config, data)).to(device)
-    take_step = Step(model, torch.optim.AdamW(model.param_groups(), fused=True), config, autocast)
-    batches = [torch.stack(data.batch(config.seed, step, config.batch, config.context)).to(device)
+def measure_run(config, dataset, steps):
+    """Trains one model: {(layer, 0): mean |output| at initialization, (layer, step): mean |change| since}."""
+    device, autocast = select_device(config)
+    model = GPT(with_vocab_size(config, dataset)).to(device)
+    take_step = TrainStep(model, build_optimizer(model), config, autocast)
+    batches = [torch.stack(dataset.batch(config.seed, step, config.batch, config.context)).to(device)
                for step in range(steps + 1)]
-    probe_BT = batches.pop()[0]
-    first = outputs(model, probe_BT)
-    found = {(layer, 0): out.abs().mean().item() for layer, out in first.items()}
+    probe_BT = batches.pop()[0]  # tokens that are not trained on
+    initial = layer_outputs(model, probe_BT)
+    measured = {(layer, 0): output.abs().mean().item() for layer, output in initial.items()}
     for step, batch in enumerate(batches):
+        take_step.set_learning_rate(step)
         take_step(batch[:, None], step)
-        for layer, out in outputs(model, probe_BT).items():
-            found[layer, step + 1] = (out - first[layer]).abs().mean().item()
-    return found
+        for layer, output in layer_outputs(model, probe_BT).items():
+            measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()
+    return measured
 
 
-def coordinate_check(config, axis="width", rungs=(64, 128, 256, 512), steps=5, seeds=3):
-    """([{layer, start, change, interval, expected, passes}], all powers of `axis`; the sizes they are fitted
-    to, {(layer, when): {rung: [one for each seed]}}). Raises UserError."""
-    config = replace(config, batch=BATCH, context=min(CONTEXT, config.context), micro_batch=None, dropout=0.0,
-                     steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0, base_batch=None,
-                     base_tokens=None)
-    data, found = Data(prepare(config)), defaultdict(lambda: defaultdict(list))
-    for rung in rungs:
+def short_run(config, steps):
+    """`config` for a few small and slow steps, whose number, batch and context do not scale any setting."""
+    return replace(config, batch=BATCH, context=min(CONTEXT, config.context), micro_batch=None, dropout=0.0,
+                   steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0, base_batch=None,
+                   base_tokens=None)
+
+
+def coordinate_check(config, axis="width", sizes=(64, 128, 256, 512), steps=5, seeds=3):
+    """Trains at each of `sizes` of `axis`. Returns (rows, measured). Raises UserError.
+
+    rows: [{layer, start, change, interval, expected, passes}], where start, change, its 95% interval and
+    expected are powers of the size. measured: {(layer, step): {size: [one mean for each seed]}}.
+    """
+    config = short_run(config, steps)
+    dataset = TokenDataset(prepare(config))
+    measured = defaultdict(lambda: defaultdict(list))
+    for size in sizes:
         for seed in range(seeds):
-            for key, size in sizes(replace(config, seed=seed, **{axis: rung}), data, steps).items():
-                found[key][rung].append(size)
+            run = measure_run(replace(config, seed=seed, **{axis: size}), dataset, steps)
+            for key, mean in run.items():
+                measured[key][size].append(mean)
+    expected, rows = expected_powers(config, axis), []
+    for layer in dict.fromkeys(layer for layer, _ in measured):
+        start, _ = fit_power(measured[layer, 0])
+        change, error = fit_power(measured[layer, steps])
+        power = expected.get(layer, 0.0)
+        grows = start > BOUND  # nan, which a layer that starts at 0 has, is not above
+        rows.append({"layer": layer, "start": start, "change": change, "expected": power,
+                     "interval": 2 * error, "passes": abs(change - power) <= BOUND and not grows})
+    return rows, measured
 
-    def fit(layer, when):
-        pairs = [(rung, size) for rung, of_seeds in found[layer, when].items() for size in of_seeds]
-        x, y = zip(*pairs, strict=True)
-        return power_law(x, y)[:2] if min(y) > 0 else (math.nan, math.nan)
 
-    one, two = (multipliers(c)["branch"] * (rule(c, "hidden")["lr"] if c.zero_residual_out else 1.0)
-                for c in (config, replace(config, depth=2 * config.depth)))  # from 0, all of it is learnt
-    rows = []
-    for layer in dict.fromkeys(layer for layer, _ in found):
-        (start, _), (change, error) = fit(layer, 0), fit(layer, steps)
-        expected = math.log2(two / one) if axis == "depth" and layer in ("attention.out", "mlp.down") else 0.0
-        rows.append({"layer": layer, "start": start, "change": change, "expected": expected,
-                     "interval": 2 * error, "passes": abs(change - expected) <= BOUND and not start > BOUND})
-    return rows, found
+def fit_power(means):
+    """(power of the size, its standard error) of {size: [mean of each seed]}; nan where one of them is 0."""
+    points = [(size, mean) for size, of_seeds in means.items() for mean in of_seeds]
+    x, y = zip(*points, strict=True)
+    if min(y) <= 0:
+        return math.nan, math.nan
+    power, error, _ = power_law(x, y)
+    return power, error
+
+
+def expected_powers(config, axis):
+    """{layer: the power of the size to which its change should be proportional}; 0 for layers not in it.
+
+    Over width all are 0. Over depth a layer goes with the residual branch's multiplier where its output is
+    scaled by that, and with the learning rate where it starts at 0, so that all of its output is learned.
+    """
+    if axis != "depth":
+        return {}
+    configs = config, replace(config, depth=2 * config.depth)
+    branches = [forward_multipliers(sized)["branch"] for sized in configs]
+    rates = [hyperparameters(sized, "hidden")["lr"] for sized in configs]
+    # A layer whose factor differs between depth 1 and 2 has the branch's multiplier in it
+    shallow, deep = (GPT(replace(config, depth=depth, vocab_size=1, context=1)) for depth in (1, 2))
+    deep_factors = {layer: module.factor for layer, module in checked_layers(deep)
+                    if hasattr(module, "factor")}
+    powers = {}
+    for layer, module in checked_layers(shallow):
+        if layer not in deep_factors:
+            continue
+        powers[layer] = 0.0
+        if not torch.equal(module.factor, deep_factors[layer]):
+            powers[layer] += math.log2(branches[1] / branches[0])
+        if not module.weight.any():
+            powers[layer] += math.log2(rates[1] / rates[0])
+    return powers
+
+
+def check_sizes(config, options):
+    """(axis, sizes) that the command line asks for. Raises UserError before anything is trained."""
+    axis = "depth" if options["depths"] else "width"
+    sizes = parse_values(axis, options[f"{axis}s"] or "64,128,256,512")
+    both = options["widths"] and options["depths"]
+    if both or options["seeds"] < 2 or len(set(sizes)) < 2:
+        raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
+    for size in sizes:
+        replace(config, **{axis: size})  # rejects a width that is no multiple of head_dim
+    return axis, sizes
+
+
+def print_table(parametrization, axis, rows):
+    """The rows, and PASS or FAIL with what that does not say."""
+    print(f"{parametrization}, powers of {axis}\n{'':<18}  at the start    change      95%   expected")
+    for row in rows:
+        numbers = "{layer:<18}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}".format(**row)
+        print(f"{numbers}   {'PASS' if row['passes'] else 'FAIL'}")
+    print("PASS" if all(row["passes"] for row in rows) else "FAIL")
+    print(__doc__.split("\n\n")[2], end="")
 
 
 def main(argv):
-    own = {"widths": "", "depths": "", "steps": 5, "seeds": 3, "out": "out/coordinate_check"}
-    config = configure(words_of(argv, own, __doc__))
-    axis = "depth" if own["depths"] else "width"
-    rungs = values(axis, own[f"{axis}s"] or "64,128,256,512")
-    if own["widths"] and own["depths"] or own["seeds"] < 2 or len({*rungs}) < 2:
-        raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
-    for rung in rungs:
-        replace(config, **{axis: rung})  # refused before there is a folder
-    make_folder(own["out"])
-    checked = {name: coordinate_check(replace(config, parametrization=name), axis, rungs, own["steps"],
-                                      own["seeds"])
-               for name in dict.fromkeys((config.parametrization, "mup", "sp"))}
-    rows = checked[config.parametrization][0]
-    print(f"{config.parametrization}, powers of {axis}\n{'':<18}  at the start    change      95%   expected")
-    for row in rows:
-        print("{layer:<18}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}   ".format(**row)
-              + ("PASS" if row["passes"] else "FAIL"))
-    failed = not all(row["passes"] for row in rows)
-    print("FAIL" if failed else "PASS", *__doc__.split("\n\n")[2:], sep="\n", end="")
-    print(figures.coordinates(checked, axis, rungs, own["steps"], own["out"]))
-    return int(failed)
+    defaults = {"widths": "", "depths": "", "steps": 5, "seeds": 3, "out": "out/coordinate_check"}
+    options, _, words = parse_options(argv, defaults, __doc__)
+    config = configure(words)
+    axis, sizes = check_sizes(config, options)
+    make_folder(options["out"])
+    checked = {}
+    for name in dict.fromkeys((config.parametrization, "mup", "sp")):  # sp: the control
+        checked[name] = coordinate_check(replace(config, parametrization=name), axis, sizes, options["steps"],
+                                         options["seeds"])
+    rows, _ = checked[config.parametrization]
+    print_table(config.parametrization, axis, rows)
+    print(figures.draw_coordinate_check(checked, axis, sizes, options["steps"], options["out"]))
+    return 0 if all(row["passes"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -1,18 +1,23 @@
-"""The pictures of a report: loss against the swept setting, loss against size, training curves."""
+"""The figures of a report (loss against the swept setting, loss against size, training curves) and of a
+coordinate check."""
 
 import os
-import re
 
 import numpy as np
 
 from scaling import fits
 
-OKABE_ITO = "#000000 #e69f00 #56b4e9 #009e73 #0072b2 #d55e00 #cc79a7 #999999 #882255".split()
+# Okabe and Ito's colors, told apart by everyone, and two of Tol's. The number of markers shares no factor
+# with theirs, so that 90 lines in a row differ in color or marker.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#882255",
+          "#332288")
+MARKERS = ("o", "s", "^", "v", "D", "*", "P", "x", "h")
+TITLES = {"mup": "μP", "sp": "standard parametrization"}  # of parametrizations; any other goes by its name
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # a legend that covers nothing
-STYLES = ("o", "#0072b2"), ("s", "#d55e00"), ("^", "#009e73")  # Okabe and Ito's blue, vermilion, green
 
 
-def plotter():
+def load_pyplot():
+    """matplotlib.pyplot, which draws to files and in the style of all figures."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -21,110 +26,133 @@ def plotter():
     return pyplot
 
 
-def draw(report, folder):
-    """Writes the figures of `report` to `folder`; returns their paths."""
-    pyplot = plotter()
-    return [keep(picture(report, pyplot), os.path.join(folder, f"{picture.__name__}.png"), pyplot)
-            for picture in (transfer, size, curves)]
+def draw_report(report, folder):
+    """Writes transfer.png, size.png and curves.png to `folder`; returns their paths."""
+    pyplot, paths = load_pyplot(), []
+    for name, draw in {"transfer": draw_transfer, "size": draw_size, "curves": draw_curves}.items():
+        paths.append(save(draw(report, pyplot), os.path.join(folder, f"{name}.png"), pyplot))
+    return paths
 
 
-def title(name):
-    return re.sub("^mup", "μP", re.sub("^sp", "standard parametrization", name))
-
-
-def keep(figure, path, pyplot):
+def save(figure, path, pyplot):
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
     return path
 
 
-def panels(report, pyplot, **shared):
-    """(figure, [(name, ladder, axes)]): a panel for each parametrization, side by side."""
+def title(ladder):
+    """The title of a ladder, such as "mup, depth_alpha=1": its parametrization spelled out."""
+    parametrization, comma, settings = ladder.partition(",")
+    return TITLES.get(parametrization, parametrization) + comma + settings
+
+
+def line_style(i):
+    """Marker and color of the i-th line of a figure."""
+    return {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)]}
+
+
+def make_panels(report, pyplot, **shared):
+    """(figure, [(name, ladder, axes)]): a panel for each ladder, side by side, μP first."""
     ladders = sorted(report["ladders"].items(), key=lambda item: not item[0].startswith("mup"))
-    size = {"figsize": (5.5 * len(ladders) + 1, 4.4)}  # inches
-    figure, axes = pyplot.subplots(1, len(ladders), squeeze=False, **size, **shared)
+    inches = (5.5 * len(ladders) + 1, 4.4)
+    figure, axes = pyplot.subplots(1, len(ladders), squeeze=False, figsize=inches, **shared)
     return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes[0], strict=True)]
 
 
-def shades(report):
-    """{rung: colour}, the same in every panel; ordered in lightness, so readable without colour."""
+def size_colors(report):
+    """{size: color}, the same in every panel; ordered in lightness, so readable without color."""
     from matplotlib import colormaps
-    rungs = sorted({rung[report["axis"]] for each in report["ladders"].values() for rung in each["rungs"]})
-    return dict(zip(rungs, colormaps["viridis"](np.linspace(0.0, 0.88, len(rungs))), strict=True))
+    axis = report["axis"]
+    sizes = sorted({size[axis] for ladder in report["ladders"].values() for size in ladder["rungs"]})
+    return dict(zip(sizes, colormaps["viridis"](np.linspace(0.0, 0.88, len(sizes))), strict=True))
 
 
-def legend(report, ax, more=""):
-    """Of all rungs, beside the last panel: it covers nothing."""
+def add_size_legend(report, ax, more=""):
+    """A legend of all sizes beside the panel `ax`."""
     from matplotlib.lines import Line2D
-    lines = [Line2D([], [], color=c, marker="o", label=f"{rung:.0f}") for rung, c in shades(report).items()]
+    lines = [Line2D([], [], color=color, marker="o", label=f"{size:.0f}")
+             for size, color in size_colors(report).items()]
     ax.legend(handles=lines, title=report["axis"] + more, fontsize=10, **BESIDE)
 
 
-def transfer(report, pyplot):
-    """Loss against log2 of the swept setting, a line for each rung, its seeds' range, its optimum."""
-    figure, parts = panels(report, pyplot, sharex=True, sharey=True)
-    best = [rung["loss"] for ladder in report["ladders"].values() for rung in ladder["rungs"]]
-    low, top = min(best), 1.5 * max(best) - 0.5 * min(best) + 0.1
-    for name, ladder, ax in parts:
-        for rung in ladder["rungs"]:
-            colour = shades(report)[rung[report["axis"]]]
-            x = np.log2([float(value) for value in rung["losses"]])
-            seeds = [[y if np.isfinite(y) else np.nan for y in by.values()] for by in rung["losses"].values()]
-            ax.plot(x, [np.mean(losses) for losses in seeds], "o-", color=colour, markersize=4)
-            ax.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=colour, alpha=0.2)
-            if not rung["edge"]:
-                ax.plot(rung["log2_best"], rung["loss"], "*", color=colour, markersize=13, mec="k")
-        ax.set(title=title(name), xlabel=f"log2 {report['swept']}", ylim=(low - 0.03, top))
-    parts[0][2].set_ylabel("validation loss, nats per token")
-    legend(report, parts[-1][2], "\n(star: optimum)")
+def draw_transfer(report, pyplot):
+    """Loss against log2 of the swept setting, a line for each size, its seeds' range, its optimum."""
+    figure, panels = make_panels(report, pyplot, sharex=True, sharey=True)
+    colors = size_colors(report)
+    lowest = [size["loss"] for ladder in report["ladders"].values() for size in ladder["rungs"]]
+    lowest = [loss for loss in lowest if np.isfinite(loss)] or [0.0]
+    bottom, top = min(lowest) - 0.03, 1.5 * max(lowest) - 0.5 * min(lowest) + 0.1
+    for name, ladder, ax in panels:
+        for size in ladder["rungs"]:
+            color = colors[size[report["axis"]]]
+            x = np.log2([float(value) for value in size["losses"]])
+            losses = [[loss if np.isfinite(loss) else np.nan for loss in by_seed.values()]
+                      for by_seed in size["losses"].values()]
+            ax.plot(x, [np.mean(seeds) for seeds in losses], "o-", color=color, markersize=4)
+            ax.fill_between(x, [min(seeds) for seeds in losses], [max(seeds) for seeds in losses],
+                            color=color, alpha=0.2)
+            if not size["edge"]:
+                ax.plot(size["log2_best"], size["loss"], "*", color=color, markersize=13, mec="k")
+        ax.set(title=title(name), xlabel=f"log2 {report['swept']}", ylim=(bottom, top))
+    panels[0][2].set_ylabel("validation loss, nats per token")
+    add_size_legend(report, panels[-1][2], "\n(star: optimum)")
     return figure
 
 
-def size(report, pyplot):
-    """The best loss of each rung against parameters and against compute."""
+def draw_size(report, pyplot):
+    """The best loss of each size against parameters and against compute, with its power law."""
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.4), sharey=True)
-    for (name, ladder), (marker, colour) in zip(sorted(report["ladders"].items()), STYLES, strict=False):
+    for i, name in enumerate(sorted(report["ladders"])):
+        sizes = [size for size in report["ladders"][name]["rungs"] if np.isfinite(size["loss"])]
         for ax, unit in zip(axes, ("parameters", "flops"), strict=True):
-            x, y = ([rung[key] for rung in ladder["rungs"]] for key in (unit, "loss"))
-            label = title(name)
-            if len(set(x)) > 2:
-                exponent, error, factor = fits.power_law(x, y)
-                label += f": {factor:.3g} x^({exponent:.3f} ± {error:.3f})"
-                ax.plot(x, factor * np.array(x) ** exponent, "--", color=colour, linewidth=1)
-            ax.plot(x, y, marker, color=colour, label=label, fillstyle="none", markersize=8, mew=2)
-            ax.set(xscale="log", yscale="log", xlabel={"flops": "training FLOPs"}.get(unit, unit))
-            ax.yaxis.set_major_formatter("{x:.2f}")
-            ax.yaxis.set_minor_formatter("{x:.2f}")
-            ax.xaxis.set_minor_formatter("")  # these overlap
-            ax.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+            plot_power_law(ax, title(name), [size[unit] for size in sizes], [size["loss"] for size in sizes],
+                           line_style(i))
+    for ax, label in zip(axes, ("parameters", "training FLOPs"), strict=True):
+        ax.set(xscale="log", yscale="log", xlabel=label)
+        ax.yaxis.set_major_formatter("{x:.2f}")
+        ax.yaxis.set_minor_formatter("{x:.2f}")
+        ax.xaxis.set_minor_formatter("")  # these overlap
+        ax.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     axes[0].set_ylabel("best validation loss, nats per token")
     return figure
 
 
-def curves(report, pyplot):
-    """Training loss along the steps, at each rung's best setting; the first fall is cut off."""
-    figure, parts = panels(report, pyplot, sharey=True)
-    for name, ladder, ax in parts:
-        for rung in ladder["rungs"]:
-            curve = rung["curve"][len(rung["curve"]) // 10:]
-            ax.plot(np.linspace(0.1, 1, len(curve)), curve, color=shades(report)[rung[report["axis"]]])
-        ax.set(title=title(name), xlabel="share of the steps")
-    parts[0][2].set_ylabel("training loss, nats per token")
-    legend(report, parts[-1][2])
+def plot_power_law(ax, label, x, y, style):
+    """The points and, where there are three sizes or more, the power law through them."""
+    if len(set(x)) > 2:
+        exponent, error, factor = fits.power_law(x, y)
+        label += f": {factor:.3g} x^({exponent:.3f} ± {error:.3f})"
+        ax.plot(x, factor * np.array(x) ** exponent, "--", color=style["color"], linewidth=1)
+    ax.plot(x, y, linestyle="none", label=label, fillstyle="none", markersize=8, mew=2, **style)
+
+
+def draw_curves(report, pyplot):
+    """Training loss along the steps, at each size's best setting; the first tenth is cut off."""
+    figure, panels = make_panels(report, pyplot, sharey=True)
+    colors = size_colors(report)
+    for name, ladder, ax in panels:
+        for size in ladder["rungs"]:
+            curve = size["curve"][len(size["curve"]) // 10:]
+            ax.plot(np.linspace(0.1, 1, len(curve)), curve, color=colors[size[report["axis"]]])
+        ax.set(title=title(name), xlabel="fraction of the steps")
+    panels[0][2].set_ylabel("training loss, nats per token")
+    add_size_legend(report, panels[-1][2])
     return figure
 
 
-def coordinates(checked, axis, rungs, steps, folder):
-    """Mean |change| of each layer against the size, a panel for each parametrization; returns the path."""
-    pyplot = plotter()
-    figure, axes = pyplot.subplots(1, len(checked), figsize=(5.5 * len(checked) + 1, 4.4), sharey=True)
-    for ax, (name, (rows, found)) in zip(axes, checked.items(), strict=True):
+def draw_coordinate_check(checked, axis, sizes, steps, folder):
+    """Mean |change| of each layer's output against the size, a panel for each parametrization of `checked`,
+    {parametrization: (rows, measured) of coordinate_check()}; returns the path."""
+    pyplot = load_pyplot()
+    inches = (5.5 * len(checked) + 1, 4.4)
+    figure, axes = pyplot.subplots(1, len(checked), figsize=inches, sharey=True, squeeze=False)
+    for ax, (name, (rows, measured)) in zip(axes[0], checked.items(), strict=True):
         for i, row in enumerate(rows):
-            means = [np.mean(found[row["layer"], steps][rung]) for rung in rungs]
-            ax.plot(rungs, means, marker="osv^D*Pxh"[i % 9], label=row["layer"], color=OKABE_ITO[i % 9])
+            means = [np.mean(measured[row["layer"], steps][size]) for size in sizes]
+            ax.plot(sizes, means, label=row["layer"], **line_style(i))
         ax.set(title=title(name), xlabel=axis, xscale="log", yscale="log")
-        ax.set_xticks(rungs, [str(rung) for rung in rungs])
+        ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
-    axes[0].set_ylabel(f"mean |change| of a layer's output, {steps} steps")
-    axes[-1].legend(fontsize=10, **BESIDE)
-    return keep(figure, os.path.join(folder, f"{axis}.png"), pyplot)
+    axes[0, 0].set_ylabel(f"mean |change| of a layer's output, {steps} steps")
+    axes[0, -1].legend(fontsize=10, **BESIDE)
+    return save(figure, os.path.join(folder, f"{axis}.png"), pyplot)

@@ -4,45 +4,63 @@ import numpy as np
 
 
 def optimum(losses):
-    """(log2 of the best x, its loss, curvature) of {x: loss}, or None where the lowest is at an edge, of the
-    grid or of what trains. The parabola goes through the points within an octave, at least the neighbours."""
-    pairs = sorted((np.log2(x), y if np.isfinite(y) else np.inf) for x, y in losses.items())
-    x, y = np.array(pairs).T
-    best = int(np.argmin(y))
-    near = np.abs(x - x[best]) <= 1.01
-    near[max(0, best - 1):best + 2] = True
-    if not 0 < best < len(x) - 1 or not np.isfinite(y[best - 1:best + 2]).all():
+    """(log2 of the best x, its loss, curvature) of {x: loss}, from a parabola in log2 x through the points
+    within an octave of the lowest, its two neighbours at least.
+
+    None where the lowest is at an edge of the grid, or next to a trial that diverged."""
+    points = sorted((np.log2(x), loss if np.isfinite(loss) else np.inf) for x, loss in losses.items())
+    x, loss = np.array(points).T
+    best = int(np.argmin(loss))
+    at_edge = best == 0 or best == len(x) - 1
+    if at_edge or not np.isfinite(loss[best - 1:best + 2]).all():
         return None
-    near &= np.isfinite(y)
-    a, b, c = np.polyfit(x[near] - x[best], y[near], 2)
-    return (x[best] - b / (2 * a), c - b * b / (4 * a), a) if a > 0 else None
+    fitted = np.abs(x - x[best]) <= 1.01  # an octave, and room for rounding
+    fitted[best - 1:best + 2] = True
+    fitted &= np.isfinite(loss)
+    a, b, c = np.polyfit(x[fitted] - x[best], loss[fitted], 2)
+    if a <= 0:
+        return None
+    return x[best] - b / (2 * a), c - b * b / (4 * a), a
 
 
 def mean_losses(losses, seeds):
-    """{x: loss} over a draw of seeds; an x that none of them has takes the mean of all its seeds."""
-    return {x: np.mean([by[s] for s in seeds if s in by] or list(by.values())) for x, by in losses.items()}
+    """{x: mean loss} of {x: {seed: loss}} over `seeds`, which may repeat, as in a bootstrap draw. Where none
+    of them was trained at an x, the mean there is over all of its seeds."""
+    means = {}
+    for x, by_seed in losses.items():
+        drawn = [by_seed[seed] for seed in seeds if seed in by_seed]
+        means[x] = np.mean(drawn or list(by_seed.values()))
+    return means
 
 
-def regret(found, losses, x):
-    """What log2 x costs against the optimum: by the parabola near it, between the points further off, None
-    beyond them."""
-    if abs(x - found[0]) <= 1:
-        return found[2] * (x - found[0]) ** 2
-    points = sorted((np.log2(k), y) for k, y in losses.items())
-    if not points[0][0] <= x <= points[-1][0]:
+def regret(best, losses, x):
+    """What training at log2 x costs, in nats, compared with the optimum `best`: by its parabola within an
+    octave, by interpolation in {x: loss} further away. None beyond the grid."""
+    best_x, best_loss, curvature = best
+    if abs(x - best_x) <= 1:
+        return curvature * (x - best_x) ** 2
+    grid, loss = zip(*sorted((np.log2(k), y) for k, y in losses.items()), strict=True)
+    if not grid[0] <= x <= grid[-1]:
         return None
-    return float(np.interp(x, *zip(*points, strict=True)) - found[1])
+    return float(np.interp(x, grid, loss) - best_loss)
 
 
-def slope(best):
-    """Octaves that the best x moves for each doubling of the axis."""
-    there = [(np.log2(rung), found[0]) for rung, found in best.items() if found]
-    return float(np.polyfit(*zip(*there, strict=True), 1)[0]) if len(there) > 1 else np.nan
+def slope(optima):
+    """Octaves that the best x moves for each doubling of the size, of {size: optimum() or None}; nan where
+    fewer than two sizes have an optimum."""
+    points = [(np.log2(size), best[0]) for size, best in optima.items() if best]
+    if len(points) < 2:
+        return np.nan
+    sizes, best_x = zip(*points, strict=True)
+    return float(np.polyfit(sizes, best_x, 1)[0])
 
 
 def interval(numbers):
-    numbers = [number for number in numbers if np.isfinite(number)]
-    return list(np.percentile(numbers, (2.5, 97.5))) if numbers else [np.nan, np.nan]
+    """[low, high]: the middle 95% of the finite `numbers`; nan if there are none."""
+    finite = [number for number in numbers if np.isfinite(number)]
+    if not finite:
+        return [np.nan, np.nan]
+    return list(np.percentile(finite, (2.5, 97.5)))
 
 
 def power_law(x, y):

@@ -1,130 +1,192 @@
-"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--base=RUNG]
+"""What a sweep over learning rates says about transfer: python -m scaling.report DIR [--base=SIZE]
 
-From the rows alone: the best lr of each rung (by a parabola in log2 lr), its drift for each doubling
-of the axis, and what the proxy's rate costs at a rung (regret). The proxy is the rung at the base shape, or
---base, or the first. Intervals: 95%, by bootstrap over seeds. Other settings that differ make their own
-ladders; --swept=NAME takes only rows that differ in NAME alone from the most common settings; --to=DIR.
+From the rows alone: the best lr of each size (by a parabola in log2 lr), its drift for each doubling of the
+size, and what training a size at the proxy's best lr costs (regret). The proxy is the size at the base
+shape, or --base, or the smallest. Intervals: 95%, by bootstrap over seeds. Rows that differ in other
+settings form ladders of their own; --swept=NAME takes only rows that differ in NAME alone from the most
+common settings; --to=DIR is where report.json and the figures go. Several DIRs are read as one.
 """
 
+import functools
 import json
 import os
 from statistics import mode
 
 import numpy as np
 
-from configure import UserError
-from data.checkpoints import write
-from data.processes import command
+from configure import UserError, run_cli
+from data.files import write_text
 from scaling import figures
+from scaling.cli import make_folder, parse_options
 from scaling.fits import interval, mean_losses, optimum, regret, slope
-from scaling.trials import read
-from scaling.words import make_folder, words_of
+from scaling.trials import read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
-DRAWS = 1000
+BOOTSTRAP_DRAWS = 1000
 
 
-def choose(configs, swept):
-    """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary; the swept
-    setting is lr, or else the one other number, unless given. Raises UserError."""
-    varied = [name for name in configs[0] if len({json.dumps(c[name]) for c in configs}) > 1]
+def analyze(rows, swept="", base=None):
+    """The report, as a dict: of all `rows`, or of those that differ from the most common settings in `swept`
+    alone. `base`: the proxy's size. Raises UserError when the rows form no ladder."""
+    if swept:
+        rows = rows_of_one_setting(rows, swept)
+    configs = [json.loads(row["config"]) for row in rows]
+    axis, swept, others = choose_axes(configs, swept)
+    rows_by_ladder = {}
+    for row, config in zip(rows, configs, strict=True):
+        name = ", ".join([row["parametrization"], *(f"{other}={config[other]}" for other in others)])
+        rows_by_ladder.setdefault(name, []).append(row)
+    ladders = {name: analyze_ladder(axis, swept, ladder_rows, base)
+               for name, ladder_rows in sorted(rows_by_ladder.items())}
+    return {"axis": axis, "swept": swept, "ladders": ladders}
+
+
+def rows_of_one_setting(rows, swept):
+    """The rows whose settings are the most common ones, but for axes, seed and `swept`."""
+    configs = [json.loads(row["config"]) for row in rows]
+    fixed = configs[0].keys() - {*AXES, "seed", swept}
+    usual = {name: mode(config[name] for config in configs) for name in fixed}
+    return [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
+
+
+def choose_axes(configs, swept):
+    """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary. The swept
+    setting is `swept`, or lr, or the one other number that varies. Raises UserError."""
+    varied = [name for name in configs[0] if len({json.dumps(config[name]) for config in configs}) > 1]
     axes = [name for name in AXES if name in varied]
-    if axes and len({tuple(map(c.get, axes)) for c in configs}) == len({c[axes[0]] for c in configs}):
-        axes = axes[:1]  # the others follow it, as --hold has them
+    if axes:
+        shapes = {tuple(config[axis] for axis in axes) for config in configs}
+        if len(shapes) == len({config[axes[0]] for config in configs}):
+            axes = axes[:1]  # the other axes depend on it, as with the sweep's --hold
     others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
-    numbers = [name for name in others if all(type(c[name]) in (int, float) for c in configs)]
-    found = [name for name in (swept, "lr") if name in numbers][:1] or numbers
-    if len(axes) > 1 or len(found) != 1 or swept not in ("", *found):
+    numbers = [name for name in others if all(type(config[name]) in (int, float) for config in configs)]
+    candidates = numbers
+    for preferred in ("lr", swept):
+        if preferred in numbers:
+            candidates = [preferred]
+    if len(axes) > 1 or len(candidates) != 1 or swept not in ("", *candidates):
         raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes one of "
                         f"{', '.join(AXES)}, and {swept or 'lr or one other number'}")
-    return axes[0] if axes else "width", found[0], [name for name in others if name != found[0]]
+    found = candidates[0]
+    return axes[0] if axes else "width", found, [name for name in others if name != found]
 
 
-def climb(axis, swept, rows, base):
-    """The report of one ladder."""
-    rungs, random = sorted({row[axis] for row in rows}), np.random.default_rng(0)
-    seeds = {rung: sorted({row["seed"] for row in rows if row[axis] == rung}) for rung in rungs}
-    losses = {rung: {} for rung in rungs}
-    for row in rows:
-        loss = np.inf if row["diverged"] else row["val_loss"]
-        x = float(f"{json.loads(row['config'])[swept]:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
-        losses[row[axis]].setdefault(x, {})[row["seed"]] = loss
-
-    def fit(seeds):
-        return {rung: optimum(mean_losses(losses[rung], seeds[rung])) for rung in rungs}
-
-    best = fit(seeds)
-    several = [rung for rung, its in seeds.items() if len(its) > 1]  # one seed has no interval
-    draws = [fit({rung: random.choice(its, len(its)) for rung, its in seeds.items()})
-             for _ in range(DRAWS if several else 0)]
-    proxy = json.loads(rows[0]["config"]).get(f"base_{axis}")
-    base = base or (proxy if proxy in rungs else rungs[0])
-    if base not in rungs:
-        raise UserError(f"base: got {base}, takes one of {', '.join(f'{rung:g}' for rung in rungs)}")
-    ladder = {"base": base, "drift": slope(best), "rungs": [],
-              "drift_interval": interval([slope(draw) for draw in draws] if several == rungs else [])}
-    for rung in rungs:
-        found, mean = best[rung], mean_losses(losses[rung], seeds[rung])
-        top = min((row for row in rows if row[axis] == rung and not row["diverged"]),
-                  key=lambda row: row["val_loss"], default=rows[0])
+def analyze_ladder(axis, swept, rows, base):
+    """The report of one ladder: rows that differ in `axis`, `swept` and seed alone. Raises UserError."""
+    losses = losses_by_size(axis, swept, rows)
+    sizes = list(losses)
+    seeds = {size: sorted({row["seed"] for row in rows if row[axis] == size}) for size in sizes}
+    base = choose_base(axis, rows, sizes, base)
+    optima = {size: optimum(mean_losses(losses[size], seeds[size])) for size in sizes}
+    several = [size for size in sizes if len(seeds[size]) > 1]  # one seed gives no interval
+    draws = bootstrap(losses, seeds) if several else []
+    drifts = [slope(draw) for draw in draws] if several == sizes else []
+    ladder = {"base": base, "drift": slope(optima), "rungs": [], "drift_interval": interval(drifts)}
+    for size in sizes:
+        best, means = optima[size], mean_losses(losses[size], seeds[size])
+        drawn = [draw[size][0] for draw in draws if size in several and draw[size]]
+        cost = None
+        if best and optima[base]:
+            cost = regret(best, means, optima[base][0])
+        lowest = lowest_row([row for row in rows if row[axis] == size])
         ladder["rungs"].append({
-            axis: rung, "edge": found is None, "log2_best": found and found[0], "loss": min(mean.values()),
-            "interval": interval([draw[rung][0] for draw in draws if rung in several and draw[rung]]),
-            "regret": regret(found, mean, best[base][0]) if found and best[base] else None,
-            "seeds": len(seeds[rung]), **{name: top[name] for name in ("parameters", "flops", "curve")},
-            "losses": {str(x): {str(seed): loss for seed, loss in by_seed.items()}
-                       for x, by_seed in sorted(losses[rung].items())}})
+            axis: size, "edge": best is None, "log2_best": best and best[0], "loss": min(means.values()),
+            "interval": interval(drawn), "regret": cost, "seeds": len(seeds[size]),
+            "parameters": lowest["parameters"], "flops": lowest["flops"], "curve": lowest["curve"],
+            "losses": with_text_keys(losses[size])})
     return ladder
 
 
-def analyse(rows, swept="", base=None):
-    """The report, as a dict: of all `rows`, or of those that differ from the most common settings in `swept`
-    alone. `base`: the proxy's rung. Raises UserError when the rows are no ladder."""
-    configs = [json.loads(row["config"]) for row in rows]
-    if swept:
-        usual = {name: mode(c[name] for c in configs) for name in configs[0].keys() - {*AXES, "seed", swept}}
-        rows = [row for row, c in zip(rows, configs, strict=True) if usual.items() <= c.items()]
-        configs = [json.loads(row["config"]) for row in rows]
-    axis, swept, others = choose(configs, swept)
-    ladders = {}
-    for row, config in zip(rows, configs, strict=True):
-        name = ", ".join([row["parametrization"], *(f"{name}={config[name]}" for name in others)])
-        ladders.setdefault(name, []).append(row)
-    return {"axis": axis, "swept": swept,
-            "ladders": {name: climb(axis, swept, its, base) for name, its in sorted(ladders.items())}}
+def losses_by_size(axis, swept, rows):
+    """{size: {value of the swept setting: {seed: loss}}}, sizes in order; inf for what diverged."""
+    losses = {size: {} for size in sorted({row[axis] for row in rows})}
+    for row in rows:
+        value = json.loads(row["config"])[swept]
+        value = float(f"{value:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
+        loss = np.inf if row["diverged"] else row["val_loss"]
+        losses[row[axis]].setdefault(value, {})[row["seed"]] = loss
+    return losses
 
 
-def span(interval):
-    return "[{:+.2f}, {:+.2f}]".format(*interval) if np.isfinite(interval).all() else "-"  # one seed has none
+def choose_base(axis, rows, sizes, base):
+    """The proxy's size: `base` if given, or the size at the base shape, or the smallest. Raises UserError."""
+    if not base:
+        base_shape = json.loads(rows[0]["config"]).get(f"base_{axis}")
+        return base_shape if base_shape in sizes else sizes[0]
+    if base not in sizes:
+        raise UserError(f"base: got {base}, takes one of {', '.join(f'{size:g}' for size in sizes)}")
+    return base
 
 
-def text(report):
+def bootstrap(losses, seeds):
+    """[{size: its optimum()}] of BOOTSTRAP_DRAWS draws of as many seeds as it has, with replacement."""
+    random = np.random.default_rng(0)
+
+    @functools.cache  # few seeds make few different draws
+    def fit(size, drawn):
+        return optimum(mean_losses(losses[size], drawn))
+
+    draws = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        drawn = {size: tuple(random.choice(own, len(own))) for size, own in seeds.items()}
+        draws.append({size: fit(size, drawn[size]) for size in seeds})
+    return draws
+
+
+def lowest_row(rows):
+    """The row of the lowest loss; if all trials diverged, the first."""
+    finished = [row for row in rows if not row["diverged"]]
+    return min(finished, key=lambda row: row["val_loss"], default=rows[0])
+
+
+def with_text_keys(losses):
+    """{value: {seed: loss}}, sorted by value, with keys that JSON can hold."""
+    return {str(value): {str(seed): loss for seed, loss in by_seed.items()}
+            for value, by_seed in sorted(losses.items())}
+
+
+def format_interval(ends):
+    """The interval as text; a dash when there is none, as with a single seed."""
+    if not np.isfinite(ends).all():
+        return "-"
+    return "[{:+.2f}, {:+.2f}]".format(*ends)
+
+
+def format_report(report):
     """The report, for people."""
     axis, lines = report["axis"], []
     for name, ladder in report["ladders"].items():
-        drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
-        drift += f" for each doubling of {axis}, {span(ladder['drift_interval'])}"
-        lines += [f"{name}: best log2 {report['swept']} moves {drift}",
-                  f"{axis:>10}    parameters  seeds   best log2          interval     loss   regret"]
-        for rung in ladder["rungs"]:
-            at = "at the edge" if rung["edge"] else f"{rung['log2_best']:.2f}"
-            cost = "-" if rung["regret"] is None else f"{rung['regret']:.4f}"
-            lines.append(f"{rung[axis]:>10.0f}{rung['parameters']:>14,.0f}{rung['seeds']:>7}{at:>12}"
-                         f"{span(rung['interval']):>18}{rung['loss']:>9.4f}{cost:>9}")
+        drift = "an unknown way"
+        if np.isfinite(ladder["drift"]):
+            drift = f"{ladder['drift']:+.3f} octaves"
+        lines.append(f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {axis}, "
+                     + format_interval(ladder["drift_interval"]))
+        lines.append(f"{axis:>10}    parameters  seeds   best log2          interval     loss   regret")
+        lines += [format_size(axis, size) for size in ladder["rungs"]]
     return "\n".join(lines)
 
 
+def format_size(axis, size):
+    """The line of one size."""
+    best = "at the edge" if size["edge"] else f"{size['log2_best']:.2f}"
+    cost = "-" if size["regret"] is None else f"{size['regret']:.4f}"
+    return (f"{size[axis]:>10.0f}{size['parameters']:>14,.0f}{size['seeds']:>7}{best:>12}"
+            f"{format_interval(size['interval']):>18}{size['loss']:>9.4f}{cost:>9}")
+
+
 def main(argv):
-    own = {"to": "", "swept": "", "base": 0}
-    folders = words_of(argv, own, __doc__)
+    options, _, folders = parse_options(argv, {"to": "", "swept": "", "base": 0}, __doc__)
     if not folders or any(word.startswith("-") for word in folders):
         raise UserError("report: takes folders of trials.csv, --to, --swept, --base")
-    if not (rows := [row for folder in folders for row in read(folder)]):
+    rows = [row for folder in folders for row in read_trials(folder)]
+    if not rows:
         raise UserError(f"report: {folders[0]} has no trials; takes a folder that scaling.sweep wrote")
-    report, to = analyse(rows, own["swept"], own["base"]), make_folder(own["to"] or folders[0])
-    write(os.path.join(to, "report.json"), json.dumps(report, indent=1, default=float))
-    print(text(report), *figures.draw(report, to), sep="\n")
+    report = analyze(rows, options["swept"], options["base"])
+    folder = options["to"] or folders[0]
+    make_folder(folder)
+    write_text(os.path.join(folder, "report.json"), json.dumps(report, indent=1, default=float))
+    print(format_report(report), *figures.draw_report(report, folder), sep="\n")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -2,10 +2,11 @@
 
 Draws the settings that transfer (the classes of Tensor Programs V, arXiv 2203.03466, table 1: optimizer,
 initialization, multipliers; regularization does not, and is left out) and trains each draw: half from all
-of the space, then variants of the leading few, which in the end are trained on other seeds too: the best of
-many noisy trials flatters itself. The winner takes the lr at the bottom of its own curve. Writes DIR/best.py,
-which stacks on any configuration: python train.py config/target.py DIR/best.py. Also --space=lr,readout_std
-(only these are drawn), --target=CONFIG (tuning as a share of its FLOPs), --stack=K. Goes on like a sweep.
+of the space, then variants of the leading few. In the end the leaders are trained on other seeds too, as the
+best of many noisy trials looks better than it is. The winner takes the lr at the bottom of its own curve.
+Writes DIR/best.py, which is read after any configuration: python train.py config/target.py DIR/best.py. Also
+--space=lr,readout_std (only these are drawn), --target=CONFIG (tuning as a share of its FLOPs), --stack=K.
+After an interruption, the same command resumes.
 """
 
 import math
@@ -13,20 +14,17 @@ import os
 import random
 from dataclasses import replace
 
-import torch
-
-from configure import UserError, check, configure, read
-from data import Data, prepare
-from data.checkpoints import write
-from data.feed import sized
-from data.processes import command
-from model import GPT
+from configure import UserError, check_setting, configure, read_settings, run_cli
+from data.files import write_text
+from data.loader import TokenDataset, with_vocab_size
+from data.prepare import prepare
+from model import model_size
+from scaling.cli import parse_options
 from scaling.fits import optimum
 from scaling.stack import MAY_DIFFER
-from scaling.sweep import run, trials, worker
-from scaling.words import words_of
+from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
 
-SPACE = {  # setting: values, all as likely
+SPACE = {  # setting: values, all equally likely
     "lr": [2 ** (-i / 2) for i in range(12, 21)],
     "embedding_lr_mult": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
     "readout_lr_mult": [0.25, 0.5, 1.0, 2.0, 4.0, 8.0],
@@ -45,86 +43,129 @@ SPACE = {  # setting: values, all as likely
 }
 LEADERS = 5  # are trained on other seeds too, and are the parents of later rounds
 OCTAVES = -1, -1/2, 0, 1/2, 1  # around the lr of the best, for the curve
-ROUNDS = 1/2, 3/4, 1  # of the trials, done after each round; the first is purely random
+ROUNDS = 1/2, 3/4, 1  # fraction of the trials that is done after each round; the first is purely random
 REDRAWN = 1/4  # of a parent's settings, in later rounds
+
+
+def loss_of(row):
+    """The validation loss of a trial, for comparison: infinite where it diverged."""
+    return math.inf if row["diverged"] else row["val_loss"]
 
 
 def search(config, count, seeds, folder, space=SPACE, stack=1):
     """(the best Config, rows of its seeds, rows of all trials). Raises UserError, KeyboardInterrupt."""
-    if count > (possible := math.prod(map(len, space.values()))):
+    possible = math.prod(map(len, space.values()))
+    if count > possible:
         raise UserError(f"trials: got {count}, takes {possible} or fewer with this space")
+    leaders, rows = draw_leaders(config, count, folder, space, stack)
+    best, more_rows = choose_leader(leaders, config.seed, seeds, folder, stack)
+    rows += more_rows
+    if "lr" in space:
+        best, more_rows = tune_lr(best, folder, stack)
+        rows += more_rows
+    finals = run_trials([replace(best, seed=config.seed + k) for k in range(seeds)], folder, stack)
+    rows_by_config = {row["config"]: row for row in rows + finals}
+    return best, finals, list(rows_by_config.values())
 
-    def loss(row):
-        return math.inf if row["diverged"] else row["val_loss"]
 
+def draw_leaders(config, count, folder, space, stack):
+    """(the LEADERS best of `count` draws, the best first; rows of all draws)."""
     chooser, leaders = random.Random(config.seed), []
-    drawn = trials(config, {})  # `config` itself is the first: a search should not end below it
-    for share in ROUNDS:
-        while len(drawn) < max(1, round(share * count)):
-            parent = chooser.choice(leaders) if leaders else drawn[0]
-            changed = [name for name in space if not leaders or chooser.random() < REDRAWN]
-            draw = replace(parent, **{name: chooser.choice(space[name]) for name in changed})
-            drawn += [draw] if draw not in drawn else []
-        rows = run(drawn, folder, stack)
-        leaders = [drawn[i] for i in sorted(range(len(drawn)), key=lambda i: loss(rows[i]))[:LEADERS]]
-    again = [replace(leader, seed=config.seed + k) for leader in leaders for k in range(seeds)]
-    found = run(again, folder, stack)
-    totals = [sum(map(loss, found[i:i + seeds])) for i in range(0, len(again), seeds)]
-    best = leaders[totals.index(min(totals))]
-    if "lr" in space:  # draws are far apart: one of them is seldom in the middle, where transfer costs least
-        curve = run([replace(best, lr=best.lr * 2**octave) for octave in OCTAVES], folder, stack)
-        losses = {row["lr"]: loss(row) for row in curve}
-        middle = optimum(losses)
-        best = replace(best, lr=float(2 ** middle[0] if middle else min(losses, key=losses.get)))
-        found += curve
-    finals = run([replace(best, seed=config.seed + k) for k in range(seeds)], folder, stack)
-    known = {row["config"]: row for row in rows + found + finals}
-    return best, finals, list(known.values())
+    drawn = trial_configs(config, {})  # `config` itself is the first: a search should not end above its loss
+    for fraction in ROUNDS:
+        while len(drawn) < max(1, round(fraction * count)):
+            draw = draw_settings(chooser, leaders, drawn[0], space)
+            if draw not in drawn:
+                drawn.append(draw)
+        rows = run_trials(drawn, folder, stack)
+        order = sorted(range(len(drawn)), key=lambda i: loss_of(rows[i]))
+        leaders = [drawn[i] for i in order[:LEADERS]]
+    return leaders, rows
+
+
+def draw_settings(chooser, leaders, start, space):
+    """A draw: every setting of `space` in place of that of `start` or, once there are leaders, some settings
+    in place of a leader's."""
+    if not leaders:
+        return replace(start, **{name: chooser.choice(space[name]) for name in space})
+    parent = chooser.choice(leaders)
+    changed = [name for name in space if chooser.random() < REDRAWN]
+    return replace(parent, **{name: chooser.choice(space[name]) for name in changed})
+
+
+def choose_leader(leaders, seed, seeds, folder, stack):
+    """(the leader with the lowest mean loss over `seeds` seeds, rows of them all)."""
+    configs = [replace(leader, seed=seed + k) for leader in leaders for k in range(seeds)]
+    rows = run_trials(configs, folder, stack)
+    totals = [sum(map(loss_of, rows[i:i + seeds])) for i in range(0, len(rows), seeds)]
+    return leaders[totals.index(min(totals))], rows
+
+
+def tune_lr(best, folder, stack):
+    """(`best` with the lr at the bottom of its own curve, rows of the curve). Draws are far apart: one is
+    seldom in the middle, where transfer costs least."""
+    rows = run_trials([replace(best, lr=best.lr * 2**octave) for octave in OCTAVES], folder, stack)
+    losses = {row["lr"]: loss_of(row) for row in rows}
+    bottom = optimum(losses)
+    lr = 2 ** bottom[0] if bottom else min(losses, key=losses.get)
+    return replace(best, lr=float(lr)), rows
 
 
 def best_file(config, rows, count):
-    """The text of best.py: everything that transfers, drawn or not."""
+    """The text of best.py: every setting that transfers, drawn or not."""
     losses = [row["val_loss"] for row in rows]
-    return (f'"""The best of {count} trials at width {config.width}, depth {config.depth}.\n\n'
-            f"Validation loss {sum(losses) / len(losses):.4f}, the mean of {len(losses)} seeds from "
-            f'{min(losses):.4f} to {max(losses):.4f}.\n"""\n\n'
-            + "".join(f"{name} = {value!r}\n" for name, value in vars(config).items()
-                      if name in MAY_DIFFER - {"seed"}))
+    mean = sum(losses) / len(losses)
+    docstring = (f'"""The best of {count} trials at width {config.width}, depth {config.depth}.\n\n'
+                 f"Validation loss {mean:.4f}, the mean of {len(losses)} seeds from {min(losses):.4f} to "
+                 f'{max(losses):.4f}.\n"""\n\n')
+    settings = [f"{name} = {value!r}\n" for name, value in vars(config).items()
+                if name in MAY_DIFFER and name != "seed"]
+    return docstring + "".join(settings)
 
 
-def flops(config):
-    """Training FLOPs of a configuration, of a model without weights."""
-    shape = sized(config, Data(prepare(config)))
-    with torch.device("meta"):
-        per_token = GPT(shape).flops_per_token()
-    return per_token * config.batch * config.context * config.steps
+def training_flops(config):
+    """FLOPs of one training run of `config`."""
+    size = model_size(with_vocab_size(config, TokenDataset(prepare(config))))
+    return size.flops_per_token * config.batch * config.context * config.steps
+
+
+def report_search(config, options, target, best, finals, rows):
+    """Writes best.py, and prints it and what the search took."""
+    path, text = os.path.join(options["out"], "best.py"), best_file(best, finals, len(rows))
+    write_text(path, text)
+    losses = sorted(row["val_loss"] for row in rows if not row["diverged"])
+    print(f"{path}:\n{text}\n{len(rows)} trials: best {losses[0]:.4f}, median {losses[len(losses) // 2]:.4f}")
+    spent = sum(row["flops"] for row in rows if not math.isnan(row["flops"]))
+    cost = f"tuning took {spent:.2e} FLOPs"
+    if options["target"]:
+        target_flops = training_flops(replace(config, **target))
+        cost += f", {spent / target_flops:.1%} of one training of {options['target']}, {target_flops:.2e}"
+    print(cost)
 
 
 def main(argv):
-    own = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE), "target": ""}
-    config, names = configure(words_of(argv, own, __doc__)), own["space"].split(",")
-    if not {*names} <= {*SPACE}:
-        raise UserError(f"space: got {own['space']}, takes some of {', '.join(SPACE)}")
-    where = own["target"]  # it trains on the proxy's data, for as long, unless its file says otherwise
-    other = {name: check(name, value, f"{where}: ") for name, value in (read(where) if where else {}).items()}
+    defaults = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE),
+                "target": ""}
+    options, _, words = parse_options(argv, defaults, __doc__)
+    config, names = configure(words), options["space"].split(",")
+    if not set(names) <= set(SPACE):
+        raise UserError(f"space: got {options['space']}, takes some of {', '.join(SPACE)}")
+    target = {}  # it trains on the proxy's data, for as many steps, unless its file says otherwise
+    if options["target"]:
+        where = f"{options['target']}: "
+        target = {name: check_setting(name, value, where)
+                  for name, value in read_settings(options["target"]).items()}
     space = {name: SPACE[name] for name in names}
     try:
-        best, finals, rows = search(config, own["trials"], own["seeds"], own["out"], space, own["stack"])
+        best, finals, rows = search(config, options["trials"], options["seeds"], options["out"], space,
+                                    options["stack"])
     except KeyboardInterrupt:
-        print(f"{own['out']}: stopped; the same command goes on")
-        return 130
-    if worker()[0] > 0:
-        return
-    path, text = os.path.join(own["out"], "best.py"), best_file(best, finals, len(rows))
-    write(path, text)
-    spent = sum(row["flops"] for row in rows if row["flops"] == row["flops"])
-    losses = sorted(row["val_loss"] for row in rows if not row["diverged"])
-    print(f"{path}:\n{text}\n{len(rows)} trials: best {losses[0]:.4f}, median {losses[len(losses) // 2]:.4f}")
-    print(f"tuning took {spent:.2e} FLOPs", end="\n" * (not where))
-    if where:
-        whole = flops(replace(config, **other))
-        print(f", {spent / whole:.1%} of one training of {where}, {whole:.2e}")
+        return say_stopped(options["out"])
+    rank, _ = torchrun_rank()
+    if rank == 0:
+        report_search(config, options, target, best, finals, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

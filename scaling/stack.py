@@ -2,8 +2,10 @@
 
 Each keeps its own seed, initialization, learning rates and multipliers; the numbers are those of train(), one
 model at a time, but for rounding. What they share is every size: shape, batch, steps and text.
+Tensors of all models carry a leading dimension K.
 """
 
+import contextlib
 import math
 import warnings
 
@@ -11,22 +13,25 @@ import torch
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from configure import UserError
-from data import Data, prepare
-from data.devices import Replayed
-from data.feed import feed, sized
-from data.updates import adamw
+from data.loader import TokenDataset, prefetch_batches, with_vocab_size
+from data.prepare import prepare
 from model import GPT
-from train import Result, evaluate, pick_device, pick_graph, schedule, without
+from train import Result
+from training.compile import CudaGraphed, fall_back_or_raise, use_cuda_graph
+from training.device import batches_on_device, select_device
+from training.evaluate import evaluate
+from training.optimizer import adamw_update, build_optimizer
+from training.schedule import lr_factor
 
-# What stacked configurations may differ in; the others are sizes, or do not change the numbers.
-MAY_DIFFER = set("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
+# Settings in which stacked models may differ. All others are sizes, or do not change the numbers.
+MAY_DIFFER = frozenset("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
     embedding_std hidden_std readout_std zero_residual_out zero_query embedding_mult logit_mult attention_mult
-    weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr seed base_width base_depth
+    weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr decay_fraction seed base_width base_depth
     base_head_dim base_batch base_tokens""".split())
 
 
-def check(configs):
-    """Raises UserError when `configs` cannot be stacked."""
+def check_stackable(configs):
+    """Raises UserError when `configs` cannot be trained as one stack."""
     first = configs[0]
     for name, value in vars(first).items():
         if name not in MAY_DIFFER and any(getattr(config, name) != value for config in configs):
@@ -36,86 +41,139 @@ def check(configs):
             raise UserError(f"stack: got {name}={getattr(first, name)}, takes {name}={only}")
 
 
-class Adam:
-    """AdamW (arXiv 1711.05101) for stacked parameters, {name: (K, ...)}: K models with K sets of settings."""
+class StackedAdamW:
+    """AdamW (arXiv 1711.05101) for stacked parameters, {name: (K, ...)}: K models with K sets of settings,
+    which are read from the groups of build_optimizer(). Raises UserError when that builds another optimizer.
+    """
 
     def __init__(self, models, params):
-        self.settings, K = {}, len(models)
-        device = next(iter(params.values())).device
-        names = {id(p): name for name, p in models[0].named_parameters()}
-        for groups in zip(*(model.param_groups() for model in models), strict=True):
-            rows = torch.tensor([[group[key] for group in groups] for key in ("lr", "weight_decay", "eps")],
-                                device=device)
-            for p in groups[0]["params"]:
-                self.settings[names[id(p)]] = rows.view(3, K, *[1] * p.dim())
-        self.betas = torch.tensor([group["betas"] for group in groups], device=device).T  # as all groups have
-        self.clip = torch.tensor([model.config.grad_clip or math.inf for model in models], device=device)
-        self.first, self.second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "12")
-        self.steps = torch.zeros((), device=device)
+        optimizers = [build_optimizer(model) for model in models]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if type(optimizers[0]) is not torch.optim.AdamW:
+            raise UserError(f"stack: got {type(optimizers[0]).__name__}, takes AdamW, or --stack=1")
+        if any(len({group["betas"] for group in optimizer.param_groups}) > 1 for optimizer in optimizers):
+            raise UserError("stack: got groups of different betas, takes one pair for all, or --stack=1")
+        self.device = groups[0]["params"][0].device
+        self.settings = self.stack_settings(models[0], optimizers)
+        self.betas = self.tensor([optimizer.param_groups[0]["betas"] for optimizer in optimizers]).T  # (2, K)
+        self.max_norm_K = self.tensor([model.config.grad_clip or math.inf for model in models])
+        self.exp_avg = {name: torch.zeros_like(p) for name, p in params.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in params.items()}
+        self.steps = self.tensor(0.0)
 
-    def step(self, params, grads, factor_K):
-        """Updates params in place; returns the gradient norms before clipping, (K,)."""
+    def tensor(self, numbers):
+        return torch.tensor(numbers, device=self.device)
+
+    def stack_settings(self, model, optimizers):
+        """{parameter name: lr, weight decay and eps of all models, (3, K, 1, ...) to multiply it}."""
+        settings = {}
+        names = {p: name for name, p in model.named_parameters()}
+        for groups in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
+            rows = self.tensor([[group[key] for group in groups] for key in ("lr", "weight_decay", "eps")])
+            for p in groups[0]["params"]:
+                settings[names[p]] = rows.view(3, len(optimizers), *[1] * p.dim())
+        return settings
+
+    def step(self, params, grads, lr_factor_K):
+        """Clips the gradients of each model by their global norm and updates `params` in place. Returns the
+        norms before clipping, (K,)."""
         self.steps += 1
         norm_K = torch.stack([g.square().flatten(1).sum(1) for g in grads.values()]).sum(0).sqrt()
-        clip_K = (self.clip / (norm_K + 1e-6)).clamp(max=1.0)
-        grown = 1 - self.betas ** self.steps
+        clip_K = (self.max_norm_K / (norm_K + 1e-6)).clamp(max=1.0)
+        bias_corrections = 1 - self.betas ** self.steps
         for name, p in params.items():
-            lr, decay, eps = self.settings[name]
-            factor, clip, *pairs = (x.view(lr.shape) for x in (factor_K, clip_K, *self.betas, *grown))
-            adamw(p, clip * grads[name], self.first[name], self.second[name], factor * lr, decay, eps,
-                  pairs[:2], pairs[2:])
+            lr, weight_decay, eps = self.settings[name]
+            shape = lr.shape  # (K, 1, ...)
+            adamw_update(p, clip_K.view(shape) * grads[name], self.exp_avg[name], self.exp_avg_sq[name],
+                         lr_factor_K.view(shape) * lr, weight_decay, eps,
+                         [beta_K.view(shape) for beta_K in self.betas],
+                         [correction_K.view(shape) for correction_K in bias_corrections])
         return norm_K
 
 
-def stacked_step(model, adam, params, buffers, batch, factor_K):
-    """One optimizer step of all models, in place: (losses, gradient norms), both (K,). batch: (2, B, T) for
-    all, or (2, K, B, T). It closes over nothing, so that its compiled code serves every stack of a shape."""
+def stacked_step(model, optimizer, params, buffers, batch, lr_factor_K):
+    """One optimizer step of all models, in place: (losses, gradient norms), (2, K).
+
+    batch: (2, B, T) of tokens and targets for all models, or (2, K, B, T), a text each. The function closes
+    over nothing, so that its compiled code serves every stack of a shape.
+    """
     def loss_of(params, buffers, tokens_BT, targets_BT):
         return functional_call(model, (params, buffers), (tokens_BT, targets_BT))
 
-    text = 0 if batch.dim() == 4 else None
-    grads, losses_K = vmap(grad_and_value(loss_of), (0, 0, text, text))(params, buffers, *batch)
-    return torch.stack((losses_K, adam.step(params, grads, factor_K)))
+    batch_dim = 0 if batch.dim() == 4 else None
+    in_dims = (0, 0, batch_dim, batch_dim)
+    grads, losses_K = vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
+    return torch.stack((losses_K, optimizer.step(params, grads, lr_factor_K)))
 
 
 def train_stacked(configs):
     """The Results of train(config) for each of `configs`, trained together. Raises UserError."""
-    check(configs)
-    warnings.filterwarnings("ignore", "There is a performance drop")  # vmap on a CPU; the numbers are right
-    config = configs[0]
-    device, autocast = pick_device(config)
-    data = Data(prepare(config))
-    data.check(config.context, config.batch)
-    models = [GPT(sized(config, data)).to(device) for config in configs]
-    params, buffers = stack_module_state(models)
-    params = {name: p.detach() for name, p in params.items()}
-    adam, one_text = Adam(models, params), len({config.seed for config in configs}) == 1
-    compiled = config.compile and (config.compile != "auto" or device.type == "cuda")
-    fast = torch.compile(stacked_step, dynamic=False) if compiled else stacked_step
-    factors = torch.tensor([[schedule(config, step) for config in configs] for step in range(config.steps)])
-    factors, factor_K = factors.to(device), torch.zeros(len(configs), device=device)
-
-    def step(batch):
-        with autocast:
-            return fast(models[0], adam, params, buffers, batch, factor_K)
-
-    graph = pick_graph(config, device)
-    take_step = Replayed(step, graph, lambda error: without("graph", config, error, print))
-    feeds = [feed(data, config, device, 0) for config in configs[:1 if one_text else None]]
-    numbers = []
-    for factors_K in factors:
-        factor_K.copy_(factors_K)
-        batch = [next(each)[:, 0] for each in feeds]
-        numbers.append(take_step(batch[0] if one_text else torch.stack(batch, 1)))
-    numbers = torch.stack(numbers).cpu() if numbers else torch.zeros(0, 2, len(configs))
+    check_stackable(configs)
+    first = configs[0]
+    device, autocast = select_device(first)
+    dataset = TokenDataset(prepare(first))
+    dataset.check_fills_batch(first.context, first.batch)
+    models = [GPT(with_vocab_size(config, dataset)).to(device) for config in configs]
+    params, numbers = run_steps(configs, models, dataset, device, autocast)
     results = []
     for k, model in enumerate(models):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(params[name][k])
-        result = Result(model, **evaluate(model, data, config, device, autocast))
-        result.history = [{"step": i, "train_loss": loss, "grad_norm": norm}
-                          for i, (loss, norm) in enumerate(numbers[:, :, k].tolist(), 1)]
-        result.diverged = not (math.isfinite(result.val_loss) and numbers[:, :, k].isfinite().all())
+        result = Result(model, **evaluate(model, dataset, first, device, autocast))
+        result.history = [{"step": step, "train_loss": loss, "grad_norm": norm}
+                          for step, (loss, norm) in enumerate(numbers[:, :, k].tolist(), start=1)]
+        finite = math.isfinite(result.val_loss) and bool(numbers[:, :, k].isfinite().all())
+        result.diverged = not finite
         results.append(result)
     return results
+
+
+def run_steps(configs, models, dataset, device, autocast):
+    """Train `models`: (their stacked parameters, losses and gradient norms on the CPU, (steps, 2, K))."""
+    first, K = configs[0], len(configs)
+    params, buffers = stack_module_state(models)
+    params = {name: p.detach() for name, p in params.items()}
+    optimizer = StackedAdamW(models, params)
+    lr_factors = [[lr_factor(config, step) for config in configs] for step in range(first.steps)]
+    lr_factors = torch.tensor(lr_factors).to(device)
+    lr_factor_K = torch.zeros(K, device=device)  # one tensor for all steps: a CUDA graph reads it
+    step_function = stacked_step
+    if first.compile and (first.compile != "auto" or device.type == "cuda"):
+        step_function = torch.compile(stacked_step, dynamic=False)
+
+    def step(batch):
+        with autocast:
+            return step_function(models[0], optimizer, params, buffers, batch, lr_factor_K)
+
+    take_step = CudaGraphed(step, use_cuda_graph(first, device),
+                            lambda error: fall_back_or_raise("graph", first, error, print))
+    batches, numbers = stacked_batches(configs, dataset, device), []
+    with no_vmap_warnings():
+        for factors_K in lr_factors:
+            lr_factor_K.copy_(factors_K)
+            numbers.append(take_step(next(batches)))
+    if not numbers:
+        return params, torch.zeros(0, 2, K)
+    return params, torch.stack(numbers).cpu()
+
+
+def stacked_batches(configs, dataset, device):
+    """Yields the batch of each step: (2, B, T) where all seeds are equal, as then all models read the same
+    text; else (2, K, B, T)."""
+    same_text = len({config.seed for config in configs}) == 1
+    streams = []
+    for config in configs[:1] if same_text else configs:
+        chunks = prefetch_batches(dataset, config, 0, pin_memory=device.type == "cuda")
+        streams.append(batches_on_device(chunks, device))
+    for batches in zip(*streams, strict=True):
+        whole = [batch[:, 0] for batch in batches]  # a step has one pass
+        yield whole[0] if same_text else torch.stack(whole, 1)
+
+
+@contextlib.contextmanager
+def no_vmap_warnings():
+    """Without the warning that vmap is slow on a CPU: its numbers are right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield

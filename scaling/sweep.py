@@ -1,126 +1,187 @@
-"""Train every combination of some settings, in one process, and keep a row of each in DIR/trials.csv:
+"""Train every combination of some settings, in one process, and keep a row for each in DIR/trials.csv:
 
     python -m scaling.sweep CONFIG width=64,128 lr=2**-10..2**-5 [--out=DIR] [--stack=K] [--name=value]
 
-Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values to each doubling.
-Held are all settings not named, and so the number of steps; --hold=tokens gives every trial the tokens of
-CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that diverges or
-fails is a row too. Interrupted, the same command goes on. Under torchrun the processes share the trials.
---stack=K trains K trials of one shape at once (scaling/stack.py).
+Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values per doubling.
+All settings that are not named are held, and so is the number of steps; --hold=tokens gives every trial the
+tokens of CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that
+diverges or fails is a row too. After an interruption, the same command resumes. Under torchrun the processes
+share the trials. --stack=K trains K trials of one shape at once (scaling/stack.py).
 """
 
+import functools
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 from tqdm import tqdm
 
-from configure import UserError, configure
-from data.processes import command
-from data.runs import MAY_CHANGE
-from scaling.stack import MAY_DIFFER, train_stacked
-from scaling.stack import check as check_stack
-from scaling.trials import append, identity, read, row_of
-from scaling.words import make_folder, values, words_of
-from train import train
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure, run_cli
+from model import model_size
+from scaling.cli import make_folder, parse_options, parse_values
+from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
+from scaling.trials import NOT_IDENTITY, append_rows, identity, read_trials, trial_row
+from train import Result, train
 
-HOLDS = {"steps": None, "tokens": "steps", "step_tokens": "batch"}  # what is held: the setting that gives way
+HOLDS = {"steps": None, "tokens": "steps", "step_tokens": "batch"}  # what is held: the setting that adapts
+TYPICAL_VOCAB_SIZE = 2**12  # for an estimate, where the tokenizer has not been read yet
 
 
-def trials(config, axes, hold="steps"):
-    """The Configs of all combinations of `axes`, {setting: values}; `hold`, of HOLDS. Raises UserError."""
-    config = replace(config, eval_every=None, checkpoint_every=None, out=None, sample_tokens=0, wandb=False)
+def trial_configs(config, axes, hold="steps"):
+    """The Configs of all combinations of `axes`, {setting: values}. hold: one of HOLDS. Raises UserError."""
     if hold not in HOLDS or HOLDS[hold] in axes:
         raise UserError(f"hold: got {hold}, takes {', '.join(HOLDS)}, and an axis that it does not change")
-    found = []
-    for chosen in product(*axes.values()):
-        trial = replace(config, **dict(zip(axes, chosen, strict=True)))
-        if given := HOLDS[hold]:
-            share = config.batch * config.context / (trial.batch * trial.context)
-            trial = replace(trial, **{given: round(getattr(config, given) * share)})
-        found.append(trial)
-    return found
+    # A trial leaves a row, and nothing else
+    config = replace(config, eval_every=None, checkpoint_every=None, out=None, sample_tokens=0, wandb=False,
+                     log_roles=False)
+    configs = []
+    for values in product(*axes.values()):
+        trial = replace(config, **dict(zip(axes, values, strict=True)))
+        adapted = HOLDS[hold]
+        if adapted is not None:
+            ratio = config.batch * config.context / (trial.batch * trial.context)
+            trial = replace(trial, **{adapted: round(getattr(config, adapted) * ratio)})
+        configs.append(trial)
+    return configs
 
 
-def work(config):
-    """Roughly the FLOPs of a trial, for the order and the time left."""
-    per_token = 12 * config.depth * config.width * (6 * config.width + config.context) + 2**14 * config.width
-    return per_token * config.batch * config.context * config.steps
+def shape_of(config):
+    """The Config that all trials have in common which may be stacked with `config`: what they may differ in,
+    and what changes no number, is at its default."""
+    fixed = {name: value for name, value in vars(config).items()
+             if name not in MAY_DIFFER and name not in MAY_CHANGE_ON_RESUME}
+    return Config(**fixed)
 
 
-def grouped(configs, size):
-    """Lists of at most `size` configurations that may be stacked, the dearest first."""
+@functools.cache
+def flops_per_token(shape):
+    """Of a trial of this shape_of(), from the model. 0 for a shape that model.py rejects: its trial will fail
+    at once, and its row say why."""
+    try:
+        return model_size(replace(shape, vocab_size=shape.vocab_size or TYPICAL_VOCAB_SIZE)).flops_per_token
+    except UserError:
+        return 0
+
+
+def estimate_flops(config):
+    """Training FLOPs of a trial, for the order of the trials and the time left."""
+    return flops_per_token(shape_of(config)) * config.batch * config.context * config.steps
+
+
+def group_flops(configs):
+    return sum(map(estimate_flops, configs))
+
+
+def group_trials(configs, size):
+    """Lists of at most `size` configurations that may be stacked, the most expensive first."""
     groups = {}
     for config in configs:
-        shape = json.dumps({k: v for k, v in asdict(config).items() if k not in MAY_DIFFER})
-        groups.setdefault(shape, []).append(config)
+        unstackable = {name: value for name, value in vars(config).items() if name not in MAY_DIFFER}
+        groups.setdefault(json.dumps(unstackable), []).append(config)
     lists = [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
-    return sorted(lists, key=lambda group: -sum(map(work, group)))
+    return sorted(lists, key=group_flops, reverse=True)
 
 
-def worker():
-    """(number of this process, how many there are) under torchrun, where they train apart: none joins."""
+def torchrun_rank():
+    """(rank, world size) as torchrun gives them. Sweeping processes train apart, so none joins a group."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def run(configs, folder, stack=1):
-    """Train those of `configs` that have no row in `folder`; return the rows of all, in order. Under torchrun
-    a process trains its share and waits for the others'. Raises KeyboardInterrupt when a signal stops it."""
-    rank, world = worker()
-    for config in configs if stack > 1 else ():
-        check_stack([config])
-    done = {row["config"] for row in read(make_folder(folder))}
-    mine = grouped(configs, stack)[rank::world]  # the same on every process, whatever the others have done
-    left = [[config for config in group if identity(config) not in done] for group in mine]
-    left, share = [group for group in left if group], sum(map(len, mine))
-    ended = share - sum(map(len, left))
-    with tqdm(total=sum(work(config) for group in left for config in group), disable=rank > 0,
+def run_trials(configs, folder, stack=1):
+    """Train those of `configs` that have no row in `folder`; return the rows of all, in order.
+
+    Under torchrun each process trains its part and waits for the others. Raises UserError, and
+    KeyboardInterrupt when a signal stops it."""
+    if stack > 1:
+        for config in configs:
+            check_stackable([config])
+    make_folder(folder)
+    rank, world_size = torchrun_rank()
+    # The same division on every process, whenever it starts and whatever the others have finished
+    groups = group_trials(configs, stack)[rank::world_size]
+    unfinished = drop_finished(groups, folder)
+    path = os.path.join(folder, f"trials-{rank}.csv" if rank > 0 else "trials.csv")
+    total = sum(map(len, groups))
+    done = total - sum(map(len, unfinished))
+    with tqdm(total=sum(map(group_flops, unfinished)), disable=rank > 0,
               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        for group in left:
-            begun = time.perf_counter()
-            try:
-                results = train_stacked(group) if len(group) > 1 else [train(group[0], quiet=True)]
-            except Exception as error:  # of these trials; the sweep goes on
-                results = [error] * len(group)
-            if getattr(results[0], "stopped", False):
-                raise KeyboardInterrupt
-            seconds = (time.perf_counter() - begun) / len(group)
-            rows = [row_of(config, result, seconds) for config, result in zip(group, results, strict=True)]
-            append(os.path.join(folder, f"trials-{rank}.csv" if rank else "trials.csv"), rows)
-            bar.update(sum(map(work, group)))
-            ended += len(group)
-            bar.set_postfix_str(f" {ended} of {share}")
+        for group in unfinished:
+            append_rows(path, train_group(group))
+            done += len(group)
+            bar.update(group_flops(group))
+            bar.set_postfix_str(f" {done} of {total}")
+    return wait_for_rows(configs, folder)
+
+
+def drop_finished(groups, folder):
+    """`groups` without the trials that have a row in `folder`, and without those that are then empty."""
+    finished = {row["config"] for row in read_trials(folder)}
+    unfinished = []
+    for group in groups:
+        rest = [config for config in group if identity(config) not in finished]
+        if rest:
+            unfinished.append(rest)
+    return unfinished
+
+
+def train_group(configs):
+    """The rows of `configs`, trained together if they are several. Raises KeyboardInterrupt."""
+    start = time.perf_counter()
+    try:
+        results = train_stacked(configs) if len(configs) > 1 else [train(configs[0], quiet=True)]
+    except Exception as error:  # of these trials: each gets a row that says so, and the sweep continues
+        results = [error] * len(configs)
+    if isinstance(results[0], Result) and results[0].stopped:
+        raise KeyboardInterrupt
+    seconds = (time.perf_counter() - start) / len(configs)
+    return [trial_row(config, result, seconds) for config, result in zip(configs, results, strict=True)]
+
+
+def wait_for_rows(configs, folder):
+    """The rows of `configs`, in order, as soon as the other processes have written theirs."""
     while True:
-        rows = {row["config"]: row for row in read(folder)}
+        rows = {row["config"]: row for row in read_trials(folder)}
         if all(identity(config) in rows for config in configs):
             return [rows[identity(config)] for config in configs]
         time.sleep(1)
 
 
-def main(argv):
-    own = {"out": "out/sweep", "stack": 1, "hold": "steps"}
-    axes = {}
-    words = words_of(argv, own, __doc__, axes)
-    if not axes:
-        raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
-    if apart := {*axes} & (MAY_CHANGE - {"steps"}):
-        raise UserError(f"{min(apart)}: does not tell trials apart, takes --{min(apart)}=VALUE")
-    axes = {name: values(name, text) for name, text in axes.items()}
-    try:
-        rows = run(trials(configure(words), axes, own["hold"]), own["out"], own["stack"])
-    except KeyboardInterrupt:
-        print(f"{own['out']}: stopped; the same command goes on")
-        return 130
-    if worker()[0] > 0:
-        return
+def say_stopped(folder):
+    """What a command prints when a signal stopped it; returns its exit code."""
+    print(f"{folder}: stopped; run the same command again to resume")
+    return 130
+
+
+def print_table(axes, rows):
+    """The settings that were swept and the loss of each trial."""
     print("".join(f"{name:>14}" for name in [*axes, "val_loss"]))
     for row in rows:
         config = json.loads(row["config"])
-        print("".join(f"{config[name]!s:>14.12}" for name in axes),
-              f"{row['val_loss']:13.4f}  {row['failure']}")
+        values = "".join(f"{config[name]!s:>14.12}" for name in axes)
+        print(values, f"{row['val_loss']:13.4f}  {row['failure']}")
+
+
+def main(argv):
+    defaults = {"out": "out/sweep", "stack": 1, "hold": "steps"}
+    options, axes, words = parse_options(argv, defaults, __doc__, takes_axes=True)
+    if not axes:
+        raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
+    for name in sorted(axes):
+        if name in NOT_IDENTITY:
+            raise UserError(f"{name}: does not tell trials apart, takes --{name}=VALUE")
+    axes = {name: parse_values(name, text) for name, text in axes.items()}
+    configs = trial_configs(configure(words), axes, options["hold"])
+    try:
+        rows = run_trials(configs, options["out"], options["stack"])
+    except KeyboardInterrupt:
+        return say_stopped(options["out"])
+    rank, _ = torchrun_rank()
+    if rank == 0:
+        print_table(axes, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Trials that are kept: a row of trials.csv each, in a folder that a later start goes on with."""
+"""Finished trials, one row of trials.csv each, in a folder from which a sweep resumes. Imports no torch."""
 
 import csv
 import glob
@@ -9,43 +9,59 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import Config, UserError, check
-from data.runs import MAY_CHANGE
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting
 
-COLUMNS = ("parametrization width depth batch context steps lr seed val_loss val_error val_bits_per_byte "
-           "train_loss parameters flops seconds diverged failure curve config").split()
-POINTS = 25  # of a training curve
+SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "steps", "lr", "seed")
+EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
+COLUMNS = (*SETTING_COLUMNS, *EVALUATION_COLUMNS, "train_loss", "parameters", "flops", "seconds", "diverged",
+           "failure", "curve", "config")
+TEXT_COLUMNS = {"parametrization", "diverged", "failure", "curve", "config"}
+NUMBER_COLUMNS = [name for name in COLUMNS if name not in TEXT_COLUMNS]
+CURVE_POINTS = 25  # of a training curve: each is the mean loss of an equal share of the steps
+
+# Settings that do not change what a trial measures. `steps` does, though a resumed run may extend it.
+NOT_IDENTITY = MAY_CHANGE_ON_RESUME - {"steps"}
 
 
 def identity(config):
-    """What makes a trial the same trial as another: its settings, as JSON."""
-    return json.dumps({k: v for k, v in asdict(config).items() if k not in MAY_CHANGE - {"steps"}})
+    """The settings that make a trial this trial and no other, as JSON: the key of its row."""
+    return json.dumps({name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY})
 
 
-def row_of(config, result, seconds):
-    """A row, as a dict, from what train() returned, or from the exception that took its place."""
-    row = {name: getattr(config, name) for name in COLUMNS[:8]} | {
-        "seconds": round(seconds, 2), "config": identity(config), "diverged": False, "failure": ""}
+def trial_row(config, result, seconds):
+    """The row of a trial, {column: value}. result: the Result of train(), or the exception it raised."""
+    row = {name: getattr(config, name) for name in SETTING_COLUMNS}
+    row |= {"seconds": round(seconds, 2), "config": identity(config), "diverged": False, "failure": ""}
     if isinstance(result, Exception):
-        return row | {"failure": " ".join(f"{type(result).__name__}: {result}".split())[:300]}
+        message = " ".join(f"{type(result).__name__}: {result}".split())
+        return row | {"failure": message[:300]}
     losses = [entry["train_loss"] for entry in result.history if "train_loss" in entry]
-    cuts = [round(i * len(losses) / POINTS) for i in range(POINTS + 1)]
-    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(cuts) if b > a]
-    return row | {name: getattr(result, name) for name in COLUMNS[8:11]} | {
-        "train_loss": means[-1] if means else math.nan, "curve": " ".join(f"{mean:.4f}" for mean in means),
-        "parameters": sum(p.numel() for p in result.model.parameters()), "diverged": result.diverged,
-        "flops": result.model.flops_per_token() * config.batch * config.context * len(losses)}
+    curve = training_curve(losses)
+    row |= {name: getattr(result, name) for name in EVALUATION_COLUMNS}
+    row["train_loss"] = curve[-1] if curve else math.nan
+    row["curve"] = " ".join(f"{loss:.4f}" for loss in curve)
+    row["parameters"] = sum(p.numel() for p in result.model.parameters())
+    row["flops"] = result.model.flops_per_token() * config.batch * config.context * len(losses)
+    row["diverged"] = result.diverged
+    return row
 
 
-def append(path, rows):
-    """Add rows to the file at `path`, on the disk at once, in the place of a row that a kill cut short."""
+def training_curve(losses):
+    """`losses`, one per step, averaged to at most CURVE_POINTS numbers."""
+    cuts = [round(i * len(losses) / CURVE_POINTS) for i in range(CURVE_POINTS + 1)]
+    return [sum(losses[start:end]) / (end - start) for start, end in pairwise(cuts) if end > start]
+
+
+def append_rows(path, rows):
+    """Adds rows to the file at `path` and forces them to the disk. A last line that a kill cut short is
+    removed first."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     with open(path, "a+b") as file:
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        if not whole:
+        complete = file.read().rfind(b"\n") + 1  # bytes of complete lines
+        file.truncate(complete)
+        if complete == 0:
             writer.writeheader()
         writer.writerows(rows)
         file.write(text.getvalue().encode())
@@ -53,16 +69,17 @@ def append(path, rows):
         os.fsync(file.fileno())
 
 
-def read(folder):
-    """The rows kept in `folder`, by whichever process: dicts with numbers as float, a curve as their list.
-    Raises UserError when one of them is damaged."""
+def read_trials(folder):
+    """The rows in `folder`, whichever process wrote them: dicts with numbers as float and the curve as a list
+    of them. Raises UserError when a row is damaged."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "trials*.csv"))):
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             text = file.read()
-        reader = csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1]))
+        complete = text[:text.rfind("\n") + 1]  # another process may be writing the last line
+        reader = csv.DictReader(io.StringIO(complete))
         try:
-            rows += [numbers_of(row, f"{path}: ") for row in reader]
+            rows += [parse_row(row, path) for row in reader]
         except UserError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError, csv.Error):
@@ -70,10 +87,12 @@ def read(folder):
     return rows
 
 
-def numbers_of(row, where):
-    """A row of text, as read() returns it. Raises UserError when a setting is unknown or does not fit."""
-    settings = {name: check(name, x, where) for name, x in json.loads(row["config"]).items()}
-    return row | {name: float(row[name] or "nan") for name in COLUMNS[1:15]} | {
-        "config": identity(Config(**settings)),  # with what Config has gained since
-        "diverged": row["diverged"] == "True" or bool(row["failure"]),
-        "curve": [float(loss) for loss in row["curve"].split()]}
+def parse_row(row, path):
+    """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
+    settings = {name: check_setting(name, value, f"{path}: ")
+                for name, value in json.loads(row["config"]).items()}
+    parsed = row | {name: float(row[name] or "nan") for name in NUMBER_COLUMNS}
+    parsed["config"] = identity(Config(**settings))  # settings that are newer than the row get their default
+    parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
+    parsed["curve"] = [float(loss) for loss in row["curve"].split()]
+    return parsed

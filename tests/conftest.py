@@ -43,10 +43,6 @@ def in_double(config):
         torch.set_default_dtype(torch.float32)
 
 
-def adamw(model):
-    return torch.optim.AdamW(model.param_groups(), fused=True)
-
-
 def plain_logits(model, tokens_BT, branch, logits, attention):
     """Logits of `model`'s weights from the textbook formulas, in float64, with these three factors."""
     config = model.config

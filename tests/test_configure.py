@@ -10,7 +10,9 @@ import re
 
 import pytest
 
-from configure import Config, UserError, configure
+from configure import MAY_CHANGE_ON_RESUME, SETTINGS, Config, UserError, configure
+from parametrization import TABLES
+from training.schedule import AFTER_WARMUP
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -65,7 +67,7 @@ def test_a_file_can_build_on_another_and_compute(tmp_path, monkeypatch):
     (["--lr", "2**-9"], "lr", 0.001953125), (["--prompt", "def f(x=1):"], "prompt", "def f(x=1):"),
     (["--tied", "true"], "tied", True), (["--prompt", "-"], "prompt", "-"), (["-lr=0.5"], "lr", 0.5)],
     ids=str)
-def test_a_value_on_the_command_line_is_read_as_it_looks(words, name, value):
+def test_a_value_on_the_command_line_means_what_it_looks_like(words, name, value):
     got = getattr(configure(words), name)
     assert got == value and type(got) is type(value)
 
@@ -87,12 +89,12 @@ NO_NUMBERS = ["9**9**9", "9**9**9**9", "1e999", "-1e999", "nan", "inf", "1/0", "
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS, ids=lambda text: f"{ascii(text[:9])}-{len(text)}")
-def test_what_is_no_finite_number_is_refused_as_one(text):
+def test_what_is_not_a_finite_number_is_rejected_as_one(text):
     with pytest.raises(UserError, match="^lr: got .*takes a finite number above 0"):
         configure([f"--lr={text}"])
 
 
-def test_a_config_survives_its_json_to_the_last_bit(tmp_path):
+def test_a_config_survives_json_to_the_last_bit(tmp_path):
     config = Config(lr=0.1 + 0.2, eps=1e-300, weight_decay=1 / 3, warmup=math.nextafter(0.1, 1),
                     prompt="é\n\"'", graph=True, top_k=None, out=str(tmp_path), final_lr=math.pi / 4)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
@@ -116,6 +118,29 @@ def test_help_lists_every_setting_once_with_its_default_and_unit(capsys):
     assert capsys.readouterr().out == output
 
 
+def test_a_setting_without_dashes_is_answered_with_the_dashes():
+    with pytest.raises(UserError, match=r"^width: got width=64, takes --width=64$"):
+        configure(["config/proxy.py", "width=64"])
+    for words in (["--prompt", "width=64"], ["--prompt=width=64"]):
+        assert configure(words).prompt == "width=64"
+
+
+@pytest.mark.parametrize(("name", "implemented"), [("schedule", AFTER_WARMUP), ("parametrization", TABLES)])
+def test_the_choices_of_a_setting_are_those_that_are_implemented(name, implemented):
+    assert {*SETTINGS[name].description.split(", ")} == {*implemented}
+    for choice in implemented:
+        assert getattr(configure([f"--{name}={choice}"]), name) == choice
+
+
+def test_the_decay_of_wsd_is_a_setting_that_a_resumed_run_may_not_change():
+    assert configure(["--schedule=wsd", "--decay_fraction=1/4"]).decay_fraction == 0.25
+    for text in ("-0.1", "1.1"):
+        with pytest.raises(UserError, match=f"^decay_fraction: got {text}, takes a number from 0 to 1$"):
+            configure(["--schedule=wsd", f"--decay_fraction={text}"])
+    assert not {"schedule", "decay_fraction", "seed", "width"} & MAY_CHANGE_ON_RESUME
+    assert {"steps", "log_roles", "wandb", "top_k"} <= MAY_CHANGE_ON_RESUME
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().lr = 1.0
@@ -130,13 +155,13 @@ def test_multipliers_are_derived_and_cannot_be_typed():
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_setting_refuses_what_is_not_of_its_kind_from_python_too(name):
+def test_every_setting_rejects_values_of_another_type_from_python_too(name):
     for value in ([], {}, object(), 1j, b"x"):
         with pytest.raises(UserError, match=f"^{name}: got .*, takes "):
             Config(**{name: value})
 
 
-def test_a_number_that_equals_a_flag_is_no_flag():
+def test_a_number_that_equals_a_flag_is_not_a_flag_and_a_flag_is_not_a_number():
     for name in ("graph", "tied", "wandb"):
         for value in (1, 0, 1.0):
             with pytest.raises(UserError, match=f"^{name}: got "):
@@ -165,5 +190,5 @@ def test_a_committed_file_holds_settings_that_differ_from_what_they_build_on(pat
     assert len(source.splitlines()) <= 25
 
 
-def test_the_files_that_the_readme_names_are_there():
+def test_the_files_that_the_readme_names_exist():
     assert {"config/proxy.py", "config/target.py", "config/gpt2.py"} <= set(FILES)

@@ -1,6 +1,7 @@
-"""The data package: what training reads is what was asked for, whole, and the same however it is cut."""
+"""The data package: training reads the text that was asked for, all of it, however it is divided."""
 
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -22,213 +23,417 @@ import pytest
 import torch
 from huggingface_hub import errors
 
+import data.prepare
 from configure import Config, UserError
-from data import Data, documents, encodings, folders, prepare, tokens
+from data.datasets import MAX_CHARS, describe, documents, stdlib_documents
+from data.files import atomic_file, write_text
+from data.loader import TokenDataset, prefetch_batches, with_vocab_size
+from data.prepare import hash_fraction, prepare, remove_stale_folders, tokenizer_training_texts
+from data.tokenizer import build_encoding, train_bpe
 
-ODD = "naïve 数 🙂 <|endoftext|> don't\r\n\t x=1234567\n\n\u2028e\u0301 \x00"
+ODD_TEXT = "naïve 数 🙂 <|endoftext|> don't\r\n\t x=1234567\n\n\u2028e\u0301 \x00"
 WORDS = "the of model width depth loss token batch step lr attention rotary café 数据 🙂 == != 12 345".split()
+ZSTD_MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 
-def text(seed, words=60):
+def make_text(seed, words=60):
     return " ".join(random.Random(seed).choices(WORDS, k=words))
 
 
-def write(folder, texts, form="jsonl"):
-    """A corpus with these documents at `folder`; the path to give as dataset."""
+def write_corpus(folder, texts, form="jsonl"):
+    """Write these documents into `folder`, in one file but for .txt; returns the path to give as dataset."""
     folder.mkdir(exist_ok=True)
     if form == "txt":
-        for i, one in enumerate(texts):
-            (folder / f"{i:03}.txt").write_bytes(one.encode())
+        for i, text in enumerate(texts):
+            (folder / f"{i:03}.txt").write_bytes(text.encode())
         return str(folder)
-    path = str(folder / f"all.{form}")
+    path = folder / f"all.{form}"
+    table = datasets.Dataset.from_dict({"text": texts})
     if form == "parquet":
-        datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+        table.to_parquet(path)
+    elif form == "csv":
+        table.to_csv(path)
     else:
-        with open(path, "w") as file:
-            file.writelines(json.dumps({"text": one}) + "\n" for one in texts)
-    return path
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
 
 
-def corpus(tmp_path, n=120, first=0, **settings):
-    """An opened Data of n small documents."""
-    dataset = write(tmp_path / "text", [text(i) for i in range(first, first + n)])
-    return Data(prepare(Config(**{"dataset": dataset, "tokenizer": "bytes", "val_fraction": 0.2,
-                                  "data_dir": str(tmp_path / "prepared"), **settings})))
+def open_corpus(tmp_path, n=120, first=0, **settings):
+    """An opened TokenDataset of n small documents."""
+    path = write_corpus(tmp_path / "text", [make_text(i) for i in range(first, first + n)])
+    return TokenDataset(prepare(Config(**{"dataset": path, "tokenizer": "bytes", "val_fraction": 0.2,
+                                          "data_dir": str(tmp_path / "prepared"), **settings})))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return corpus(tmp_path_factory.mktemp("data"))
+def dataset(tmp_path_factory):
+    return open_corpus(tmp_path_factory.mktemp("data"))
 
 
-def split_documents(data, split):
+def decoded_documents(dataset, split):
     """The documents of a split, read back from its tokens."""
-    ids = np.asarray(getattr(data, split))
-    assert ids[-1] == data.eot
-    ends = np.flatnonzero(ids == data.eot)
-    return [data.decode(ids[start:end]) for start, end in zip([0, *ends[:-1] + 1], ends, strict=True)]
+    ids = np.asarray(getattr(dataset, split))
+    assert ids[-1] == dataset.eot
+    ends = np.flatnonzero(ids == dataset.eot)
+    starts = [0, *ends[:-1] + 1]
+    return [dataset.tokenizer.decode(ids[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-def test_batches_are_the_same_stream_however_it_is_cut(data):
-    def stream(batch, cuts):
-        return torch.cat([data.batch(7, step, batch, 16, rows=slice(*cut))[0]
-                          for step in range(24 // batch * 40) for cut in cuts(batch)])
-
-    whole = stream(24, lambda batch: [(None,)])
-    assert torch.equal(whole, stream(24, lambda batch: [(0, 5), (5, 24)]))
-    assert torch.equal(whole, stream(8, lambda batch: [(i, i + 2) for i in range(0, batch, 2)]))
-    first = torch.cat([data.batch(7, 3, 24, 16, rows=slice(rank, None, 4))[0] for rank in range(4)])
-    assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, data.batch(7, 3, 24, 16)[0].tolist()))
+# Batches
 
 
-def test_batches_hang_on_seed_and_step_alone(data):
-    again = Data(data.folder)
-    later = {step: data.batch(3, step, 4, 16)[0] for step in (900, 2, 0)}  # across epochs, in any order
+def test_batches_are_the_same_stream_however_it_is_divided(dataset):
+    def stream(batch, parts):
+        return torch.cat([dataset.batch(7, step, batch, 16, rows=slice(*part))[0]
+                          for step in range(24 // batch * 40) for part in parts(batch)])
+
+    undivided = stream(24, lambda batch: [(None,)])
+    assert torch.equal(undivided, stream(24, lambda batch: [(0, 5), (5, 24)]))
+    assert torch.equal(undivided, stream(8, lambda batch: [(i, i + 2) for i in range(0, batch, 2)]))
+    strided = torch.cat([dataset.batch(7, 3, 24, 16, rows=slice(rank, None, 4))[0] for rank in range(4)])
+    assert sorted(map(tuple, strided.tolist())) == sorted(map(tuple, dataset.batch(7, 3, 24, 16)[0].tolist()))
+
+
+def test_batches_depend_on_seed_and_step_alone(dataset):
+    again = TokenDataset(dataset.folder)
+    later = {step: dataset.batch(3, step, 4, 16)[0] for step in (900, 2, 0)}  # across epochs, in any order
     assert all(torch.equal(later[step], again.batch(3, step, 4, 16)[0]) for step in (0, 2, 900))
-    assert not torch.equal(data.batch(3, 0, 4, 16)[0], data.batch(4, 0, 4, 16)[0])
-    assert not torch.equal(data.batch(3, 0, 4, 16)[0], data.batch(3, 1, 4, 16)[0])
+    assert not torch.equal(dataset.batch(3, 0, 4, 16)[0], dataset.batch(4, 0, 4, 16)[0])
+    assert not torch.equal(dataset.batch(3, 0, 4, 16)[0], dataset.batch(3, 1, 4, 16)[0])
 
 
-def test_targets_are_the_tokens_shifted_by_one(data):
-    x, y = data.batch(0, 5, 8, 32)
-    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (8, 32)
-    stream = np.asarray(data.train, np.int64)
-    for row, target in zip(x.numpy(), y.numpy(), strict=True):
+def test_targets_are_the_tokens_shifted_by_one(dataset):
+    tokens, targets = dataset.batch(0, 5, 8, 32)
+    assert tokens.dtype == targets.dtype == torch.int64 and tokens.shape == targets.shape == (8, 32)
+    stream = np.asarray(dataset.train, np.int64)
+    for row, target in zip(tokens.numpy(), targets.numpy(), strict=True):
         starts = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(stream, 32) == row).all(1))
-        assert any((stream[s + 1:s + 33] == target).all() for s in starts)
+        assert any((stream[start + 1:start + 33] == target).all() for start in starts)
 
 
-def test_an_epoch_has_every_window_once_and_the_next_another_order_and_grid(tmp_path):
-    data = corpus(tmp_path, n=20)
-    data.train, data.vocab_size = np.arange(1003), 1003  # so that a token tells its place
+def test_an_epoch_has_every_window_once_and_the_next_another_order_and_offset(tmp_path):
+    dataset = open_corpus(tmp_path, n=20)
+    dataset.train, dataset.vocab_size = np.arange(1003), 1003  # so that a token is its own position
     context, windows = 10, 99
-    epochs = [data.batch(1, epoch, windows, context)[0].numpy() for epoch in range(3)]
-    for x in epochs:
-        starts = np.sort(x[:, 0])
-        assert (np.diff(starts) == context).all() and 0 <= starts[0] < context and (np.diff(x) == 1).all()
-    assert len({x[:, 0].min() for x in epochs}) > 1, "every epoch cuts the text at the same places"
-    assert len({tuple(np.argsort(x[:, 0])) for x in epochs}) == 3
+    epochs = [dataset.batch(1, epoch, windows, context)[0].numpy() for epoch in range(3)]
+    for tokens in epochs:
+        starts = np.sort(tokens[:, 0])
+        assert (np.diff(starts) == context).all() and 0 <= starts[0] < context
+        assert (np.diff(tokens) == 1).all()
+    assert len({tokens[:, 0].min() for tokens in epochs}) > 1, "every epoch starts at the same token"
+    assert len({tuple(np.argsort(tokens[:, 0])) for tokens in epochs}) == 3
 
 
 @pytest.mark.parametrize("length", [11, 12, 20, 21, 31])
-def test_a_text_of_one_or_two_windows_still_trains(data, length):
-    tiny = Data(data.folder)
+def test_a_text_of_one_or_two_windows_can_be_trained_on(dataset, length):
+    tiny = TokenDataset(dataset.folder)
     tiny.train = np.arange(length)
     assert tiny.batch(0, 3, 4, 10)[1].max() < length
 
 
-def test_evaluation_windows_are_fixed_places_of_the_validation_text(data):
-    windows = data.windows(16, 400)
-    assert windows.shape == (25, 17) and np.array_equal(windows, Data(data.folder).windows(16, 415))
-    grid = {data.val[i:i + 17].tobytes() for i in range(0, len(data.val) - 16, 16)}
+def test_validation_windows_are_fixed_evenly_spread_parts_of_the_validation_text(dataset):
+    windows = dataset.validation_windows(16, 400)
+    assert windows.shape == (25, 17)
+    assert np.array_equal(windows, TokenDataset(dataset.folder).validation_windows(16, 415))
+    grid = {dataset.val[i:i + 17].tobytes() for i in range(0, len(dataset.val) - 16, 16)}
     assert all(window.tobytes() in grid for window in windows)
-    whole = data.windows(16, 10**9)[:, 1:].reshape(-1)
-    assert np.array_equal(whole, data.val[1:len(whole) + 1]) and len(data.val) - 1 - len(whole) < 16
-    numbered = Data(data.folder)
-    numbered.val, numbered.vocab_size = np.arange(1001), 1001  # so that a token tells its place
-    assert numbered.windows(10, 209)[:, 0].tolist() == [50 * i for i in range(20)], "not spread evenly"
-    assert numbered.windows(10, 300)[:, 0].tolist() == [100 * i // 30 * 10 for i in range(30)]
+    targets = dataset.validation_windows(16, 10**9)[:, 1:].reshape(-1)
+    assert np.array_equal(targets, dataset.val[1:len(targets) + 1])
+    assert len(dataset.val) - 1 - len(targets) < 16
+    numbered = TokenDataset(dataset.folder)
+    numbered.val, numbered.vocab_size = np.arange(1001), 1001  # so that a token is its own position
+    starts = numbered.validation_windows(10, 209)[:, 0].tolist()
+    assert starts == [50 * i for i in range(20)], "not spread evenly"
+    assert numbered.validation_windows(10, 300)[:, 0].tolist() == [100 * i // 30 * 10 for i in range(30)]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, None), (1, 3), (2, 2), (3, None)])
+def test_prefetched_chunks_are_the_batches_of_each_step_for_every_rank(dataset, monkeypatch, world_size,
+                                                                       micro_batch):
+    monkeypatch.setattr("data.loader.PREFETCH_TOKENS", 500)  # several steps a chunk, and several chunks
+    config = Config(batch=12, context=16, steps=20, micro_batch=micro_batch, seed=5)
+    for rank in range(world_size):
+        chunks = list(prefetch_batches(dataset, config, 3, rank, world_size))
+        assert len(chunks) > 1 and all(chunk.device.type == "cpu" for chunk in chunks)
+        steps = torch.cat(chunks)
+        rank_batch = 12 // world_size
+        pass_batch = micro_batch or rank_batch
+        assert steps.dtype == torch.int64
+        assert steps.shape == (17, 2, rank_batch // pass_batch, pass_batch, 16)
+        for step, batch in enumerate(steps, start=3):
+            rows = slice(rank * rank_batch, (rank + 1) * rank_batch)
+            for half, expected in zip(batch, dataset.batch(5, step, 12, 16, rows), strict=True):
+                assert torch.equal(half.reshape(-1, 16), expected)
+
+
+def test_the_next_chunk_is_gathered_while_this_one_is_used(dataset, monkeypatch):
+    monkeypatch.setattr("data.loader.PREFETCH_TOKENS", 4 * 16)  # a chunk is one step
+    gathered = {step: threading.Event() for step in range(3)}
+    original = TokenDataset.batch
+
+    def batch(self, seed, steps, *args):
+        result = original(self, seed, steps, *args)
+        gathered[steps[0]].set()
+        return result
+
+    monkeypatch.setattr(TokenDataset, "batch", batch)
+    chunks = prefetch_batches(dataset, Config(batch=4, context=16, steps=3), 0)
+    for step, _ in enumerate(chunks):
+        if step < 2:
+            assert gathered[step + 1].wait(20), "the next chunk is gathered only when it is asked for"
+
+
+def test_an_error_of_the_prefetching_thread_reaches_the_caller(dataset):
+    broken = TokenDataset(dataset.folder)
+    broken.train = np.full(1000, 65535, np.uint16)
+    with pytest.raises(UserError, match="is damaged .*token 65535 in a vocabulary of 257"):
+        next(prefetch_batches(broken, Config(batch=4, context=16, steps=3), 0))
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "world_size", "divisor"), [
+    (12, 4, 2, 8), (6, None, 4, 4), (1, None, 2, 2)])
+def test_a_batch_that_cannot_be_divided_is_rejected_at_once(dataset, batch, micro_batch, world_size, divisor):
+    config = Config(batch=batch, micro_batch=micro_batch)
+    with pytest.raises(UserError, match=f"batch: got {batch}, takes a multiple of {divisor}: .*processes"):
+        prefetch_batches(dataset, config, 0, 0, world_size)
+
+
+def test_the_model_has_at_least_the_rows_that_the_tokenizer_needs(dataset):
+    assert with_vocab_size(Config(), dataset).vocab_size == 257
+    assert with_vocab_size(Config(vocab_size=320), dataset).vocab_size == 320
+    with pytest.raises(UserError, match="vocab_size: got 256, takes at least the tokenizer's 257"):
+        with_vocab_size(Config(vocab_size=256), dataset)
+
+
+# Splits and tokenizers
 
 
 def test_more_data_never_moves_a_document_between_train_and_validation(tmp_path):
-    few, many = corpus(tmp_path, 60, first=33), corpus(tmp_path, 120)
+    few, many = open_corpus(tmp_path, 60, first=33), open_corpus(tmp_path, 120)
     assert few.folder != many.folder
-    assert set(split_documents(few, "val")) < set(split_documents(many, "val"))
-    assert set(split_documents(few, "train")) < set(split_documents(many, "train"))
+    assert set(decoded_documents(few, "val")) < set(decoded_documents(many, "val"))
+    assert set(decoded_documents(few, "train")) < set(decoded_documents(many, "train"))
     assert 120 * 0.05 < many.meta["val"]["documents"] < 120 * 0.4
-    assert tokens.place("text") == int(hashlib.sha256(b"text").hexdigest()[:8], 16) / 2**32
+    assert hash_fraction("text") == int(hashlib.sha256(b"text").hexdigest()[:8], 16) / 2**32
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:300"])
-def test_text_comes_back_from_its_tokens_and_never_holds_a_special_one(tmp_path, name):
-    texts = [text(i) for i in range(40)] + [ODD, ODD + "b"]
-    config = Config(dataset=write(tmp_path / "odd", texts), tokenizer=name, val_fraction=0.3,
+def test_text_is_restored_from_its_tokens_and_never_contains_a_special_one(tmp_path, name):
+    texts = [make_text(i) for i in range(40)] + [ODD_TEXT, ODD_TEXT + "b"]
+    config = Config(dataset=write_corpus(tmp_path / "odd", texts), tokenizer=name, val_fraction=0.3,
                     data_dir=str(tmp_path))
-    data = Data(prepare(config))
-    assert data.decode(data.encode(ODD)) == ODD and data.eot not in data.encode(ODD)
-    assert sorted(split_documents(data, "train") + split_documents(data, "val")) == sorted(texts)
-    counts = [data.meta[split] for split in ("train", "val")]
-    assert sum(c["bytes"] for c in counts) == sum(len(one.encode()) for one in texts)
-    for split in ("train", "val"):  # bits per byte counts each byte of the text, and no end of text
-        whole = np.concatenate([[0], np.asarray(getattr(data, split))])[None]
-        assert data.target_bytes(whole) == data.meta[split]["bytes"]
-    assert data.decode([data.vocab_size + 5, *data.encode("né"), 10**6]) == "né"
+    dataset = TokenDataset(prepare(config))
+    tokenizer = dataset.tokenizer
+    assert tokenizer.eot == dataset.eot and tokenizer.vocab_size == dataset.vocab_size
+    assert tokenizer.decode(tokenizer.encode(ODD_TEXT)) == ODD_TEXT
+    assert dataset.eot not in tokenizer.encode(ODD_TEXT)
+    assert sorted(decoded_documents(dataset, "train") + decoded_documents(dataset, "val")) == sorted(texts)
+    counts = [dataset.meta[split] for split in ("train", "val")]
+    assert sum(c["bytes"] for c in counts) == sum(len(text.encode()) for text in texts)
+    for split in ("train", "val"):  # bits per byte counts each byte of the text, and none for the end of text
+        window = np.concatenate([[0], np.asarray(getattr(dataset, split))])[None]
+        assert dataset.target_bytes(window) == dataset.meta[split]["bytes"]
+    assert tokenizer.byte_lengths.shape == (dataset.vocab_size,) and tokenizer.byte_lengths.dtype == np.int64
+    assert tokenizer.decode([dataset.vocab_size + 5, *tokenizer.encode("né"), 10**6]) == "né"
 
 
-def test_bpe_has_exactly_the_asked_size_and_splits_text_as_its_trainer_does():
-    texts = [*itertools.islice(documents.from_stdlib(None), 40), *[text(i) + ODD for i in range(50)]]
-    learner = encodings.train(1999, texts)
-    made = encodings.make("bpe:2000", lambda: texts)
-    assert made.n_vocab == 2000 == len(made._mergeable_ranks) + 1 and made.eot_token == 1999
-    for one in [*texts, ODD, " \n \n\n", "I'VE 1000000", "a" * 50, "\t\tnew = 'x'  # no\x1c\x85\xa0\n\n"]:
-        assert made.encode_ordinary(one) == learner.encode(one).ids
+def test_bpe_has_exactly_the_requested_size_and_splits_text_as_its_trainer_does():
+    texts = [*itertools.islice(stdlib_documents(), 40), *[make_text(i) + ODD_TEXT for i in range(50)]]
+    bpe = train_bpe(1999, texts)
+    encoding = build_encoding("bpe:2000", lambda: texts)
+    assert encoding.n_vocab == 2000 == len(encoding._mergeable_ranks) + 1 and encoding.eot_token == 1999
+    for text in [*texts, ODD_TEXT, " \n \n\n", "I'VE 1000000", "a" * 50,
+                 "\t\tnew = 'x'  # no\x1c\x85\xa0\n\n"]:
+        assert encoding.encode_ordinary(text) == bpe.encode(text).ids
 
 
-@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet"])
-def test_files_folders_and_globs_of_each_kind_give_the_same_documents(tmp_path, form):
-    texts = [text(i) for i in range(30)] + ["", " \n", ODD + "end"]
-    path = write(tmp_path / "text", texts, form)
-    folder, ending = tmp_path / "text", f"**/*.{form}"
-    ways = [path, str(folder), str(folder / "*"), str(tmp_path / ending)]
-    expected = sorted(one.replace("\r\n", "\n") if form == "txt" else one for one in texts if one.strip())
-    for way in ways:  # a text file is read with its line ends made \n
-        assert sorted(documents.documents(Config(dataset=way))) == expected
+def test_a_tokenizer_is_trained_on_the_start_of_the_training_split_alone(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "text", [make_text(i) for i in range(40)])
+    config = Config(dataset=path, tokenizer="bytes", val_fraction=0.5, data_dir=str(tmp_path))
+    train = decoded_documents(TokenDataset(prepare(config)), "train")
+    assert tokenizer_training_texts(config) == train and len(train) < 40
+    monkeypatch.setattr("data.prepare.TOKENIZER_TRAINING_CHARS", len(train[0]) + 5)
+    assert tokenizer_training_texts(config) == [train[0], train[1][:5]]
 
 
-def test_a_long_text_file_becomes_documents_cut_at_blank_lines_and_loses_nothing(tmp_path):
-    paragraphs = [text(i, 300) + "\n" * (1 + i % 3) for i in range(200)]
+def test_hashes_are_those_of_the_files_and_differ_when_the_text_does(dataset, tmp_path):
+    assert set(dataset.hashes) == {"train", "val", "tokenizer"}
+    for name, file in ("train", "train.bin"), ("val", "val.bin"), ("tokenizer", "tokenizer.tiktoken"):
+        with open(os.path.join(dataset.folder, file), "rb") as content:
+            assert dataset.hashes[name] == hashlib.sha256(content.read()).hexdigest()
+    other = open_corpus(tmp_path, first=1).hashes
+    assert other["tokenizer"] == dataset.hashes["tokenizer"] and other["train"] != dataset.hashes["train"]
+
+
+# Where text comes from
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet", "csv"])
+def test_files_folders_and_globs_of_each_format_give_the_same_documents(tmp_path, form):
+    texts = [make_text(i) for i in range(30)] + ["", " \n", ODD_TEXT + "end"]
+    path = write_corpus(tmp_path / "text", texts, form)
+    folder, pattern = tmp_path / "text", f"**/*.{form}"
+    expected = sorted(text.replace("\r\n", "\n") if form == "txt" else text for text in texts if text.strip())
+    for name in [path, str(folder), str(folder / "*"), str(tmp_path / pattern)]:
+        # A text file is read with its line ends made \n
+        assert sorted(documents(Config(dataset=name))) == expected
+
+
+def compress(path, suffix):
+    """Replace the file by a compressed one, in two parts one after the other; returns its path."""
+    with open(path, "rb") as file:
+        content = file.read()
+    codec = gzip
+    if suffix == ".zst":
+        codec = pytest.importorskip(ZSTD_MODULE)
+    middle = len(content) // 2
+    os.remove(path)
+    with open(path + suffix, "wb") as file:
+        file.write(codec.compress(content[:middle]) + codec.compress(content[middle:]))
+    return path + suffix
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("form", ["txt", "jsonl", "csv"])
+def test_compressed_files_give_the_documents_of_the_files_in_them(tmp_path, form, suffix):
+    texts = [make_text(i) for i in range(20)] + ['a, "b"\nNA', "007"]
+    path = write_corpus(tmp_path / "text", texts, form)
+    assert list(documents(Config(dataset=path))) == texts
+    folder = tmp_path / "text"
+    for name in os.listdir(folder):
+        compress(str(folder / name), suffix)
+    assert all(name.endswith(f".{form}{suffix}") for name in os.listdir(folder))
+    assert list(documents(Config(dataset=str(folder)))) == texts
+    assert list(documents(Config(dataset=str(folder / f"*.{form}{suffix}")))) == texts
+    config = Config(dataset=str(folder), text_field="body")
+    if form == "txt":
+        with pytest.raises(UserError, match="text_field: got body, but .* has none"):
+            describe(config)
+    else:
+        assert describe(config)["files"] == 1
+        with pytest.raises(UserError, match="text_field: got body, .* has the columns text"):
+            list(documents(config))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_truncated_compressed_file_is_rejected_rather_than_read_half(tmp_path, suffix):
+    text = "".join(f"{random.Random(i).random()}\n" for i in range(20_000))
+    (tmp_path / "a.txt").write_text(text)
+    path = compress(str(tmp_path / "a.txt"), suffix)
+    os.truncate(path, os.path.getsize(path) * 3 // 4)
+    with pytest.raises(UserError, match="dataset: .* cannot be read .*ended before"):
+        list(documents(Config(dataset=path)))
+
+
+def test_without_a_zstd_package_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, ZSTD_MODULE, None)  # what makes `import` fail
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    line = rejection(tmp_path, dataset=str(tmp_path / "a.jsonl.zst"))
+    assert re.search(r"dataset: \.zst files need .*pip install backports\.zstd", line)
+
+
+def test_a_csv_column_is_text_whatever_it_looks_like(tmp_path):
+    texts = ["NA", "null", "007", "1e5", "True", "", 'say "a, b"', "two\nlines", " spaces ", "naïve 🙂"]
+    (tmp_path / "a.csv").write_text("id,body,n\n" + "".join(
+        f'{i},"{text.replace(chr(34), 2 * chr(34))}",{i}\n' for i, text in enumerate(texts)))
+    config = Config(dataset=str(tmp_path / "a.csv"), text_field="body")
+    assert list(documents(config)) == [text for text in texts if text]
+    # More rows than pandas reads at once
+    (tmp_path / "a.csv").write_text("body\n" + "\n".join(map(str, range(25_000))))
+    assert list(documents(config)) == [str(i) for i in range(25_000)]
+
+
+def test_formats_are_mixed_in_a_fixed_order_and_a_file_never_continues_another(tmp_path):
+    for form in ("csv", "jsonl", "parquet"):
+        write_corpus(tmp_path / form, [f"{form} {i}" for i in range(3)], form)
+    write_corpus(tmp_path / "txt", ["txt 0", "txt 1", "txt 2"], "txt")
+    compress(str(tmp_path / "txt" / "001.txt"), ".gz")
+    assert list(documents(Config(dataset=str(tmp_path)))) == [
+        f"{form} {i}" for form in ("txt", "jsonl", "parquet", "csv") for i in range(3)]
+
+
+def test_a_long_text_file_becomes_documents_divided_at_blank_lines_and_loses_nothing(tmp_path):
+    paragraphs = [make_text(i, 300) + "\n" * (1 + i % 3) for i in range(200)]
     book, line = "".join(paragraphs), "x" * 300_000
     for name, content in (("a", book), ("b", line), ("c", "end")):
         (tmp_path / f"{name}.txt").write_text(content)
-    parts = list(documents.documents(Config(dataset=str(tmp_path))))
-    cut = next(i for i, part in enumerate(parts) if part.startswith("xxx"))
-    assert "".join(parts[:cut]) == book and "".join(parts[cut:-1]) == line and parts[-1] == "end"
-    assert cut > 5 and all(part.endswith("\n\n") for part in parts[:cut - 1])
-    assert max(map(len, parts)) <= 2 * documents.LONGEST
+    parts = list(documents(Config(dataset=str(tmp_path))))
+    first_of_line = next(i for i, part in enumerate(parts) if part.startswith("xxx"))
+    assert "".join(parts[:first_of_line]) == book
+    assert "".join(parts[first_of_line:-1]) == line and parts[-1] == "end"
+    assert first_of_line > 5 and all(part.endswith("\n\n") for part in parts[:first_of_line - 1])
+    assert max(map(len, parts)) <= 2 * MAX_CHARS
 
 
-def test_bytes_and_escapes_that_are_no_text_are_replaced(tmp_path, monkeypatch):
+def test_bytes_and_escapes_that_are_not_text_are_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\n")
-    assert list(documents.documents(Config(dataset=str(tmp_path)))) == ["caf\ufffd \ufffd\n"]
-    monkeypatch.setattr(documents, "from_stdlib", lambda config: ["half \ud800 pair"])
-    assert list(documents.documents(Config())) == ["half ? pair"]
+    assert list(documents(Config(dataset=str(tmp_path)))) == ["caf\ufffd \ufffd\n"]
+    monkeypatch.setattr("data.datasets.stdlib_documents", lambda: ["half \ud800 pair"])
+    assert list(documents(Config())) == ["half ? pair"]
 
 
-def test_changed_files_and_settings_prepare_anew_and_unchanged_ones_do_not(tmp_path):
-    dataset = write(tmp_path / "text", [text(i) for i in range(30)])
-    config = Config(dataset=dataset, tokenizer="bytes", val_fraction=0.3, data_dir=str(tmp_path / "p"))
+def test_a_hub_data_set_is_streamed_no_further_than_max_tokens(tmp_path, monkeypatch):
+    requested, read = [], []
+
+    def load_dataset(*args, **kwargs):
+        requested.append((args, kwargs))
+        for i in itertools.count():
+            read.append(i)
+            yield {"text": make_text(i), "id": i}
+
+    info = types.SimpleNamespace(sha="abc")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("data.prepare.BATCH_CHARS", 1000)
+    config = Config(dataset="owner/name", subset="small", split="half", tokenizer="bytes", max_tokens=10_000,
+                    val_fraction=0.3, data_dir=str(tmp_path))
+    dataset = TokenDataset(prepare(config))
+    assert requested == [(("owner/name", "small"), {"split": "half", "revision": "abc", "streaming": True})]
+    assert 10_000 <= len(dataset.train) + len(dataset.val) and len(read) < 60
+
+
+# Prepared folders
+
+
+def test_changed_files_and_settings_prepare_again_and_unchanged_ones_do_not(tmp_path):
+    path = write_corpus(tmp_path / "text", [make_text(i) for i in range(30)])
+    config = Config(dataset=path, tokenizer="bytes", val_fraction=0.3, data_dir=str(tmp_path / "p"))
     first = prepare(config)
     stamp = os.stat(os.path.join(first, "train.bin")).st_mtime_ns
     assert prepare(config) == first and os.stat(os.path.join(first, "train.bin")).st_mtime_ns == stamp
     others = [prepare(dataclasses.replace(config, **change)) for change in
               ({"tokenizer": "bpe:260"}, {"max_tokens": 3000}, {"val_fraction": 0.4})]
-    write(tmp_path / "text", [text(i) for i in range(29)] + [text(31)])
+    write_corpus(tmp_path / "text", [make_text(i) for i in range(29)] + [make_text(31)])
     assert len({first, prepare(config), *others}) == 5
-    total = sum(Data(others[1]).meta[split]["tokens"] for split in ("train", "val"))
-    assert 3000 <= total < 4000, "max_tokens stops after the document that reaches it"
+    total = sum(TokenDataset(others[1]).meta[split]["tokens"] for split in ("train", "val"))
+    assert 3000 <= total < 4000, "max_tokens must end after the document that reaches it"
     assert prepare(dataclasses.replace(config, dataset=first)) == first, "a prepared folder is a data set"
     with pytest.raises(UserError, match="tokenizer: got bpe:300.*--tokenizer=bytes"):
         prepare(dataclasses.replace(config, dataset=first, tokenizer="bpe:300"))
 
 
-def test_a_hub_data_set_is_streamed_no_further_than_max_tokens(tmp_path, monkeypatch):
-    asked, read = [], []
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return (read.append(i) or {"text": text(i), "id": i} for i in itertools.count())
-    info = types.SimpleNamespace(sha="abc")
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: info)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(tokens, "BATCH", 1000)
-    config = Config(dataset="owner/name", subset="small", split="half", tokenizer="bytes", max_tokens=10_000,
-                    val_fraction=0.3, data_dir=str(tmp_path))
-    data = Data(prepare(config))
-    assert asked == [(("owner/name", "small"), {"split": "half", "revision": "abc", "streaming": True})]
-    assert 10_000 <= len(data.train) + len(data.val) and len(read) < 60
+def test_a_folder_prepared_by_an_earlier_version_keeps_its_name_and_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("text")
+    with open("text/all.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30))
+    os.utime("text/all.jsonl", ns=(10**18, 10**18))
+    config = Config(dataset="text", tokenizer="bytes", val_fraction=0.3, data_dir="prepared")
+    folder = prepare(config)
+    # Written down from a run of commit cdd884c
+    assert folder == "prepared/text-bytes-3377697d07fa"
+    for name, sha256 in {
+            "meta.json": "15a13a9b7d774fa44815be99d4983764b54e5c7b2b9cb1bb1a426ce68c85dca3",
+            "tokenizer.tiktoken": "e66088df4cdb28fbad3c55ac5a7ae741bc402e732ed948eb096a8ed6f852768f",
+            "train.bin": "8c633503817a2e568440ed53fe226d553e208f70d9a5dc64120b0010463da599",
+            "val.bin": "69bdbc9119d85388ef936b828d00eca7ba8c7e4d975008782b93da2ff53613ca"}.items():
+        with open(os.path.join(folder, name), "rb") as file:
+            assert hashlib.sha256(file.read()).hexdigest() == sha256, name
+    assert describe(config)["kind"] == "local" and describe(config)["files"] == 1
 
 
-def refusal(tmp_path, **settings):
-    """The line that preparing refuses with, after which data_dir holds nothing."""
+def rejection(tmp_path, **settings):
+    """The line that prepare rejects these settings with, after which data_dir holds nothing."""
     data_dir = str(tmp_path / "prepared")
     with pytest.raises(UserError) as caught:
         prepare(Config(**{"tokenizer": "bytes", "data_dir": data_dir, **settings}))
@@ -237,17 +442,25 @@ def refusal(tmp_path, **settings):
     return str(caught.value)
 
 
-REFUSALS = {
+REJECTIONS = {
     "misspelled": ({"dataset": "stdlb"}, "dataset: .*stdlb.*did you mean stdlib"),
     "missing file": ({"dataset": "T/nope.txt"}, "dataset: no such file or folder: .*nope.txt; takes"),
-    "empty glob": ({"dataset": "T/*.csv"}, "dataset: the glob .* matches nothing"),
+    "missing csv, not a hub name": ({"dataset": "nope/nope.csv.gz"}, "dataset: no such file or folder: nope"),
+    "empty glob": ({"dataset": "T/*.rst"}, "dataset: the glob .* matches nothing"),
     "empty folder": ({"dataset": "T/empty"}, r"dataset: .*takes files that end in \.txt.*are none"),
     "other ending": ({"dataset": "T/a.md"}, r"dataset: .*a.md, takes files that end in \.txt"),
+    "compressed parquet": ({"dataset": "T/a.parquet.gz"}, r"dataset: .*takes files .* but for \.parquet"),
     "no text": ({"dataset": "T/blank.txt"}, "dataset: .* holds no text"),
     "one document": ({"dataset": "T/one.txt"}, "dataset: .* is one document.*takes two or more"),
     "broken json": ({"dataset": "T/broken.jsonl"}, "dataset: .* cannot be read"),
     "broken parquet": ({"dataset": "T/broken.parquet"}, "dataset: .* cannot be read"),
+    "not gzip": ({"dataset": "T/broken.jsonl.gz"}, "dataset: .* cannot be read"),
+    "empty csv": ({"dataset": "T/empty.csv"}, "dataset: .* cannot be read"),
+    "csv with an open quote": ({"dataset": "T/quote.csv"}, "dataset: .* cannot be read"),
+    "csv with unquoted commas": ({"dataset": "T/commas.csv"}, "dataset: .*more fields.*takes double quotes"),
+    "csv with one longer row": ({"dataset": "T/ragged.csv"}, "dataset: .* cannot be read .*saw 3"),
     "no such column": ({"dataset": "T/rows.jsonl"}, "text_field: got text.*columns body, n"),
+    "no such csv column": ({"dataset": "T/rows.csv"}, "text_field: got text.*columns body, n"),
     "a column of numbers": ({"dataset": "T/rows.jsonl", "text_field": "n"}, "text_field: got n.*not text"),
     "no validation": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 1e-6},
                       r"val_fraction: got 1e-06.*no validation text among 5.*takes 0\.\d"),
@@ -256,20 +469,21 @@ REFUSALS = {
     "few tokens": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.5, "max_tokens": 1},
                    "max_tokens: got 1, .*takes more"),
     "subset of a file": ({"dataset": "T/one.txt", "subset": "x"}, "subset: got x, .*takes --subset=None"),
+    "column of a text file": ({"dataset": "T/one.txt", "text_field": "x"}, "text_field: got x, .* has none"),
     "split of stdlib": ({"split": "test"}, "split: got test, .*takes --split=train"),
     "hub unreachable": ({"dataset": "owner/name"}, "dataset: .*hub is unreachable.*network.*stdlib"),
     "misspelled tokenizer": ({"tokenizer": "gtp2"}, "tokenizer: got gtp2.*did you mean gpt2"),
     "tokenizer unreachable": ({"tokenizer": "gpt2"}, "tokenizer: .*download gpt2.*bytes and --tok.*bpe"),
     "small bpe": ({"tokenizer": "bpe:257"}, "tokenizer: got bpe:257, takes bpe:N with N from 258"),
-    "much bpe for little text": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.5,
-                                  "tokenizer": "bpe:5000"}, r"tokenizer: got bpe:5000.*at most bpe:2\d\d"),
+    "large bpe for little text": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.5,
+                                   "tokenizer": "bpe:5000"}, r"tokenizer: got bpe:5000.*at most bpe:2\d\d"),
     "data_dir is a file": ({"dataset": "T/rows.jsonl", "text_field": "body", "data_dir": "T/a.md"},
                            "data_dir: cannot write .*takes a folder"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_prepared_is_refused_in_one_line_that_helps(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", REJECTIONS)
+def test_what_cannot_be_prepared_is_rejected_in_one_line_that_helps(tmp_path, monkeypatch, name):
     def offline(*args, **kwargs):
         raise ConnectionError("offline")
 
@@ -279,29 +493,33 @@ def test_what_cannot_be_prepared_is_refused_in_one_line_that_helps(tmp_path, mon
     (tmp_path / "empty").mkdir()
     rows = "".join(json.dumps({"body": f"text {i}", "n": i}) + "\n" for i in range(5))
     for file, content in {"a.md": "# a", "blank.txt": " \n\n", "one.txt": "just one", "rows.jsonl": rows,
-                          "broken.jsonl": '{"text": \n', "broken.parquet": "PAR1"}.items():
+                          "broken.jsonl": '{"text": \n', "broken.parquet": "PAR1", "broken.jsonl.gz": "{}",
+                          "a.parquet.gz": "", "empty.csv": "", "quote.csv": 'text\n"open\nb\n',
+                          "commas.csv": "text\na, b\nc, d\n", "ragged.csv": "id,text\n1,a\n2,b,c\n",
+                          "rows.csv": "body,n\na,1\nb,2\n"}.items():
         (tmp_path / file).write_text(content)
-    settings, line = REFUSALS[name]
+    settings, line = REJECTIONS[name]
     settings = {key: value.replace("T/", f"{tmp_path}/") if isinstance(value, str) else value
                 for key, value in settings.items()}
-    assert re.search(line, refusal(tmp_path, **settings))
+    assert re.search(line, rejection(tmp_path, **settings))
 
 
 def test_a_gated_and_an_unknown_hub_data_set_are_told_apart(tmp_path, monkeypatch):
-    for kind, words in ((errors.GatedRepoError, "is gated.*hf auth login"),
+    for error, line in ((errors.GatedRepoError, "is gated.*hf auth login"),
                         (errors.RepositoryNotFoundError, "neither a path nor a public data set")):
-        def refuse(*args, kind=kind, **kwargs):
-            raise kind("401", response=httpx.Response(401, request=httpx.Request("GET", "http://hub")))
-        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
-        assert re.search(words, refusal(tmp_path, dataset="owner/name"))
+        def reject(*args, error=error, **kwargs):
+            raise error("401", response=httpx.Response(401, request=httpx.Request("GET", "http://hub")))
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", reject)
+        assert re.search(line, rejection(tmp_path, dataset="owner/name"))
 
 
-def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "BATCH", 1000)
-    def some(config):
-        yield from (text(i) for i in range(50))
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    def some_documents(config):
+        yield from (make_text(i) for i in range(50))
         raise KeyboardInterrupt
-    monkeypatch.setattr(tokens, "documents", some)
+
+    monkeypatch.setattr("data.prepare.BATCH_CHARS", 1000)
+    monkeypatch.setattr("data.prepare.documents", some_documents)
     with pytest.raises(KeyboardInterrupt):
         prepare(Config(tokenizer="bytes", data_dir=str(tmp_path)))
     assert os.listdir(tmp_path) == []
@@ -309,45 +527,53 @@ def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
 
 KILLED = """
 import sys, time
+import data.prepare
 from configure import Config
-from data import prepare, tokens
-tokens.BATCH = 100
-def forever(config):
+
+def endless_documents(config):
     for i in range(10**9):
         if i == 1000:
             print("midway", flush=True)
             time.sleep(60)
         yield f"text {i}"
-tokens.documents = forever
-prepare(Config(tokenizer="bytes", data_dir=sys.argv[1]))
+
+data.prepare.BATCH_CHARS = 100
+data.prepare.documents = endless_documents
+data.prepare.prepare(Config(tokenizer="bytes", data_dir=sys.argv[1]))
 """
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_complete_and_is_cleared_a_day_later(tmp_path):
+def test_a_killed_preparation_leaves_nothing_that_looks_complete_and_is_deleted_a_day_later(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"midway\n"
-    process.kill()
-    process.wait()
+    with process:
+        assert process.stdout.readline() == b"midway\n"
+        process.kill()
     [left] = os.listdir(tmp_path)
     assert left.startswith(".") and "meta.json" not in os.listdir(tmp_path / left)
-    folders.remove_stale(str(tmp_path))
-    assert os.listdir(tmp_path) == [left], "it could be another process's, still at work"
+    remove_stale_folders(str(tmp_path))
+    assert os.listdir(tmp_path) == [left], "it could belong to another process that is still running"
     for path in (tmp_path / left, *(tmp_path / left).iterdir()):
-        os.utime(path, (0, time.time() - 2 * folders.DAY))
-    folders.remove_stale(str(tmp_path))
+        os.utime(path, (0, time.time() - 2 * data.prepare.STALE_AFTER))
+    remove_stale_folders(str(tmp_path))
     assert os.listdir(tmp_path) == []
 
 
-def test_two_preparations_at_once_end_with_one_folder(tmp_path, monkeypatch):
-    dataset = write(tmp_path / "text", [text(i) for i in range(30)])
-    config = Config(dataset=dataset, tokenizer="bytes", val_fraction=0.3, data_dir=str(tmp_path / "p"))
+def test_two_simultaneous_preparations_end_with_one_folder(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "text", [make_text(i) for i in range(30)])
+    config = Config(dataset=path, tokenizer="bytes", val_fraction=0.3, data_dir=str(tmp_path / "p"))
     barrier = threading.Barrier(2)
-    original = folders.write
-    monkeypatch.setattr(folders, "write", lambda *args: (original(*args), barrier.wait())[0])
+    original = data.prepare.write_tokens
+
+    def write_tokens(*args):
+        meta = original(*args)
+        barrier.wait()
+        return meta
+
+    monkeypatch.setattr("data.prepare.write_tokens", write_tokens)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(prepare, [config, config])
     assert first == second and os.listdir(tmp_path / "p") == [os.path.basename(first)]
-    Data(first).check(16, 4)
+    TokenDataset(first).check_fills_batch(16, 4)
 
 
 def damage(folder, name, change):
@@ -362,35 +588,92 @@ def damage(folder, name, change):
     ("train.bin", lambda b: b[:-1]), ("val.bin", lambda b: b + b"\0\0"), ("meta.json", lambda b: b[:-20]),
     ("meta.json", lambda b: b"[]"), ("meta.json", lambda b: b.replace(b'"u2"', b'"f8"')),
     ("meta.json", lambda b: b.replace(b'"tokens"', b'"token"')), ("tokenizer.tiktoken", lambda b: b[5:]),
+    ("meta.json", lambda b: b.replace(b'"sha256"', b'"sha"')),
     ("meta.json", lambda b: b.replace(b'"vocab_size": 257', b'"vocab_size": "257"'))])
-def test_a_damaged_folder_is_refused_with_what_to_do(data, tmp_path, name, change):
+def test_a_damaged_folder_is_rejected_with_what_to_do(dataset, tmp_path, name, change):
     folder = str(tmp_path / "copy")
-    shutil.copytree(data.folder, folder)
-    assert Data(folder).encode("a") == [97]
+    shutil.copytree(dataset.folder, folder)
+    assert TokenDataset(folder).tokenizer.encode("a") == [97]
     damage(folder, name, change)
     with pytest.raises(UserError, match=f"data_dir: {folder} is damaged .*; delete that folder"):
-        Data(folder).decode([1])
+        TokenDataset(folder).tokenizer.decode([1])
 
 
-def test_too_little_text_for_a_batch_or_a_window_is_refused_with_what_fits(data):
-    tokens = len(data.train)
-    data.check(16, (tokens - 1) // 16)
-    with pytest.raises(UserError, match=f"batch: .* there are {tokens}: takes --batch={(tokens - 1) // 16} "):
-        data.check(16, tokens // 16 + 1)
+def test_too_little_text_for_a_batch_or_a_window_is_rejected_with_what_fits(dataset):
+    tokens = len(dataset.train)
+    largest = (tokens - 1) // 16
+    dataset.check_fills_batch(16, largest)
+    with pytest.raises(UserError, match=f"batch: .* there are {tokens}: takes --batch={largest} "):
+        dataset.check_fills_batch(16, tokens // 16 + 1)
     with pytest.raises(UserError, match=f"--batch=1 --context={tokens - 1}"):
-        data.check(tokens + 5, 8)
-    data.check(tokens - 1, 1)
-    with pytest.raises(UserError, match=f"context: .* takes {len(data.val) - 1}"):
-        data.windows(len(data.val), 10**9)
+        dataset.check_fills_batch(tokens + 5, 8)
+    dataset.check_fills_batch(tokens - 1, 1)
+    with pytest.raises(UserError, match=f"context: .* takes {len(dataset.val) - 1}"):
+        dataset.validation_windows(len(dataset.val), 10**9)
     with pytest.raises(UserError, match="eval_tokens: got 15, takes context=16 or more"):
-        data.windows(16, 15)
+        dataset.validation_windows(16, 15)
 
 
 def test_the_command_prepares_the_standard_library_in_one_line(tmp_path):
     command = [sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", "--tokenizer=bpe:500"]
-    run = subprocess.run([*command, "--max_tokens=300000"], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stderr == "", run.stderr
-    data = Data(run.stdout.splitlines()[0])
-    assert data.vocab_size == 500 and "def " in data.decode(data.train[:2000])
-    run = subprocess.run([*command, "--dataset=stdlb"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: dataset: ") and run.stderr.count("\n") == 1
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    right = subprocess.Popen([*command, "--max_tokens=300000"], **pipes)
+    wrong = subprocess.Popen([*command, "--dataset=stdlb"], **pipes)  # at the same time, as both import torch
+    output, error_output = right.communicate()
+    assert right.returncode == 0 and error_output == "", error_output
+    dataset = TokenDataset(output.splitlines()[0])
+    assert dataset.vocab_size == 500 and "def " in dataset.tokenizer.decode(dataset.train[:2000])
+    output, error_output = wrong.communicate()
+    assert wrong.returncode == 2 and error_output.count("\n") == 1
+    assert error_output.startswith("error: dataset: ")
+
+
+# Files
+
+
+def test_a_file_is_replaced_completely_or_stays_what_it_was(tmp_path):
+    path, backup = tmp_path / "file", tmp_path / "backup"
+    write_text(path, "naïve 1")
+    with atomic_file(path, backup) as file:
+        file.write(b"2")
+        assert path.read_text("utf-8") == "naïve 1" and not backup.exists()
+    assert path.read_text() == "2" and backup.read_text("utf-8") == "naïve 1"
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_file(path, backup) as file:
+            file.write(b"3")
+            raise error
+    assert path.read_text() == "2" and backup.read_text("utf-8") == "naïve 1"
+    assert sorted(os.listdir(tmp_path)) == ["backup", "file"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.fstat(descriptor).st_size))
+    original = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append(paths) or original(*paths))
+    path = str(tmp_path / "file")
+    write_text(path, "text")
+    assert calls == [4, (f"{path}.tmp", path)]
+
+
+IMPORTS = """
+import sys
+import data.files
+outside = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names) - {"data"}
+assert not {"numpy", "torch", "configure"} & outside, f"data.files imports {outside}"
+import data.datasets
+assert not {"numpy", "torch"} & set(sys.modules), "data.datasets imports more than it needs"
+import data.tokenizer
+assert "torch" not in sys.modules, "data.tokenizer imports torch"
+import data.loader, data.prepare
+late = {"datasets", "tokenizers", "huggingface_hub", "pandas", "pyarrow"} & set(sys.modules)
+assert not late, f"{late} must be imported only by what uses them"
+others = {name.partition(".")[0] for name in sys.modules} & {"training", "train", "model", "scaling",
+                                                             "parametrization"}
+assert not others, f"data imports {others}"
+"""
+
+
+def test_importing_data_loads_only_the_libraries_that_are_needed():
+    run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""What is wrong with `python train.py ...` is said in one line, exit code 2, and leaves nothing behind."""
+"""What is wrong with `python train.py ...` is reported in one line, exit code 2, and nothing is written."""
 
 import importlib.util
 import json
@@ -11,13 +11,12 @@ import sys
 
 import pytest
 import torch
+from children import run_train
+from processes import ROOT, Fork
 
 import train
-from configure import Config
-from data import checkpoints
-from data.processes import command
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from configure import Config, run_cli
+from training.checkpoint import write_checkpoint
 
 # case: (words on the command line, what the line says). CORPUS is the tiny corpus; the files are made below.
 FAILURES = {
@@ -25,6 +24,8 @@ FAILURES = {
     "misspelled setting": ("--widht=64", "widht: no such setting; did you mean width"),
     "unknown setting": ("--zzz=1", "zzz: no such setting; --help lists them"),
     "setting without a name": ("--=1", "no such setting"),
+    "setting without dashes": ("width=64", "width: got width=64, takes --width=64"),
+    "file that looks like a setting": ("widht=64", "widht=64: No such file or directory"),
     "derived setting": ("--width_mult=4", "width_mult: no such setting"),
     "misspelled choice": ("--schedule=cosin", "schedule: got 'cosin', takes cosine.*did you mean cosine"),
     "unknown parametrization": ("--parametrization=ntk", "parametrization: got 'ntk', takes mup, sp"),
@@ -42,6 +43,7 @@ FAILURES = {
     "function in a file": ("function.py", r"function\.py: lr: got <built-in function max>"),
     "huge number in a file": ("huge.py", r"huge\.py: lr: got 10000"),
     # ranges
+    "decay of more than all steps": ("--schedule=wsd --decay_fraction=1.5", "decay_fraction: got 1.5, takes"),
     "lr of 0": ("--lr=0", "lr: got 0.0, takes"), "negative lr": ("--lr -1", "lr: got -1.0, takes"),
     "infinite lr": ("--lr=1e999", "lr: got inf, takes"), "no width": ("--width=0", "width: got 0, takes"),
     "negative steps": ("--steps=-1", "steps: got -1, takes"),
@@ -56,7 +58,9 @@ FAILURES = {
     "vocabulary below the tokenizer's": ("--vocab_size=100", "vocab_size: got 100, takes at least .* 257"),
     "seed that no generator takes": ("--seed=2**70", "seed: got "),
     "seed that no generator takes with dropout": ("--seed=2**63 --dropout=0.1", "seed: got "),
-    "model larger than memory": ("--width=2**40", "micro_batch: .* need at least .*takes a smaller model"),
+    "model larger than memory": ("--width=2**20", "micro_batch: .* need at least .*takes a smaller model"),
+    "model larger than torch can count": ("--width=2**40", "width: got 1099511627776.*takes a smaller model"),
+    "deeper than memory": ("--depth=10**12", "micro_batch: .* need at least .*takes a smaller model"),
     "batch larger than the text": ("--batch=100000", "batch: got 100000 .*takes --batch="),
     "context longer than the text": ("--context=10**7", "batch: got 4 at context=10000000"),
     "context longer than the validation text": (
@@ -99,24 +103,25 @@ FAILURES = {
     "checkpoint cut short": ("short", r"short.last\.pt: is damaged"),
     "checkpoint of something else": ("other", r"other.last\.pt: is damaged: .*keys"),
     "checkpoint of an edited model": ("edited", r"edited.last\.pt"),
-    "other width on the way": ("run --width=64", "width: got 64, but run.last.pt was trained with 32"),
-    "other rules on the way": ("run --parametrization=sp", "parametrization: got 'sp', but .* with 'mup'"),
+    "other width on resuming": ("run --width=64", "width: got 64, but run.last.pt was trained with 32"),
+    "other table on resuming": ("run --parametrization=sp", "parametrization: got 'sp', but .* with 'mup'"),
     "fewer steps than done": ("run --steps=1", "steps: got 1, takes at least the 2"),
     # machine
     "no such device": ("--device=tpu", "device: got 'tpu', takes auto, cpu"),
-    "absent device": ("--device=cuda:98", "device: got cuda:98, which this machine has not"),
+    "absent device": ("--device=cuda:98", "device: got cuda:98, which this machine does not have; takes "),
     "device number beyond all": ("--device=cuda:300", "device: got '?cuda:300"),
     "out in a file": ("--out=notes.txt/run", "out: cannot write notes.txt"),
     "out that is a file": ("--out=notes.txt", "out: cannot write notes.txt"),
     "out without a name": ("--out=", "out: got ''"),
 }
-SLOW = {"misspelled setting", "missing corpus", "checkpoint that is none"}  # through a process of their own
+REAL_PROCESS = "checkpoint that is none"  # by `python train.py`: the case that gets the furthest
+FORKED = {"misspelled setting", "missing corpus"}  # in processes of their own, but quickly started ones
 
 
 @pytest.fixture(scope="module")
-def place(corpus, tmp_path_factory):
+def workspace(corpus, tmp_path_factory):
     """A folder with everything that FAILURES names, where nothing may change."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("workspace")
     train.train(Config(**corpus | {"steps": 2, "out": str(folder / "run")}), quiet=True)
     for name in ("garbage", "short", "other", "edited"):
         shutil.copytree(folder / "run", folder / name)
@@ -124,10 +129,10 @@ def place(corpus, tmp_path_factory):
     checkpoint = folder / "run/last.pt"
     (folder / "garbage/last.pt").write_bytes(b"no checkpoint")
     (folder / "short/last.pt").write_bytes(checkpoint.read_bytes()[:-1000])
-    checkpoints.write(folder / "other/last.pt", [1, 2])
+    write_checkpoint(folder / "other/last.pt", [1, 2])
     content = torch.load(checkpoint, weights_only=True)
     content["model"]["blocks.0.mlp.gate.weight"] = torch.zeros(2, 2)
-    checkpoints.write(folder / "edited/last.pt", content)
+    write_checkpoint(folder / "edited/last.pt", content)
     settings = json.loads((folder / "run/config.json").read_text())
     for name, text in {"broken": "{", "list": "[]", "number": "3", "empty": None, "config": None,
                        "newer": json.dumps(settings | {"speed": 1}),
@@ -152,46 +157,86 @@ def contents(folder):
             for path, folders, files in os.walk(folder) for name in [*folders, *files]}
 
 
+def arguments(corpus, case):
+    return [*[f"--{name}={value}" for name, value in corpus.items()], *FAILURES[case][0].split(" ")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes(corpus, workspace):
+    """{name: Popen} of `python train.py`, started at once: to import torch takes seconds."""
+    def start(argv):
+        return subprocess.Popen([sys.executable, f"{ROOT}/train.py", *argv], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, cwd=workspace)
+
+    started = {REAL_PROCESS: start(arguments(corpus, REAL_PROCESS)), "closed pipe": start(["--help"])}
+    started["closed pipe"].stdout.close()
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+def run_in_this_process(argv, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(train.main)
+    return caught.value.code, *capfd.readouterr()
+
+
 @pytest.mark.parametrize("case", FAILURES)
-def test_what_is_wrong_is_said_in_one_line_and_leaves_nothing(corpus, place, monkeypatch, capfd, case):
-    words, line = FAILURES[case]
-    argv = [*[f"--{name}={value}" for name, value in corpus.items()], *words.split(" ")]
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    before, prepared = contents(place), set(os.listdir(corpus["data_dir"]))
-    if case in SLOW:
-        done = subprocess.run([sys.executable, f"{ROOT}/train.py", *argv], capture_output=True, text=True)
-        code, output, errors = done.returncode, done.stdout, done.stderr
+def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(corpus, workspace, processes, monkeypatch,
+                                                                  capfd, case):
+    argv = arguments(corpus, case)
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # no one answers there
+    before, prepared = contents(workspace), set(os.listdir(corpus["data_dir"]))
+    if case == REAL_PROCESS:
+        output, errors = processes[case].communicate()
+        code = processes[case].returncode
+    elif case in FORKED:
+        process = Fork(run_train, argv, folder=str(workspace))
+        output, errors = process.communicate()
+        code = process.returncode
     else:
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        with pytest.raises(SystemExit) as caught:
-            command(train.main)
-        code, (output, errors) = caught.value.code, capfd.readouterr()
+        code, output, errors = run_in_this_process(argv, monkeypatch, capfd)
     assert code == 2 and output == ""
     assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors
-    assert re.search(line, errors), errors
-    assert contents(place) == before, "something was written"
+    assert re.search(FAILURES[case][1], errors), errors
+    assert contents(workspace) == before, "something was written"
     new = set(os.listdir(corpus["data_dir"])) - prepared
     assert all(os.path.exists(f"{corpus['data_dir']}/{name}/meta.json") for name in new)
 
 
-def test_a_reader_that_leaves_gets_no_traceback():
-    process = subprocess.Popen([sys.executable, f"{ROOT}/train.py", "--help"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(timeout=60) == 128 + signal.SIGPIPE
+def test_a_closed_pipe_gives_no_traceback(processes):
+    process = processes["closed pipe"]
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
 def test_there_are_thirty_cases():
-    assert len(FAILURES) >= 30 and SLOW <= set(FAILURES)
+    assert len(FAILURES) >= 30 and {REAL_PROCESS, *FORKED} <= set(FAILURES)
 
 
-def test_a_missing_library_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch, capfd):
+NO_MEMORY = ("micro_batch: got None, which does not fit in the device's memory; "
+             "takes a smaller divisor of batch=32, or a smaller model")
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (MemoryError(), NO_MEMORY), (RuntimeError("CUDA out of memory"), NO_MEMORY),
+    (OSError(28, "full", "x.pt"), "out: cannot write x.pt: full")])
+def test_what_the_machine_raises_while_training_is_one_line_too(tmp_path, monkeypatch, capfd, error, line):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    found = run_in_this_process([f"--out={tmp_path}/run"], monkeypatch, capfd)
+    assert found == (2, "", f"error: {line}\n")
+
+
+def test_a_missing_library_is_rejected_before_anything_is_written(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["train.py", *[f"--{k}={v}" for k, v in corpus.items()], "--wandb=true"])
-    with pytest.raises(SystemExit) as caught:
-        command(train.main)
-    assert caught.value.code == 2 and os.listdir() == []
-    assert capfd.readouterr().err.endswith("error: wandb: got true, but it is not installed; "
-                                           "pip install wandb, or --wandb=false\n")
+    argv = [*[f"--{name}={value}" for name, value in corpus.items()], "--wandb=true"]
+    code, _, errors = run_in_this_process(argv, monkeypatch, capfd)
+    assert code == 2 and os.listdir() == []
+    assert errors.endswith("error: wandb: got true, but it is not installed; pip install wandb, or "
+                           "--wandb=false\n")

@@ -1,17 +1,18 @@
-"""The model: one forward pass, causal, the same however it is called; and what it writes."""
+"""The model: one forward pass, causal, the same however it is called; and what it generates."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
-from conftest import adamw, in_double, plain_logits, tiny, tokens
+from conftest import in_double, plain_logits, tiny, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as code
 from configure import Config, UserError
-from model import GPT
+from model import GPT, model_size
+from parametrization import hyperparameters, param_groups
+from training.optimizer import build_optimizer
 
 VARIANTS = {"default": {}, "tied": {"tied": True}, "rotary": {"position": "rotary"}, "bias": {"bias": True},
             "sp": {"parametrization": "sp"}, "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0,
@@ -21,7 +22,7 @@ variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
 def lively(**settings):
-    """A model in float64 in which every part matters: no weight at its start, embeddings of size 1."""
+    """A model in float64 in which every part matters: all weights perturbed, embeddings of size 1."""
     model = in_double(tiny(**{"embedding_std": 1.0, "hidden_std": 2.0, **settings}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -37,12 +38,12 @@ def test_the_forward_pass_is_the_textbook_one(settings):
     c = model.config
     branch, logits, attention = (1, 1, 0.25) if c.parametrization == "sp" else (0.5, 0.5, math.sqrt(8) / 16)
     plain = plain_logits(model, x_BT, branch, logits * c.logit_mult, attention * c.attention_mult)
-    # rotary angles are taken in float32
+    # rotary angles are computed in float32
     assert (model(x_BT) - plain).abs().max() < (1e-5 if c.position == "rotary" else 1e-11)
 
 
 @variants
-def test_the_loss_is_the_mean_cross_entropy_of_the_very_logits_that_writing_uses(settings):
+def test_the_loss_is_the_mean_cross_entropy_of_the_logits_that_generation_uses(settings):
     model = lively(**settings)
     x_BT, y_BT = tokens(model.config)
     right_BT = model(x_BT).log_softmax(-1).gather(-1, y_BT[..., None])
@@ -56,7 +57,7 @@ def test_logits_read_in_pieces_through_the_cache_are_those_of_one_pass(settings,
     x_BT, _ = tokens(model.config)
     cache = [[] for _ in model.blocks]
     pieces = [model(piece_BT, cache=cache) for piece_BT in x_BT.split(cuts, dim=1)]
-    # rotary angles are taken in float32, but the same ones
+    # rotary angles are computed in float32, but both ways use the same ones
     assert (torch.cat(pieces, 1) - model(x_BT)).abs().max() < 1e-11
 
 
@@ -80,9 +81,9 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 @pytest.mark.parametrize("settings", [{}, {"width": 256, "depth": 8}, {"tied": True}, {"position": "rotary"},
                                       {"parametrization": "sp"}])
-def test_the_untrained_loss_is_that_of_knowing_nothing_at_the_default_settings(settings):
+def test_the_untrained_loss_is_that_of_uniform_guessing_at_the_default_settings(settings):
     config = Config(**{"vocab_size": 300, "context": 32, "depth": 2, **settings})
-    # logits of size s add s^2/2 to ln V: the readout starts at s = 1 in the base, none of it knowledge
+    # random logits of size s add s^2/2 to ln V; at the base shape the readout starts at s = 1
     model, (x_BT, y_BT) = GPT(config), tokens(config, batch=32)
     loss, logits_BTV = model(x_BT, y_BT), model(x_BT)
     assert loss.item() == pytest.approx(math.log(300) + logits_BTV.var().item() / 2, abs=0.1)
@@ -90,10 +91,10 @@ def test_the_untrained_loss_is_that_of_knowing_nothing_at_the_default_settings(s
 
 
 @variants
-def test_one_batch_can_be_learned_by_heart(settings):
+def test_the_model_can_memorize_one_batch(settings):
     config = tiny(**{"lr": 2**-6, "embedding_lr_mult": 4.0, "position": "learned", **settings})
     model, (x_BT, y_BT) = GPT(config), tokens(config, batch=2)
-    optimizer = adamw(model)
+    optimizer = build_optimizer(model)
     for _ in range(80):
         loss = model(x_BT, y_BT)
         loss.backward()
@@ -102,22 +103,22 @@ def test_one_batch_can_be_learned_by_heart(settings):
     assert loss < 0.05
 
 
-def test_tied_is_one_matrix_that_learns_from_both_ends_with_the_embeddings_rule():
+def test_tied_is_one_matrix_with_gradients_from_both_ends_and_the_hyperparameters_of_the_embedding():
     tied, untied = GPT(tiny(tied=True, readout_lr_mult=9.0)), GPT(tiny())
     assert "readout.weight" not in tied.state_dict()
     assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 64 * 32
     assert torch.equal(tied.token_embedding.weight, untied.token_embedding.weight)
     x_BT, y_BT = tokens(tied.config)
-    x_BT, y_BT = x_BT % 8, y_BT % 8 + 40  # ids 40 to 47 only come out, 0 to 7 only go in
+    x_BT, y_BT = x_BT % 8, y_BT % 8 + 40  # ids 40 to 47 are targets only, 0 to 7 inputs only
     tied(x_BT, y_BT).backward()
     gradient = tied.token_embedding.weight.grad.abs().sum(1)
     assert gradient[:8].min() > 0 and gradient[40:48].min() > 2 * gradient[50:].max() > 0
-    group = next(g for g in tied.param_groups() if any(p is tied.token_embedding.weight for p in g["params"]))
-    rule = code.rule(tied.config, "embedding")
-    assert (group["role"], group["lr"], group["eps"]) == ("embedding", rule["lr"], rule["eps"])
+    group = next(g for g in param_groups(tied) if any(p is tied.token_embedding.weight for p in g["params"]))
+    expected = hyperparameters(tied.config, "embedding")
+    assert (group["role"], group["lr"], group["eps"]) == ("embedding", expected["lr"], expected["eps"])
 
 
-def test_rotary_attention_sees_relative_positions_only():
+def test_rotary_attention_depends_on_relative_positions_only():
     model = lively(position="rotary")
     x_BT, _ = tokens(model.config, batch=1, length=8)
     angles_TD = torch.outer(torch.arange(16), 10000.0 ** (-torch.arange(0, 16, 2) / 16))
@@ -136,7 +137,7 @@ def test_the_order_of_tokens_matters(position):
 
 
 @pytest.mark.parametrize("read", [17, 40])
-def test_more_tokens_than_the_context_are_refused(read):
+def test_more_tokens_than_the_context_are_rejected(read):
     model = lively()
     x_BT, _ = tokens(model.config, length=read)
     with pytest.raises(UserError, match=f"context: got {read} tokens, takes at most 16"):
@@ -147,7 +148,7 @@ def test_more_tokens_than_the_context_are_refused(read):
         model(x_BT[:, :1], cache=cache)
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_in_training_only():
     model, plain = lively(dropout=0.5), lively()
     x_BT, _ = tokens(model.config)
     torch.manual_seed(0)
@@ -175,12 +176,37 @@ def test_dropout_reaches_the_embeddings_the_attention_and_both_branches(part):
 def test_flops_per_token_are_those_that_torch_counts(settings):
     model = GPT(tiny(**{"context": 64, **settings}))
     x_BT, y_BT = tokens(model.config, batch=2)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no fused one
+    # MATH, as fused attention is not counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x_BT, y_BT).backward()
     assert model.flops_per_token() * x_BT.numel() == counter.get_total_flops()
 
 
-def test_the_weights_are_a_function_of_the_config_alone():
+@pytest.mark.parametrize("settings", [{}, {"tied": True, "bias": True}, {"position": "rotary", "depth": 1},
+                                      {"depth": 7, "parametrization": "sp"}])
+def test_the_size_of_a_model_is_known_without_making_it(settings):
+    config = tiny(**settings)
+    model, size = GPT(config), model_size(config)
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.flops_per_token == model.flops_per_token()
+    assert size.activations_per_token == model.activations_per_token()
+
+
+def test_the_size_of_a_model_that_no_machine_could_hold_is_known_too():
+    size = model_size(tiny(depth=10**9, width=2**20, context=2**20))
+    assert size.parameters > 10**9 * 12 * 2**40
+    with pytest.raises(UserError, match="^width: got 1099511627776, .*; takes a smaller model$"):
+        model_size(tiny(width=2**40))
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    # of each block 3 x 32 out of qkv, 32 into out, 4 x 32 out of up and into down; and 64 logits
+    ({}, 2 * (96 + 32 + 128 + 128) + 64), ({"vocab_size": 100, "depth": 1}, 384 + 100)])
+def test_activations_per_token_are_the_wider_side_of_each_matrix_product_and_the_logits(settings, expected):
+    assert GPT(tiny(**settings)).activations_per_token() == expected
+
+
+def test_the_initial_weights_depend_on_the_config_alone():
     torch.manual_seed(1)
     first = GPT(tiny(seed=3)).state_dict()
     torch.manual_seed(2)
@@ -190,7 +216,7 @@ def test_the_weights_are_a_function_of_the_config_alone():
 
 
 @variants
-def test_the_likeliest_tokens_written_are_those_of_the_full_forward_pass(settings):
+def test_generation_at_temperature_0_writes_the_likeliest_tokens_of_the_full_forward_pass(settings):
     model = lively(**settings)
     x_BT, _ = tokens(model.config, length=3)
     written = model.generate(x_BT, 13, temperature=0)
@@ -199,7 +225,7 @@ def test_the_likeliest_tokens_written_are_those_of_the_full_forward_pass(setting
         assert torch.equal(written[:, t], model(written[:, :t])[:, -1].argmax(-1))
 
 
-def test_writing_hangs_on_its_seed_and_no_other_random_state():
+def test_generation_depends_on_its_seed_and_no_other_random_state():
     model = lively()
     x_BT, _ = tokens(model.config, length=3)
     first = model.generate(x_BT, 12, seed=5)
@@ -212,7 +238,7 @@ def test_writing_hangs_on_its_seed_and_no_other_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_choosing_among_one_token_is_taking_the_likeliest():
+def test_top_k_of_1_takes_the_likeliest_token():
     model = lively()
     x_BT, _ = tokens(model.config, length=3)
     assert torch.equal(model.generate(x_BT, 12, top_k=1), model.generate(x_BT, 12, temperature=0))
@@ -232,7 +258,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_k(temper
 
 @pytest.mark.parametrize("context", [1, 2, 5, 16])
 @pytest.mark.parametrize("position", ["learned", "rotary"])
-def test_writing_goes_on_past_the_context_from_its_last_half(context, position):
+def test_generation_continues_past_the_context_from_its_last_half(context, position):
     model = lively(context=context, position=position)
     x_BT, _ = tokens(model.config, length=1)
     expected, read = x_BT, 1
@@ -243,7 +269,7 @@ def test_writing_goes_on_past_the_context_from_its_last_half(context, position):
     assert torch.equal(model.generate(x_BT, 40, temperature=0), expected)
 
 
-def test_a_beginning_longer_than_the_context_is_kept_and_its_end_is_read():
+def test_a_prompt_longer_than_the_context_is_kept_and_its_end_is_read():
     model = lively()
     x_BT, _ = tokens(model.config, length=50)
     written = model.generate(x_BT, 5, temperature=0)
@@ -252,14 +278,14 @@ def test_a_beginning_longer_than_the_context_is_kept_and_its_end_is_read():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_writing_leaves_the_mode_as_it_was_and_drops_nothing_meanwhile(training):
+def test_generation_uses_no_dropout_and_leaves_the_training_mode_unchanged(training):
     model = lively(dropout=0.5).train(training)
     x_BT, _ = tokens(model.config, length=3)
     assert torch.equal(model.generate(x_BT, 8, temperature=0), lively().generate(x_BT, 8, temperature=0))
     assert model.training is model.blocks[0].dropout.training is training
 
 
-def test_writing_nothing_returns_the_beginning():
+def test_generating_no_tokens_returns_the_prompt():
     model = lively()
     x_BT, _ = tokens(model.config)
     assert torch.equal(model.generate(x_BT, 0), x_BT)
@@ -268,6 +294,6 @@ def test_writing_nothing_returns_the_beginning():
 @pytest.mark.parametrize(("change", "line"), [
     ({"vocab_size": None}, "vocab_size: got None"),
     ({"position": "rotary", "head_dim": 1}, "head_dim: got 1, takes an even number")])
-def test_a_config_that_makes_no_model_is_refused(change, line):
+def test_a_config_that_makes_no_model_is_rejected(change, line):
     with pytest.raises(UserError, match=line):
         GPT(dataclasses.replace(tiny(), **change))

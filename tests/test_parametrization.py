@@ -1,23 +1,39 @@
-"""The parametrization: each rule is the papers', and acts.
+"""The parametrization: each rule is the one of the papers, and takes effect.
 
 The checks are functions, so that the same ones can be seen to fail when a rule is broken on purpose. A
-coordinate check sees no error in weight decay; the table retyped here does.
+coordinate check sees no error in weight decay; comparing with the table retyped here does.
 """
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import adamw, in_double, plain_logits, tiny, tokens
+from conftest import in_double, plain_logits, tiny, tokens
 
-import model as code
+import model as model_module
+import parametrization
 import train
 from configure import Config, UserError
-from data import Data, prepare
-from data.feed import feed
+from data.loader import TokenDataset, prefetch_batches
+from data.prepare import prepare
 from model import GPT
+from parametrization import (
+    ROLES,
+    TABLES,
+    format_table,
+    forward_multipliers,
+    hyperparameters,
+    param_groups,
+    role_of,
+)
+from training import optimizer as optimizer_module
+from training.device import batches_on_device, select_device
+from training.optimizer import build_optimizer
+from training.schedule import lr_factor
+from training.step import TrainStep
 
 # Width x 4 and depth x 8 from a base of width 16, 4 channels a head and 1 block; heads x 4.
 SHAPE = {"width": 64, "depth": 8, "head_dim": 16, "base_width": 16, "base_depth": 1, "base_head_dim": 4}
@@ -47,16 +63,16 @@ VARIANTS = [{}, {"tied": True}, {"bias": True}, {"position": "rotary"}, {"parame
 
 
 def check_table():
-    """Groups and forward factors are PAPERS'."""
-    for (parametrization, alpha), rows in PAPERS.items():
-        config = tiny(**SHAPE, **UNITS, bias=True, parametrization=parametrization, depth_alpha=alpha)
-        groups = {group["role"]: group for group in GPT(config).param_groups()}
+    """The optimizer's groups and the forward factors are PAPERS'."""
+    for (name, alpha), rows in PAPERS.items():
+        config = tiny(**SHAPE, **UNITS, bias=True, parametrization=name, depth_alpha=alpha)
+        groups = {group["role"]: group for group in build_optimizer(GPT(config)).param_groups}
         assert [*groups] == [*rows][:-1]
         for role, group in groups.items():
             got = (group["lr"], group["lr"] * group["weight_decay"], group["eps"])
-            assert got == pytest.approx(rows[role][1:], rel=1e-5), (parametrization, alpha, role)
-            assert code.rule(config, role)["std"] == pytest.approx(rows[role][0])
-        assert tuple(code.multipliers(config).values()) == pytest.approx(rows["factors"], rel=1e-5)
+            assert got == pytest.approx(rows[role][1:], rel=1e-5), (name, alpha, role)
+            assert hyperparameters(config, role)["std"] == pytest.approx(rows[role][0])
+        assert tuple(forward_multipliers(config).values()) == pytest.approx(rows["factors"], rel=1e-5)
 
 
 def check_init():
@@ -103,23 +119,24 @@ def activations(model, tokens_BT):
     return {name: torch.stack(values) for name, values in seen.items()}
 
 
-def slopes(axis, values, seeds=2, **settings):
-    """{quantity: slope over log2 of `axis` of the log2 size of its change in 4 Adam steps on one batch}."""
+def slopes(axis, values, **settings):
+    """{quantity: slope over log2 of `axis` of the log2 size of its change in 4 Adam steps on one batch}, each
+    size a mean over SEEDS."""
     sizes = {}
     for value in values:
         changes = {}
-        for seed in range(seeds):
+        for seed in range(SEEDS):
             config = tiny(**{"width": 64, "base_width": 64, "base_depth": 2, "base_head_dim": 16,
                              "embedding_std": 1.0, "readout_std": 0.1, "lr": 2**-7, "bias": True,
                              "seed": seed, **settings, axis: value})
             model, (x_BT, y_BT) = GPT(config), tokens(config, seed=seed)
-            before, optimizer = activations(model, x_BT), adamw(model)
+            before, optimizer = activations(model, x_BT), build_optimizer(model)
             for _ in range(4):
                 model(x_BT, y_BT).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             for name, after in activations(model, x_BT).items():
-                changes[name] = changes.get(name, 0) + (after - before[name]).abs().mean().item() / seeds
+                changes[name] = changes.get(name, 0) + (after - before[name]).abs().mean().item() / SEEDS
         for name, size in changes.items():
             sizes.setdefault(name, []).append(math.log2(size))
     x = torch.tensor(values).log2()
@@ -127,7 +144,7 @@ def slopes(axis, values, seeds=2, **settings):
     return {name: (x @ torch.tensor(y) / (x @ x)).item() for name, y in sizes.items()}
 
 
-WIDTHS, DEPTHS, HEADS = (64, 128, 256, 512), (2, 4, 8, 16), (16, 32, 64, 128)
+WIDTHS, DEPTHS, HEADS, SEEDS = (64, 128, 256, 512), (2, 4, 8, 16), (16, 32, 64, 128), 2
 # Where eps outweighs the gradients, a wrong exponent of eps is as plain as one of lr.
 SMALL_EPS, LARGE_EPS = 1e-12, 0.1
 
@@ -155,11 +172,11 @@ CHECKS = [check_table, check_init, check_forward, check_width, check_depth, chec
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_parametrization_is_the_papers_and_keeps_sizes_over_each_axis(check):
+def test_the_parametrization_follows_the_papers_and_sizes_do_not_change_along_an_axis(check):
     check()
 
 
-def test_the_control_grows_with_width_and_depth_where_mup_stays_flat():
+def test_activations_of_the_control_grow_with_width_and_depth_where_those_of_mup_stay_flat():
     width, depth = (slopes(*axis, parametrization="sp", eps=SMALL_EPS) for axis in
                     (("width", WIDTHS), ("depth", DEPTHS)))
     assert min(width[name] for name in ("attention logits", "attention", "mlp", "stream", "logits")) > 0.5
@@ -167,7 +184,7 @@ def test_the_control_grows_with_width_and_depth_where_mup_stays_flat():
 
 
 def cell(role, column, change):
-    """A mutation of the table: the exponents (of width, of depth) of one cell; roles in one word."""
+    """A mutation of the table: the exponents (of width, of depth) of one column, for roles in one string."""
     def mutate(rows, forward, alpha):
         for name in role.split():
             old = getattr(rows[name], column)
@@ -193,15 +210,15 @@ def only_depth(m, k, a):
     return (0, k)
 
 
-EVERY, INSIDE, OUTSIDE = " ".join(code.ROLES), "hidden norm bias", "embedding readout final_norm"
+EVERY, INSIDE, OUTSIDE = " ".join(ROLES), "hidden norm bias", "embedding readout final_norm"
 WRONG_TABLES = {  # what is wrong: (mutation, the checks that say so)
     "hidden lr without width": (cell("hidden", "lr", only_depth), [check_table, check_width]),
     "hidden lr without depth": (cell("hidden", "lr", only_width), [check_table]),
     "hidden lr with depth^-1": (cell("hidden", "lr", lambda m, k, a: (m, -1)), [check_table, check_depth]),
     "hidden init not scaled": (cell("hidden", "std", none), [check_table, check_init, check_width]),
     "hidden init scaled twice": (cell("hidden", "std", lambda m, k, a: (-1, 0)), [check_table, check_init]),
-    "hidden decay not scaled": (cell("hidden", "decay", none), [check_table]),
-    "embedding decay scaled": (cell("embedding", "decay", lambda m, k, a: (1, 0)), [check_table]),
+    "hidden decay not scaled": (cell("hidden", "weight_decay", none), [check_table]),
+    "embedding decay scaled": (cell("embedding", "weight_decay", lambda m, k, a: (1, 0)), [check_table]),
     "embedding lr scaled": (cell("embedding", "lr", lambda m, k, a: (-1, 0)), [check_table, check_width]),
     "embedding lr as sqrt": (cell("embedding", "lr", lambda m, k, a: (-1/2, 0)), [check_table, check_width]),
     "norm lr without depth": (cell("norm bias", "lr", none), [check_table]),
@@ -222,47 +239,62 @@ def unscaled(self, x):
     return F.linear(x, self.weight, self.bias)
 
 
-def wrapped(name, change):
-    return lambda patch: patch.setattr(code, name, change(getattr(code, name)))
+def wrapped(module, name, change):
+    return lambda patch: patch.setattr(module, name, change(getattr(module, name)))
 
 
-def without(key, value):
-    original = GPT.param_groups
-    return lambda patch: patch.setattr(
-        GPT, "param_groups", lambda self: [group | {key: value} for group in original(self)])
+def same_for_all_groups(key, value):
+    return wrapped(optimizer_module, "param_groups", lambda original: lambda model: [
+        group | {key: value} for group in original(model)])
 
 
 WRONG_CODE = {  # the table is right, and the code does not do what it says
-    "width_mult typed by hand": (wrapped("scale", lambda f: lambda c, cell: c.depth_mult ** cell[1]),
+    "width_mult typed by hand": (wrapped(parametrization, "scale",
+                                         lambda f: lambda c, exponents: c.depth_mult ** exponents[1]),
                                  [check_table, check_init, check_forward, check_width]),
-    "depth_mult typed by hand": (wrapped("scale", lambda f: lambda c, cell: c.width_mult ** cell[0]),
+    "depth_mult typed by hand": (wrapped(parametrization, "scale",
+                                         lambda f: lambda c, exponents: c.width_mult ** exponents[0]),
                                  [check_table, check_forward, check_depth]),
-    "fan-in of mlp.down is the width": (wrapped("rule", lambda f: lambda c, role, fan_in=None: f(c, role)),
+    "fan-in of mlp.down is the width": (wrapped(model_module, "hyperparameters",
+                                                lambda f: lambda c, role, fan_in=None: f(c, role)),
                                         [check_init]),
-    "one lr for all groups": (without("lr", 2**-7), [check_table, check_width]),
-    "one decay for all groups": (without("weight_decay", 1.0), [check_table]),
-    "one eps for all groups": (without("eps", LARGE_EPS), [check_table, check_width, check_depth]),
-    "layers forget their factor": (lambda patch: patch.setattr(code.Linear, "forward", unscaled),
+    "one lr for all groups": (same_for_all_groups("lr", 2**-7), [check_table, check_width]),
+    "one decay for all groups": (same_for_all_groups("weight_decay", 1.0), [check_table]),
+    "one eps for all groups": (same_for_all_groups("eps", LARGE_EPS),
+                               [check_table, check_width, check_depth]),
+    "layers forget their factor": (lambda patch: patch.setattr(model_module.Linear, "forward", unscaled),
                                    [check_forward, check_depth, check_head_dim]),
 }
 
 
+@pytest.fixture
+def short_ladders(monkeypatch):
+    """Mistakes show with fewer sizes and one seed too, in a sixth of the time."""
+    for name, value in {"WIDTHS": WIDTHS[:3], "DEPTHS": DEPTHS[:3], "SEEDS": 1}.items():
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+
+
+@pytest.mark.parametrize("check", [check_width, check_depth])
+def test_the_short_ladders_that_find_mistakes_find_none_in_the_right_table(short_ladders, check):
+    check()
+
+
 @pytest.mark.parametrize(("name", "check"), [(n, check) for n, (_, c) in WRONG_TABLES.items() for check in c])
-def test_a_wrong_table_is_noticed(monkeypatch, name, check):
-    original = code.TABLES["mup"]
+def test_a_wrong_table_is_noticed(monkeypatch, short_ladders, name, check):
+    original = TABLES["mup"]
 
     def mutant(alpha):
         rows, forward = original(alpha)
         WRONG_TABLES[name][0](rows, forward, alpha)
         return rows, forward
 
-    monkeypatch.setitem(code.TABLES, "mup", mutant)
+    monkeypatch.setitem(TABLES, "mup", mutant)
     with pytest.raises(AssertionError):
         check()
 
 
 @pytest.mark.parametrize(("name", "check"), [(n, check) for n, (_, c) in WRONG_CODE.items() for check in c])
-def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, name, check):
+def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, short_ladders, name, check):
     WRONG_CODE[name][0](monkeypatch)
     with pytest.raises(AssertionError):
         check()
@@ -272,34 +304,34 @@ def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, name, check
                                                       "readout_lr_mult": 4.0, "attention_mult": 0.5}])
 def test_at_the_base_shape_mup_and_sp_are_the_same_run_to_the_last_bit(settings):
     runs = []
-    for parametrization in ("mup", "sp"):
+    for name in ("mup", "sp"):
         config = tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings,
-                         "parametrization": parametrization})
+                         "parametrization": name})
         model = GPT(config)
-        optimizer, losses = adamw(model), []
-        rules = [{k: v for k, v in group.items() if k != "params"} for group in model.param_groups()]
+        optimizer, losses = build_optimizer(model), []
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in param_groups(model)]
         for step in range(5):
             losses.append(model(*tokens(config, seed=step)))
             losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()
-        runs.append((rules, code.multipliers(config), torch.stack(losses), [*model.parameters()]))
+        runs.append((groups, forward_multipliers(config), torch.stack(losses), [*model.parameters()]))
     assert runs[0][:2] == runs[1][:2]
     assert torch.equal(runs[0][2], runs[1][2]) and len(set(runs[0][2].tolist())) == 5
     assert all(map(torch.equal, runs[0][3], runs[1][3]))
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
-def test_every_parameter_is_in_exactly_one_group_and_that_is_its_roles(settings):
+def test_every_parameter_is_in_exactly_one_group_and_that_is_the_group_of_its_role(settings):
     model = GPT(tiny(**settings))
     roles = {}
-    for group in model.param_groups():
+    for group in param_groups(model):
         for parameter in group["params"]:
             roles.setdefault(id(parameter), []).append(group["role"])
-    assert {id(p): [code.role_of(name)] for name, p in model.named_parameters()} == roles
+    assert {id(p): [role_of(name)] for name, p in model.named_parameters()} == roles
 
 
-ROLES = {  # as a reader of the table would say it
+ROLE_OF_NAME = {  # as a reader of the table would say it
     "token_embedding.weight": "embedding", "position_embedding.weight": "embedding",
     "blocks.1.mlp.up.weight": "hidden", "blocks.10.mlp.down.weight": "hidden",
     "blocks.0.attention.qkv.weight": "hidden", "blocks.11.attention.out.weight": "hidden",
@@ -308,14 +340,14 @@ ROLES = {  # as a reader of the table would say it
     "final_norm.weight": "final_norm", "final_norm.bias": "final_norm", "readout.weight": "readout"}
 
 
-@pytest.mark.parametrize("name", ROLES)
+@pytest.mark.parametrize("name", ROLE_OF_NAME)
 def test_each_kind_of_parameter_has_its_role(name):
-    assert code.role_of(name) == ROLES[name]
+    assert role_of(name) == ROLE_OF_NAME[name]
 
 
 def edited(part, name, made):
     """model.py's module class `part` with the attribute `name` more, as a researcher would add it."""
-    class Edited(getattr(code, part)):
+    class Edited(getattr(model_module, part)):
         def __init__(self, config):
             super().__init__(config)
             setattr(self, name, made(config))
@@ -326,20 +358,20 @@ def edited(part, name, made):
     ("MLP", "gain", lambda c: torch.nn.Parameter(torch.ones(c.width)), "blocks.0.mlp.gain"),
     ("Block", "skip", lambda c: torch.nn.Parameter(torch.ones(1)), "blocks.0.skip"),
     ("Block", "low", lambda c: torch.nn.Linear(c.width, 8, bias=False), "blocks.0.low.weight")])
-def test_a_new_parameter_without_a_role_is_refused_by_name(monkeypatch, part, attribute, made, name):
-    monkeypatch.setattr(code, part, edited(part, attribute, made))
+def test_a_new_parameter_without_a_role_is_rejected_by_name(monkeypatch, part, attribute, made, name):
+    monkeypatch.setattr(model_module, part, edited(part, attribute, made))
     with pytest.raises(UserError, match=f"parameter {name} has no role, takes one of embedding, hidden"):
         GPT(tiny())
 
 
-def test_a_parameter_with_two_roles_is_refused_by_name(monkeypatch):
-    monkeypatch.setitem(code.ROLES, "norm", r".*norm\.weight")
+def test_a_parameter_with_two_roles_is_rejected_by_name(monkeypatch):
+    monkeypatch.setitem(ROLES, "norm", r".*norm\.weight")
     with pytest.raises(UserError, match="parameter final_norm.weight has norm and final_norm"):
         GPT(tiny())
 
 
-def test_a_norm_added_inside_attention_is_not_taken_for_a_hidden_matrix(monkeypatch):
-    monkeypatch.setattr(code, "Attention", edited(
+def test_a_norm_added_inside_attention_is_not_treated_as_a_hidden_matrix(monkeypatch):
+    monkeypatch.setattr(model_module, "Attention", edited(
         "Attention", "q_norm", lambda c: torch.nn.LayerNorm(c.head_dim, bias=False)))
     try:
         model = GPT(tiny())
@@ -349,8 +381,8 @@ def test_a_norm_added_inside_attention_is_not_taken_for_a_hidden_matrix(monkeypa
         assert torch.equal(model.blocks[0].attention.q_norm.weight, torch.ones(16))
 
 
-def test_a_matrix_added_to_the_mlp_gets_the_rule_of_its_own_fan_in(monkeypatch):
-    monkeypatch.setattr(code, "MLP", edited(
+def test_a_matrix_added_to_the_mlp_is_initialized_by_its_own_fan_in(monkeypatch):
+    monkeypatch.setattr(model_module, "MLP", edited(
         "MLP", "gate", lambda c: torch.nn.Linear(2 * c.width, 4 * c.width, bias=False)))
     gate = GPT(tiny(width=64)).blocks[0].mlp.gate.weight
     assert gate.std().item() == pytest.approx(1 / math.sqrt(2 * 64), rel=0.03)
@@ -358,34 +390,34 @@ def test_a_matrix_added_to_the_mlp_gets_the_rule_of_its_own_fan_in(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"depth_alpha": 0.5, "tied": True, "bias": True}])
 def test_effective_weight_decay_of_every_role_is_the_same_at_every_width(settings):
-    effective = [[(group["role"], group["lr"] * group["weight_decay"]) for group in GPT(
-        tiny(width=width, weight_decay=0.1, **settings)).param_groups()] for width in (16, 32, 64, 128)]
+    effective = [[(group["role"], group["lr"] * group["weight_decay"]) for group in param_groups(
+        GPT(tiny(width=width, weight_decay=0.1, **settings)))] for width in (16, 32, 64, 128)]
     assert effective[0] == effective[1] == effective[2] == effective[3]
     assert {role for role, decay in effective[0] if decay} == {
         "embedding", "hidden", *([] if settings.get("tied") else ["readout"])}
 
 
 @pytest.mark.parametrize(("setting", "column", "roles"), [
-    ("lr", "lr", set(code.ROLES)), ("embedding_lr_mult", "lr", {"embedding"}),
+    ("lr", "lr", set(ROLES)), ("embedding_lr_mult", "lr", {"embedding"}),
     ("readout_lr_mult", "lr", {"readout"}), ("norm_lr_mult", "lr", {"norm", "bias", "final_norm"}),
-    ("eps", "eps", set(code.ROLES)), ("weight_decay", "weight_decay", {"embedding", "hidden", "readout"}),
+    ("eps", "eps", set(ROLES)), ("weight_decay", "weight_decay", {"embedding", "hidden", "readout"}),
     ("embedding_std", "std", {"embedding"}), ("hidden_std", "std", {"hidden"}),
     ("readout_std", "std", {"readout"})])
-@pytest.mark.parametrize("parametrization", ["mup", "sp"])
-def test_a_tuned_setting_scales_its_own_cells_and_no_others(parametrization, setting, column, roles):
-    config = tiny(bias=True, parametrization=parametrization, weight_decay=0.5)
+@pytest.mark.parametrize("name", ["mup", "sp"])
+def test_a_tuned_setting_scales_the_quantities_of_its_own_roles_and_no_others(name, setting, column, roles):
+    config = tiny(bias=True, parametrization=name, weight_decay=0.5)
     changed = dataclasses.replace(config, **{setting: 3 * getattr(config, setting)})
-    for role in code.ROLES:
-        before, after = code.rule(config, role), code.rule(changed, role)
+    for role in ROLES:
+        before, after = hyperparameters(config, role), hyperparameters(changed, role)
         expected = before | ({column: pytest.approx(3 * before[column])} if role in roles else {})
         assert after == expected, role
 
 
-@pytest.mark.parametrize("role", code.ROLES)
-def test_rates_go_with_batch_and_tokens_where_a_base_for_them_is_given(role):
+@pytest.mark.parametrize("role", ROLES)
+def test_learning_rates_depend_on_batch_and_tokens_where_a_base_for_them_is_given(role):
     bases = {}, {"base_batch": 4}, {"base_tokens": 3200}, {"base_batch": 4, "base_tokens": 3200}
     shape = {"batch": 64, "context": 16, "steps": 100, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.99}
-    plain, batch, tokens, both = (code.rule(tiny(**shape, **base), role) for base in bases)
+    plain, batch, tokens, both = (hyperparameters(tiny(**shape, **base), role) for base in bases)
     assert batch == plain | {
         "lr": pytest.approx(4 * plain["lr"]),  # the square root, arXiv 2205.10287
         "weight_decay": pytest.approx(4 * plain["weight_decay"]),  # lr x decay x steps stays, 2405.13698
@@ -394,7 +426,7 @@ def test_rates_go_with_batch_and_tokens_where_a_base_for_them_is_given(role):
     assert both["lr"] == pytest.approx(4 * 0.32988 * plain["lr"], rel=1e-4)
 
 
-def test_a_run_by_the_batch_rule_is_the_run_of_its_numbers_by_hand(corpus):
+def test_a_run_by_the_batch_rule_equals_the_run_with_its_numbers_set_by_hand(corpus):
     settings = corpus | {"batch": 8, "lr": 2**-8, "weight_decay": 0.5, "beta2": 0.9, "steps": 8}
     rule = train.train(Config(**settings, base_batch=2), quiet=True)
     by_hand = settings | {"lr": 2**-7, "weight_decay": 1.0, "beta2": 0.9**4}
@@ -405,7 +437,7 @@ def test_a_run_by_the_batch_rule_is_the_run_of_its_numbers_by_hand(corpus):
 @pytest.mark.parametrize(("setting", "zeroed"), [
     ("zero_residual_out", {"attention.out.weight": slice(None), "mlp.down.weight": slice(None)}),
     ("zero_query", {"attention.qkv.weight": slice(0, 32)})])
-def test_what_starts_at_zero_does_and_all_else_is_drawn_as_without(setting, zeroed):
+def test_what_is_set_to_start_at_zero_does_and_all_other_weights_stay_the_same(setting, zeroed):
     plain = dict(GPT(tiny(bias=True)).named_parameters())
     for name, weight in GPT(tiny(bias=True, **{setting: True})).named_parameters():
         expected = plain[name].detach().clone()
@@ -415,28 +447,29 @@ def test_what_starts_at_zero_does_and_all_else_is_drawn_as_without(setting, zero
         assert torch.equal(weight, expected), name
 
 
-@pytest.mark.parametrize("kind", ["cosine", "inverse_sqrt"])
-def test_groups_keep_their_ratio_to_the_schedule_while_training(corpus, kind):
-    config = tiny(**corpus | {"vocab_size": 257, "schedule": kind, "warmup": 0.3, "steps": 8,
+@pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt", "wsd"])
+def test_groups_keep_their_ratio_while_the_schedule_moves_them(corpus, schedule):
+    config = tiny(**corpus | {"vocab_size": 257, "schedule": schedule, "warmup": 0.3, "steps": 8,
                               "embedding_lr_mult": 16.0})
-    model, data = GPT(config), Data(prepare(config))
-    peaks, optimizer = [group["lr"] for group in model.param_groups()], adamw(model)
-    device, autocast = train.pick_device(config)
-    take_step = train.Step(model, optimizer, config, autocast)
-    for step, batch in enumerate(feed(data, config, device, 0)):
-        take_step(batch, step)
-        expected = [peak * train.schedule(config, step) for peak in peaks]
+    model, dataset = GPT(config), TokenDataset(prepare(config))
+    peaks, optimizer = [group["lr"] for group in param_groups(model)], build_optimizer(model)
+    device, autocast = select_device(config)
+    train_step = TrainStep(model, optimizer, config, autocast)
+    for step, batch in enumerate(batches_on_device(prefetch_batches(dataset, config, 0), device)):
+        assert train_step.set_learning_rate(step) == config.lr * lr_factor(config, step)
+        train_step(batch, step)
+        expected = [peak * lr_factor(config, step) for peak in peaks]
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
-    assert len(set(peaks)) >= 3 and 0 < train.schedule(config, 7) < 1
+    assert step == 7 and len(set(peaks)) >= 3 and 0 < lr_factor(config, 7) < 1
 
 
 def test_the_printed_table_has_a_line_for_each_role_with_its_numbers():
-    lines = GPT(tiny(**SHAPE, **UNITS, bias=True)).table().splitlines()
+    lines = format_table(GPT(tiny(**SHAPE, **UNITS, bias=True))).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
     # tensors, parameters, std, lr, lr x decay, eps; hidden matrices have fan-in 64 and 256
     assert rows["hidden"] == ["32", "393,216", "0.125/0.0625", "0.25", "1", "0.0312"]
     assert rows["readout"] == ["1", "4,096", "0.25", "1", "1", "0.25"]
     assert rows["norm"] == ["16", "1,024", "-", "1", "0", "0.0312"]
-    assert [*rows] == [*code.ROLES]
+    assert [*rows] == [*ROLES]
     assert lines[-1] == ("mup: width_mult 4, depth_mult 8; branch x 0.125, logits x 0.25, attention x 0.125; "
                          "beta2 0.95")

@@ -1,9 +1,11 @@
-"""What builds on the trainer: many models at once, and speed measured."""
+"""Small-to-large transfer: sweeps, stacked trials, the report, the search, the coordinate check."""
 
 import dataclasses
 import importlib
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,18 +13,22 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
+from processes import Fork, to_words
 
 import model
+import parametrization
 from configure import Config, UserError, configure
-from scaling import sweep, words
-from scaling.bench import bench
-from scaling.coordinate_check import coordinate_check
-from scaling.report import analyse, text
+from scaling import figures, stack, sweep
+from scaling.cli import parse_values
+from scaling.coordinate_check import coordinate_check, expected_powers
+from scaling.report import analyze, format_report
 from scaling.report import main as report_main
 from scaling.search import best_file, search
 from scaling.search import main as search_main
 from scaling.stack import train_stacked
-from scaling.trials import identity, read
+from scaling.sweep import run_trials, trial_configs
+from scaling.trials import identity, read_trials
 from train import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -52,18 +58,24 @@ def test_stacked_models_are_those_trained_alone(corpus, seeds, where):
             assert torch.allclose(a, b, atol=1e-3 if where == "cpu" else 0.1)
 
 
+def test_a_stack_rejects_an_optimizer_that_it_would_not_reproduce(corpus, monkeypatch):
+    monkeypatch.setattr(stack, "build_optimizer", lambda model: torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(UserError, match="^stack: got SGD, takes AdamW"):
+        train_stacked([Config(**corpus), Config(**corpus, lr=0.1)])
+
+
 def test_another_stack_of_a_shape_compiles_nothing(corpus, compiled):
     for k in range(3):
-        train_stacked([Config(**corpus | settings | {"compile": "model", "seed": k + i, "eps": 10.0**-k})
-                       for i, settings in enumerate(MIXED[:2])])
+        shared = corpus | {"compile": "model", "eps": 10.0**-k}
+        train_stacked([Config(**shared | settings | {"seed": k + i}) for i, settings in enumerate(MIXED[:2])])
     assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("change", [{"width": 64}, {"steps": 3}, {"dropout": 0.1}, {"micro_batch": 2}])
-def test_what_cannot_be_stacked_is_refused(corpus, change):
-    both = [Config(**corpus), dataclasses.replace(Config(**corpus), **change)]
+def test_what_cannot_be_stacked_is_rejected(corpus, change):
+    config = Config(**corpus)
     with pytest.raises(UserError, match="^stack: got"):
-        train_stacked(both[::-1])
+        train_stacked([dataclasses.replace(config, **change), config])
 
 
 def test_a_stacked_model_that_diverges_leaves_the_others_alone(corpus):
@@ -74,88 +86,105 @@ def test_a_stacked_model_that_diverges_leaves_the_others_alone(corpus):
     assert second.diverged and not first.diverged
 
 
-def test_the_benchmark_measures_a_run(corpus, monkeypatch):
-    monkeypatch.setattr("scaling.bench.SECONDS", 0.1)
-    numbers = bench(Config(**corpus, micro_batch=2))
-    low, speed, high = (float(numbers[name].replace(",", "")) for name in ("from", "tokens/s", "to"))
-    assert 0 < low <= speed <= high and numbers["MFU"] == numbers["GiB"] == "-"
-    assert float(numbers["ms/step"]) == pytest.approx(1000 * 64 / speed, rel=0.01)
-
-
-def test_values_are_lists_ranges_and_settings(capsys):
-    assert words.values("lr", "2**-3..1:2") == pytest.approx([2 ** (-3 + i / 2) for i in range(7)])
-    assert words.values("width", "64..512") == [64, 128, 256, 512]
-    assert words.values("seed", "0,3,1") == [0, 3, 1] and words.values("batch", "8..20") == [8, 16]
-    assert words.values("tied", "true,false") == [True, False]
+def test_values_are_lists_ranges_and_settings():
+    assert parse_values("lr", "2**-3..1:2") == pytest.approx([2 ** (-3 + i / 2) for i in range(7)])
+    assert parse_values("width", "64..512") == [64, 128, 256, 512]
+    assert parse_values("seed", "0,3,1") == [0, 3, 1] and parse_values("batch", "8..20") == [8, 16]
+    assert parse_values("tied", "true,false") == [True, False]
     wrong = {"lr": "1..0.5", "width": "64,x", "widht": "3", "eps": "0..1", "batch": "8..9:x"}
     for name, bad in wrong.items():
         with pytest.raises(UserError, match=f"^{name}: "):
-            words.values(name, bad)
+            parse_values(name, bad)
 
 
 def test_a_sweep_holds_what_it_is_told_to_hold():
     config = Config(batch=32, context=64, steps=600)
 
     def shapes(hold, **axes):
-        return [(trial.batch, trial.context, trial.steps) for trial in sweep.trials(config, axes, hold)]
+        return [(trial.batch, trial.context, trial.steps) for trial in trial_configs(config, axes, hold)]
 
     assert shapes("steps", batch=[8, 64]) == [(8, 64, 600), (64, 64, 600)]
     assert shapes("tokens", batch=[8, 64]) == [(8, 64, 2400), (64, 64, 300)]
     assert shapes("step_tokens", context=[32, 256]) == [(64, 32, 600), (8, 256, 600)]
     for hold, axis in {"tokens": "steps", "step_tokens": "batch", "width": "lr"}.items():
         with pytest.raises(UserError, match=f"^hold: got {hold}, takes"):
-            sweep.trials(config, {axis: [1]}, hold)
+            trial_configs(config, {axis: [1]}, hold)
 
 
 AXES = {"lr": [2**-8, 2**-6], "width": [32, 64], "seed": [0, 1]}
 
 
-def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path):
-    line = [f"--{name}={value}" for name, value in corpus.items()]
-    line += ["lr=2**-8,2**-6", "width=32,64", "seed=0,1", f"--out={tmp_path}"]
+def start_sweep(words, monkeypatch, environment=None):
+    """A process that does what `python -m scaling.sweep WORDS` does: it inherits sys.argv."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["sweep", *words])
+        return Fork(runpy.run_module, "scaling.sweep", None, "__main__", environment=environment)
+
+
+def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path, monkeypatch):
+    words = to_words(corpus) + ["lr=2**-8,2**-6", "width=32,64", "seed=0,1", f"--out={tmp_path}"]
 
     def start(rank):
-        return subprocess.Popen([sys.executable, "-m", "scaling.sweep", *line], cwd=ROOT, text=True,
-                                stdout=subprocess.PIPE, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
+        return start_sweep(words, monkeypatch, {"RANK": rank, "WORLD_SIZE": "2"})
 
-    late = start("1")
-    while len(read(tmp_path)) < 4:
-        assert late.poll() is None
+    second = start("1")
+    while len(read_trials(tmp_path)) < 4:
+        assert second.poll() is None
         time.sleep(0.01)
-    outputs = [process.communicate(timeout=60)[0].splitlines() for process in (start("0"), late)]
-    assert list(map(len, outputs)) == [9, 0], "the first prints the table of all"
-    rows = read(tmp_path)
+    outputs = [process.communicate()[0].splitlines() for process in (start("0"), second)]
+    assert list(map(len, outputs)) == [9, 0], "rank 0 prints the table of all"
+    rows = read_trials(tmp_path)
     assert len(rows) == len({row["config"] for row in rows}) == 8
 
 
-def test_a_sweep_goes_on_when_config_has_gained_a_setting(corpus, tmp_path, monkeypatch):
-    configs = sweep.trials(Config(**corpus), {"seed": [0]})
-    rows = sweep.run(configs, str(tmp_path))
+def test_a_sweep_resumes_when_config_has_gained_a_setting(corpus, tmp_path, monkeypatch):
+    configs = trial_configs(Config(**corpus), {"seed": [0]})
+    rows = run_trials(configs, str(tmp_path))
     text = (tmp_path / "trials.csv").read_text()
     assert '""base_batch"": null, ' in text
     (tmp_path / "trials.csv").write_text(text.replace('""base_batch"": null, ', ""))
     monkeypatch.setattr(sweep, "train", None)
-    assert sweep.run(configs, str(tmp_path)) == rows
+    assert run_trials(configs, str(tmp_path)) == rows
     (tmp_path / "trials.csv").write_text(text.replace('""base_batch""', '""base_bach""'))
     with pytest.raises(UserError, match="base_bach: no such setting; did you mean base_batch"):
-        read(tmp_path)
+        read_trials(tmp_path)
+
+
+def test_rows_that_are_older_than_settings_are_read_with_their_defaults(corpus, tmp_path):
+    """scaling/results/width/trials.csv was written before base_tokens and decay_fraction."""
+    folder = os.path.join(ROOT, "scaling", "results", "width")
+    with open(os.path.join(folder, "trials.csv"), newline="") as file:
+        header, *lines = file.read().splitlines()
+    assert header == ("parametrization,width,depth,batch,context,steps,lr,seed,val_loss,val_error,"
+                      "val_bits_per_byte,train_loss,parameters,flops,seconds,diverged,failure,curve,config")
+    assert '""decay_fraction""' not in lines[0]
+    rows = read_trials(folder)
+    assert len(rows) == len(lines)
+    settings = json.loads(rows[0]["config"])
+    assert settings["decay_fraction"] == Config.decay_fraction and settings["base_tokens"] is None
+    with open(os.path.join(folder, "report.json")) as file:
+        committed = json.load(file)
+    report = json.loads(json.dumps(analyze(rows), default=float))
+    for name, ladder in report["ladders"].items():
+        assert ladder["drift"] == pytest.approx(committed["ladders"][name]["drift"], abs=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["header", "loss", "settings", "missing"])
-def test_a_damaged_row_of_a_sweep_is_named(corpus, tmp_path, damage):
-    sweep.run(sweep.trials(Config(**corpus | {"steps": 1}), {"seed": [0]}), str(tmp_path))
-    header, row = (path := tmp_path / "trials.csv").read_text().splitlines()
+def test_a_damaged_row_of_a_sweep_is_reported_with_its_line(corpus, tmp_path, damage):
+    run_trials(trial_configs(Config(**corpus | {"steps": 1}), {"seed": [0]}), str(tmp_path))
+    path = tmp_path / "trials.csv"
+    header, row = path.read_text().splitlines()
     bad = {"header": header, "loss": row.replace(row.split(",")[8], "3.l4"),
            "settings": row.replace('""width"": ', '""width"" '), "missing": row.split(",")[0]}[damage]
     path.write_text(f"{header}\n{row}\n{bad}\n")
     with pytest.raises(UserError, match="trials.csv: line 3 is damaged; remove it"):
-        read(tmp_path)
+        read_trials(tmp_path)
 
 
 def test_a_sweep_keeps_every_trial_as_train_gives_it_and_trains_none_twice(corpus, tmp_path, monkeypatch):
-    configs = sweep.trials(Config(**corpus), AXES)
-    rows = sweep.run(configs, str(tmp_path))
-    assert len(rows) == len(read(tmp_path)) == 8
+    configs = trial_configs(Config(**corpus), AXES)
+    rows = run_trials(configs, str(tmp_path))
+    assert len(rows) == len(read_trials(tmp_path)) == 8
     for config, row in zip(configs[::3], rows[::3], strict=True):
         alone = train(config, quiet=True)
         assert (row["lr"], row["width"], row["seed"]) == (config.lr, config.width, config.seed)
@@ -163,46 +192,61 @@ def test_a_sweep_keeps_every_trial_as_train_gives_it_and_trains_none_twice(corpu
         assert row["curve"] == pytest.approx(losses(alone), abs=1e-4) and not row["diverged"]
         assert row["flops"] == alone.model.flops_per_token() * 4 * 16 * 6
     monkeypatch.setattr(sweep, "train", None)
-    assert sweep.run(configs, str(tmp_path)) == rows
+    assert run_trials(configs, str(tmp_path)) == rows
     monkeypatch.undo()
-    stacked = sweep.run(configs, str(tmp_path / "stacked"), stack=3)
+    stacked = run_trials(configs, str(tmp_path / "stacked"), stack=3)
     assert [row["val_loss"] for row in stacked] == pytest.approx([row["val_loss"] for row in rows], abs=1e-4)
 
 
-def test_a_trial_that_fails_or_diverges_is_a_row_and_the_others_go_on(corpus, tmp_path, monkeypatch):
-    configs = sweep.trials(Config(**corpus), {"readout_std": [1.0, 1e38], "context": [16, 10**6]})
-    rows = sweep.run(configs, str(tmp_path))
+def test_a_trial_that_fails_or_diverges_is_a_row_and_the_others_continue(corpus, tmp_path, monkeypatch):
+    configs = trial_configs(Config(**corpus), {"readout_std": [1.0, 1e38], "context": [16, 10**6]})
+    rows = run_trials(configs, str(tmp_path))
     assert [row["diverged"] for row in rows] == [False, True, True, True]
     assert rows[1]["failure"].startswith("UserError: batch: got 4 at context=1000000")
     assert not rows[2]["failure"]
 
 
-def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
-    line = [f"--{name}={value}" for name, value in (corpus | {"steps": 40}).items()]
-    line += ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
-    command = [sys.executable, "-m", "scaling.sweep", *line]
+def test_trials_are_trained_in_the_order_of_the_models_own_flops(corpus):
+    configs = trial_configs(Config(**corpus), {"depth": [1, 3, 2], "width": [32, 64], "lr": [0.1, 0.2]})
+    groups = sweep.group_trials(configs, 2)
+    assert [len(group) for group in groups] == [2] * 6
+    sizes = [sweep.estimate_flops(group[0]) for group in groups]
+    assert sizes == sorted(sizes, reverse=True)
+    sized = dataclasses.replace(groups[0][0], vocab_size=sweep.TYPICAL_VOCAB_SIZE)
+    assert sizes[0] == model.GPT(sized).flops_per_token() * sized.batch * sized.context * sized.steps
+
+
+def test_a_shape_that_the_model_rejects_is_a_row_too(corpus, tmp_path):
+    configs = trial_configs(Config(**corpus, position="rotary"), {"head_dim": [16, 1]})
+    rows = run_trials(configs, str(tmp_path))
+    assert [row["failure"].partition(" takes")[0] for row in rows] == ["", "UserError: head_dim: got 1,"]
+
+
+def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path, monkeypatch):
+    words = to_words(corpus | {"steps": 40}) + ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
     kept = 0
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
-        while len(read(tmp_path)) < kept + 3:
+        process = start_sweep(words, monkeypatch)
+        while len(read_trials(tmp_path)) < kept + 3:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(number)
         output, errors = process.communicate()
-        assert len(read(tmp_path)) >= kept + 3
-        kept = len(read(tmp_path))
-    assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in errors
+        assert len(read_trials(tmp_path)) >= kept + 3
+        kept = len(read_trials(tmp_path))
+    assert process.returncode == 130 and "run the same command again to resume" in output
+    assert "Traceback" not in errors
     with open(tmp_path / "trials.csv", "a") as file:
-        file.write('mup,32,2,4,16,40,0.1,0,3.3,"{')  # as a kill within a write leaves it
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 13, done.stderr
-    rows = read(tmp_path)
+        file.write('mup,32,2,4,16,40,0.1,0,3.3,"{')  # as a kill during a write leaves it
+    process = start_sweep(words, monkeypatch)
+    output, errors = process.communicate()
+    assert process.returncode == 0 and len(output.splitlines()) == 13, errors
+    rows = read_trials(tmp_path)
     assert len(rows) == len({row["config"] for row in rows}) == 12
 
 
 def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, swept="lr", **more):
-    """Rows whose loss is a parabola in log2 of the swept setting: of each rung, at optima[i]."""
+    """Rows whose loss is a parabola in log2 of the swept setting, of the i-th size around optima[i]."""
     rows = []
     for width, best, low in zip((64, 128, 256), optima, losses, strict=True):
         for k in range(-20, -9):
@@ -217,30 +261,30 @@ def ladder(optima, losses=(4.0, 3.9, 3.8), seeds=3, swept="lr", **more):
 
 def test_the_report_finds_the_optimum_its_drift_and_what_the_proxys_rate_costs():
     rows = ladder([-7.7, -7.5, -7.3]) + ladder([-7, -8, -9.3], parametrization="sp")
-    report = analyse(rows)
+    report = analyze(rows)
     mup, sp = (report["ladders"][name] for name in ("mup", "sp"))
-    assert [rung["log2_best"] for rung in mup["rungs"]] == pytest.approx([-7.7, -7.5, -7.3], abs=1e-3)
+    assert [size["log2_best"] for size in mup["rungs"]] == pytest.approx([-7.7, -7.5, -7.3], abs=1e-3)
     assert mup["drift"] == pytest.approx(0.2, abs=1e-3) and sp["drift"] == pytest.approx(-1.15, abs=1e-3)
     low, high = mup["drift_interval"]
     assert low <= mup["drift"] <= high and high - low < 0.1
-    assert [rung["regret"] for rung in mup["rungs"]] == pytest.approx([0.004, 0, 0.004], abs=1e-4)
-    from_256 = analyse(rows, base=256)["ladders"]["mup"]["rungs"]
-    assert [rung["regret"] for rung in from_256] == pytest.approx([0.016, 0.004, 0], abs=1e-4)
+    assert [size["regret"] for size in mup["rungs"]] == pytest.approx([0.004, 0, 0.004], abs=1e-4)
+    from_256 = analyze(rows, base=256)["ladders"]["mup"]["rungs"]
+    assert [size["regret"] for size in from_256] == pytest.approx([0.016, 0.004, 0], abs=1e-4)
     assert mup["rungs"][0]["interval"] == pytest.approx([-7.72, -7.68], abs=0.005)
-    assert "moves +0.200 octaves for each doubling of width" in text(report)
+    assert "moves +0.200 octaves for each doubling of width" in format_report(report)
 
 
-def test_what_follows_the_axis_is_no_second_axis():
+def test_a_setting_that_depends_on_the_axis_is_no_second_axis():
     rows = ladder([-7.5, -7.5, -7.5])
     for row in rows:
         batch = row.pop("width")
         config = json.loads(row["config"]) | {"width": 128, "batch": batch, "steps": 2**20 // batch}
         row |= {"batch": batch, "config": json.dumps(config)}
-    assert analyse(rows)["axis"] == "batch"
+    assert analyze(rows)["axis"] == "batch"
 
 
 def test_ladders_that_another_setting_tells_apart_are_not_mixed():
-    ladders = analyse(ladder([-7, -7.5, -8]) + ladder([-7, -7, -7], base_batch=8))["ladders"]
+    ladders = analyze(ladder([-7, -7.5, -8]) + ladder([-7, -7, -7], base_batch=8))["ladders"]
     assert ladders.keys() == {"mup, base_batch=None", "mup, base_batch=8"}
     assert ladders["mup, base_batch=None"]["drift"] == pytest.approx(-0.5, abs=1e-3)
     assert ladders["mup, base_batch=8"]["drift"] == pytest.approx(0, abs=1e-3)
@@ -249,31 +293,81 @@ def test_ladders_that_another_setting_tells_apart_are_not_mixed():
 def test_the_report_picks_the_rows_of_one_setting_among_those_of_several():
     rows = ladder([-7, -7.5, -8], swept="readout_std") + ladder([-7, -7, -7], swept="embedding_lr_mult")
     for swept, drift in {"readout_std": -0.5, "embedding_lr_mult": 0.0}.items():
-        report = analyse(rows, swept)
+        report = analyze(rows, swept)
         assert report["swept"] == swept
         assert report["ladders"]["mup"]["drift"] == pytest.approx(drift, abs=1e-3)
     with pytest.raises(UserError, match="^report: got rows that vary"):
-        analyse(rows)
+        analyze(rows)
 
 
 def test_a_regret_beyond_the_grid_is_not_made_up():
     rows = ladder([-9, -6, -6])
     rows = [row for row in rows if row["width"] > 64 or json.loads(row["config"])["lr"] < 2**-7]
-    assert analyse(rows)["ladders"]["mup"]["rungs"][0]["regret"] is None
+    assert analyze(rows)["ladders"]["mup"]["rungs"][0]["regret"] is None
 
 
-def test_an_optimum_at_the_edge_is_said_and_not_fitted():
-    report = analyse(ladder([-7.5, -11.0, -3.0]))
-    assert [rung["edge"] for rung in report["ladders"]["mup"]["rungs"]] == [False, True, True]
-    assert text(report).count("at the edge") == 2
+def test_an_optimum_at_the_edge_is_reported_and_not_fitted():
+    report = analyze(ladder([-7.5, -11.0, -3.0]))
+    assert [size["edge"] for size in report["ladders"]["mup"]["rungs"]] == [False, True, True]
+    assert format_report(report).count("at the edge") == 2
 
 
-def test_the_report_refuses_rows_that_are_no_ladder(tmp_path):
+def test_the_report_rejects_rows_that_are_no_ladder(tmp_path):
     for rows in (ladder([-7, -7, -7]) + ladder([-7, -7, -7], depth=8), ladder([-7, -7, -7])[:1]):
         with pytest.raises(UserError, match="^report: got rows that vary"):
-            analyse(rows)
+            analyze(rows)
     with pytest.raises(UserError, match="^report: .* has no trials"):
         report_main([str(tmp_path)])
+
+
+def test_one_seed_has_no_interval():
+    report = analyze(ladder([-7, -7.5, -8], seeds=1))
+    lines = format_report(report).splitlines()
+    assert lines[0].endswith("for each doubling of width, -")
+    assert [line.split()[4] for line in lines[2:]] == ["-"] * 3
+
+
+def test_a_report_starts_without_torch_and_tokenizers(tmp_path):
+    folder = tmp_path / "lr"
+    folder.mkdir()
+    shutil.copy(os.path.join(ROOT, "scaling", "results", "depth_cpu", "trials.csv"), folder)
+    code = ("import sys; from scaling.report import main; main(sys.argv[1:]); "
+            "print(sorted({'torch', 'tiktoken', 'datasets', 'train', 'model'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    written = {*os.listdir(folder)} - {"trials.csv"}
+    assert written == {"curves.png", "report.json", "size.png", "transfer.png"}
+
+
+def test_figures_show_every_ladder_each_in_a_style_of_its_own(tmp_path):
+    rows = []
+    for name in ("mup", "sp", "spectral", "unit", "fourth"):
+        for row in ladder([-7, -7.5, -8], seeds=1):
+            rows.append(row | {"parametrization": name})
+    pyplot = figures.load_pyplot()
+    figure = figures.draw_size(analyze(rows), pyplot)
+    lines = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    titles = [line.get_label().partition(":")[0] for line in lines]
+    assert titles == ["fourth", "μP", "standard parametrization", "spectral", "unit"]
+    assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 5
+    pyplot.close(figure)
+    figure = figures.draw_transfer(analyze(rows), pyplot)
+    assert [ax.get_title() for ax in figure.axes] == ["μP", "fourth", "standard parametrization", "spectral",
+                                                      "unit"]
+    pyplot.close(figure)
+    styles = {tuple(figures.line_style(i).values()) for i in range(90)}
+    assert len(styles) == 90
+
+
+def test_a_size_at_which_every_trial_diverged_is_in_the_report(tmp_path):
+    rows = ladder([-7, -7.5, -8])
+    for row in rows:
+        row["diverged"] = row["diverged"] or row["width"] == 256
+    report = analyze(rows)
+    assert [size["edge"] for size in report["ladders"]["mup"]["rungs"]] == [False, False, True]
+    assert format_report(report).splitlines()[-1].split()[-3:] == ["-", "inf", "-"]
+    assert all(map(os.path.exists, figures.draw_report(report, str(tmp_path))))
 
 
 def test_a_search_ends_at_its_best_draw_and_writes_it_as_a_configuration(corpus, tmp_path):
@@ -297,18 +391,18 @@ def test_a_search_ends_at_the_bottom_of_the_curve_not_at_the_rate_it_drew(corpus
     assert finals[0]["val_loss"] == losses[2**-11]
 
 
-def test_a_search_says_what_it_cost_beside_a_target_that_trains_longer(corpus, tmp_path, capsys):
+def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corpus, tmp_path, capsys):
     (tmp_path / "target.py").write_text("steps = 24\n")
     line = ["--trials=3", "--seeds=1", "--space=readout_std", f"--out={tmp_path}",
             f"--target={tmp_path}/target.py"]
-    search_main([*line, *(f"--{name}={value}" for name, value in corpus.items())])
+    search_main([*line, *to_words(corpus)])
     assert ", 75.0% of one training of" in capsys.readouterr().out, "3 of 6 steps, beside 24"
     (tmp_path / "target.py").write_text("widht = 24\n")
     with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
         search_main([f"--target={tmp_path}/target.py"])
 
 
-SLIPS = {
+TYPING_ERRORS = {
     "sweep": {"lr=2**-8 lr=2**-9": "lr: got 2**-8 and 2**-9, takes 2**-8,2**-9",
               "out=a,b": "out: does not tell trials apart, takes --out=VALUE",
               "lr=1..2:100000000": "lr: got 1..2:100000000, takes a range of at most 10,000 values",
@@ -320,26 +414,28 @@ SLIPS = {
                "FOLDER --to=FILE": "out: cannot write FILE: "},
     "coordinate_check": {"--widths=64,99": "width: got 99, takes a multiple of head_dim",
                          "--widths=64,64": "coordinate_check: takes --widths or --depths, 2 or more",
-                         "--widths=64,128 --depths=2,4": "coordinate_check: takes --widths or --depths"},
-    "bench": {"width=64": "width: got width=64, takes --width=64"}}
+                         "--widths=64,128 --depths=2,4": "coordinate_check: takes --widths or --depths"}}
 
 
-@pytest.mark.parametrize(("command", "line"), [(name, line) for name in SLIPS for line in SLIPS[name]])
-def test_a_slip_is_one_line_and_nothing_is_trained(corpus, tmp_path, monkeypatch, command, line):
-    (file := tmp_path / "file").write_text("")
-    kept = sweep.trials(Config(**corpus | {"steps": 1}), {"lr": [1.0, 2.0]})
-    sweep.run(kept, str(tmp_path / "kept"))
+@pytest.mark.parametrize(("command", "line"), [
+    (name, line) for name, lines in TYPING_ERRORS.items() for line in lines])
+def test_a_typing_error_is_one_line_and_nothing_is_trained(corpus, tmp_path, monkeypatch, command, line):
+    file = tmp_path / "file"
+    file.write_text("")
+    kept = trial_configs(Config(**corpus | {"steps": 1}), {"lr": [1.0, 2.0]})
+    run_trials(kept, str(tmp_path / "kept"))
     monkeypatch.setattr(sweep, "train", None)
     monkeypatch.chdir(tmp_path)
-    settings = [] if command == "report" else [f"--{name}={value}" for name, value in corpus.items()]
+    settings = [] if command == "report" else to_words(corpus)
 
     def place(text):
         return text.replace("FOLDER", str(tmp_path / "kept")).replace("FILE", str(file))
 
     with pytest.raises(UserError) as caught:
         importlib.import_module(f"scaling.{command}").main([*settings, *place(line).split()])
-    assert str(caught.value).startswith(place(SLIPS[command][line]))
-    assert sorted(os.listdir(tmp_path)) == ["file", "kept"] and len(kept) == len(read(tmp_path / "kept"))
+    assert str(caught.value).startswith(place(TYPING_ERRORS[command][line]))
+    assert sorted(os.listdir(tmp_path)) == ["file", "kept"]
+    assert len(kept) == len(read_trials(tmp_path / "kept"))
 
 
 CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
@@ -347,13 +443,20 @@ CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, 
            "base_head_dim": 16, "context": 64}
 
 
-@pytest.mark.parametrize(("axis", "rungs", "alpha"), [
-    ("width", (64, 128, 256), 1.0), ("depth", (8, 16, 32), 1.0), ("depth", (8, 16, 32), 0.8)])
-def test_the_coordinate_check_passes_mup_and_fails_sp(corpus, axis, rungs, alpha):
+SIZES = {"width": (64, 128, 256), "depth": (8, 16, 32)}
+
+
+@pytest.mark.parametrize(("axis", "alpha"), [("width", 1.0), ("depth", 1.0), ("depth", 0.8)])
+def test_the_coordinate_check_passes_mup(corpus, axis, alpha):
     config = Config(**corpus | CHECKED | {"depth_alpha": alpha})
-    rows, _ = coordinate_check(config, axis, rungs, seeds=2)
+    rows, _ = coordinate_check(config, axis, SIZES[axis], seeds=2)
     assert all(row["passes"] for row in rows), [row for row in rows if not row["passes"]]
-    rows, _ = coordinate_check(dataclasses.replace(config, parametrization="sp"), axis, rungs, seeds=2)
+
+
+@pytest.mark.parametrize("axis", SIZES)
+def test_the_coordinate_check_fails_sp_which_has_no_alpha(corpus, axis):
+    config = Config(**corpus | CHECKED | {"parametrization": "sp"})
+    rows, _ = coordinate_check(config, axis, SIZES[axis], seeds=2)
     assert sum(not row["passes"] for row in rows) >= 4
 
 
@@ -367,7 +470,7 @@ MUTANTS = {  # role and its wrong exponents, and the axis on which they show
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
     key, wrong, axis = MUTANTS[name]
-    original = model.TABLES["mup"]
+    original = parametrization.TABLES["mup"]
 
     def mutant(alpha):
         rows, forward = original(alpha)
@@ -375,7 +478,59 @@ def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
             return rows | {key: rows[key]._replace(**wrong)}, forward
         return rows, forward | {key: wrong}
 
-    monkeypatch.setitem(model.TABLES, "mup", mutant)
-    rungs = {"width": (64, 256), "depth": (4, 16)}[axis]
-    rows, _ = coordinate_check(Config(**corpus | CHECKED), axis, rungs, seeds=1)
+    monkeypatch.setitem(parametrization.TABLES, "mup", mutant)
+    sizes = {"width": (64, 256), "depth": (4, 16)}[axis]
+    rows, _ = coordinate_check(Config(**corpus | CHECKED), axis, sizes, seeds=1)
     assert not all(row["passes"] for row in rows)
+
+
+class GatedMLP(model.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = model.Linear(config.width, 4 * config.width, config.bias)
+
+    def forward(self, x_BTC):
+        return self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
+
+
+def test_the_coordinate_check_looks_at_layers_that_are_new(corpus, monkeypatch):
+    monkeypatch.setattr(model, "MLP", GatedMLP)
+    rows, _ = coordinate_check(Config(**corpus | CHECKED), "width", (64, 128), steps=1, seeds=2)
+    assert [row["layer"] for row in rows] == [
+        "logits", "token_embedding", "position_embedding", "attention.qkv", "attention logits",
+        "attention.out", "mlp.gate", "mlp.up", "mlp.down", "stream", "final_norm"]
+
+
+class GroupedAttention(model.Attention):
+    """Two heads share each key and value."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.keys_and_values = model.Linear(config.width, config.width, False)
+
+    def forward(self, x_BTC, angles_TD=None, cache=None):
+        q_BHTD = self.qkv(x_BTC)[..., :x_BTC.size(-1)].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        kv_BHTD = self.keys_and_values(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k_BHTD, v_BHTD = kv_BHTD.chunk(2, dim=1)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=1.0,
+                                                enable_gqa=True)
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
+
+
+def test_the_coordinate_check_computes_attention_logits_of_grouped_queries(corpus, monkeypatch):
+    monkeypatch.setattr(model, "Attention", GroupedAttention)
+    config = Config(**corpus | CHECKED | {"head_dim": 16})
+    _, measured = coordinate_check(config, "width", (64, 128), steps=1, seeds=2)
+    assert min(measured["attention logits", 0][64]) > 0
+    assert measured["attention.keys_and_values", 1][128]
+
+
+def test_depth_moves_only_the_layers_that_residual_branches_end_in():
+    config = Config(**{**CHECKED, "depth_alpha": 0.8, "zero_residual_out": False})
+    branch = {layer for layer, power in expected_powers(config, "depth").items() if power}
+    assert branch == {"attention.out", "mlp.down"}
+    assert expected_powers(config, "depth")["mlp.down"] == pytest.approx(-0.8)
+    learned = dataclasses.replace(config, zero_residual_out=True)
+    assert expected_powers(learned, "depth")["mlp.down"] == pytest.approx(-1.0), "lr x depth_mult^-0.2"
+    assert not any(expected_powers(dataclasses.replace(learned, parametrization="sp"), "depth").values())
+    assert not any(expected_powers(learned, "width").values())

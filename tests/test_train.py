@@ -9,21 +9,25 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import column, cuda, run
+from processes import start_command, start_train, wait_for_rows
 
 import train
 from configure import Config, UserError
-from data import Data, checkpoints, prepare, runs
+from data.loader import TokenDataset
+from data.prepare import prepare
 from model import GPT
+from parametrization import format_table
+from training import logger
+from training.checkpoint import write_checkpoint
+from training.device import select_device
+from training.evaluate import evaluate, generate_sample
+from training.schedule import lr_factor
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
         "weight_decay": 0.1}
 
@@ -32,25 +36,39 @@ def weights(result):
     return result.model.state_dict()
 
 
-def same(first, second):
-    """Whether two runs went the same way, to the last bit."""
-    def went(result):
-        rows = [{**row, "tokens_per_second": None} for row in result.history]
-        return rows, result.val_loss, result.best_step, result.best_val_loss, result.sample
-
-    assert went(first) == went(second)
+def same_weights(first, second):
     return all(map(torch.equal, weights(first).values(), weights(second).values()))
 
 
-def command(settings, **changes):
-    words = [f"--{name}={value}" for name, value in (settings | changes).items()]
-    return subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+def numbers(result):
+    """Everything that two equal runs have in common, but for the weights."""
+    rows = [{**row, "tokens_per_second": None} for row in result.history]
+    return rows, result.val_loss, result.best_step, result.best_val_loss, result.sample
 
 
-def rows(folder):
+def same(first, second):
+    """Whether two runs are the same to the last bit."""
+    assert numbers(first) == numbers(second)
+    return same_weights(first, second)
+
+
+def read_rows(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def copy_at_step(monkeypatch, step, folder, copy):
+    """Copy the run directory `folder` when the checkpoint of this step is written: a run killed there."""
+    def write_and_copy(path, content, backup_path=None):
+        write_checkpoint(path, content, backup_path)
+        if path.endswith("last.pt") and content["step"] == step:
+            shutil.copytree(folder, copy)
+
+    monkeypatch.setattr(logger, "write_checkpoint", write_and_copy)
 
 
 @pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
@@ -63,78 +81,80 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(corpus, settings):
 
 @pytest.mark.parametrize("settings", [{}, HARD, {"parametrization": "sp", "schedule": "inverse_sqrt"}],
                          ids=["plain", "hard", "sp"])
-def test_a_run_on_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, monkeypatch, settings):
+def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, monkeypatch, settings):
     settings = corpus | settings | {"steps": 13, "checkpoint_every": 4, "eval_every": 3}
-    whole = run(settings)
-    write = runs.write
-
-    def copy_at_8(path, content, keep=None):
-        write(path, content, keep)
-        if path.endswith("last.pt") and content["step"] == 8:
-            shutil.copytree(tmp_path / "run", tmp_path / "killed")
-
-    monkeypatch.setattr(runs, "write", copy_at_8)
-    assert same(whole, run(settings, out=str(tmp_path / "run")))
+    uninterrupted = run(settings)
+    copy_at_step(monkeypatch, 8, tmp_path / "run", tmp_path / "killed")
+    assert same(uninterrupted, run(settings, out=str(tmp_path / "run")))
     monkeypatch.undo()
-    assert same(whole, run(settings, out=str(tmp_path / "killed")))
-    assert [int(row["step"]) for row in rows(tmp_path / "killed")] == list(range(14))
+    assert same(uninterrupted, run(settings, out=str(tmp_path / "killed")))
+    assert [int(row["step"]) for row in read_rows(tmp_path / "killed")] == list(range(14))
     for name in ("last.pt", "best.pt"):
-        a, b = (torch.load(tmp_path / run / name, weights_only=True) for run in ("run", "killed"))
+        a, b = (load(tmp_path / folder / name) for folder in ("run", "killed"))
         assert a["step"] == b["step"] and all(map(torch.equal, a["model"].values(), b["model"].values()))
 
 
+def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(corpus, tmp_path, monkeypatch):
+    settings = corpus | HARD | {"steps": 9, "checkpoint_every": 4, "eval_every": 3}
+    copy_at_step(monkeypatch, 4, tmp_path / "run", tmp_path / "old")
+    uninterrupted = run(settings, out=str(tmp_path / "run"))
+    monkeypatch.undo()
+    path = str(tmp_path / "old/last.pt")
+    checkpoint = load(path)
+    for name in ("decay_fraction", "log_roles"):
+        del checkpoint["config"][name]
+    write_checkpoint(path, checkpoint)
+    with pytest.raises(UserError, match="^decay_fraction: got 0.5, but .* was trained with 0.2"):
+        run(settings, out=str(tmp_path / "old"), decay_fraction=0.5)
+    assert same(uninterrupted, run(settings, out=str(tmp_path / "old")))
+
+
 @pytest.fixture(scope="module")
-def long(corpus, tmp_path_factory):
-    """(settings of a run of a few seconds, its result when nothing interrupts it)."""
-    settings = corpus | HARD | {"steps": 300, "checkpoint_every": 7, "eval_every": 50}
+def long(corpus):
+    """(settings of a run of a second or more, its result when nothing interrupts it)."""
+    settings = corpus | HARD | {"steps": 150, "checkpoint_every": 7, "eval_every": 25}
     return settings, run(settings)
 
 
-def check_resumed(settings, whole, folder):
-    """A stopped or killed run in `folder` goes on as if nothing had been."""
-    done = torch.load(folder / "last.pt", weights_only=True)["step"]
-    assert 0 < done < 300, "it should have been interrupted midway"
-    assert same(whole, run(settings, out=str(folder)))
-    assert [int(row["step"]) for row in rows(folder)] == list(range(301))
-    assert [float(row["train_loss"]) for row in rows(folder)[1:]] == column(whole)
+def check_resumes(settings, uninterrupted, folder):
+    """A stopped or killed run in `folder` resumes as if nothing had happened."""
+    done = load(folder / "last.pt")["step"]
+    assert 0 < done < 150, "it should have been interrupted midway"
+    assert same(uninterrupted, run(settings, out=str(folder)))
+    rows = read_rows(folder)
+    assert [int(row["step"]) for row in rows] == list(range(151))
+    assert [float(row["train_loss"]) for row in rows[1:]] == column(uninterrupted)
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(long, tmp_path):
-    settings, whole = long
-    process = command(settings, out=tmp_path / "run")
-    until = random.randrange(10, 100)  # rows; the test holds for any
-    while process.poll() is None:
-        time.sleep(0.002)
-        if os.path.exists(tmp_path / "run/metrics.csv") and len(rows(tmp_path / "run")) >= until:
-            process.kill()
-            break
+def test_a_killed_run_resumes_to_the_same_bits(long, tmp_path):
+    settings, uninterrupted = long
+    process = start_train(settings, out=tmp_path / "run")
+    wait_for_rows(process, tmp_path / "run", random.randrange(10, 80))  # the test holds for any
+    process.kill()
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
-    check_resumed(settings, whole, tmp_path / "run")
+    check_resumes(settings, uninterrupted, tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_says_how_to_go_on_and_goes_on_to_the_same_bits(long, tmp_path, number):
-    settings, whole = long
-    process = command(settings, out=tmp_path / "run", checkpoint_every=None)  # so that stopping saves
-    while process.poll() is None:
-        time.sleep(0.002)
-        if os.path.exists(tmp_path / "run/metrics.csv") and len(rows(tmp_path / "run")) >= 20:
-            process.send_signal(number)
-            break
+@pytest.mark.parametrize("start, number", [(start_command, signal.SIGTERM), (start_train, signal.SIGINT)])
+def test_a_stopped_run_says_how_to_resume_and_resumes_to_the_same_bits(long, tmp_path, start, number):
+    settings, uninterrupted = long
+    process = start(settings, out=tmp_path / "run", checkpoint_every=None)  # so that stopping saves
+    wait_for_rows(process, tmp_path / "run", 20)
+    process.send_signal(number)
     output, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    assert output.endswith(f"{tmp_path}/run: stopped; `python train.py {tmp_path}/run` goes on\n")
-    check_resumed(settings, whole, tmp_path / "run")
+    assert output.endswith(f"{tmp_path}/run: stopped; `python train.py {tmp_path}/run` resumes it\n")
+    check_resumes(settings, uninterrupted, tmp_path / "run")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_accumulation_gives_the_whole_batchs_numbers(corpus, micro_batch):
-    whole, cut = run(corpus), run(corpus, micro_batch=micro_batch)
-    assert column(cut) == pytest.approx(column(whole), abs=1e-5)
-    assert column(cut, "grad_norm") == pytest.approx(column(whole, "grad_norm"), rel=1e-4)
-    for a, b in zip(weights(cut).values(), weights(whole).values(), strict=True):
+    at_once, accumulated = run(corpus), run(corpus, micro_batch=micro_batch)
+    assert column(accumulated) == pytest.approx(column(at_once), abs=1e-5)
+    assert column(accumulated, "grad_norm") == pytest.approx(column(at_once, "grad_norm"), rel=1e-4)
+    for a, b in zip(weights(accumulated).values(), weights(at_once).values(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-4)
 
 
@@ -144,13 +164,41 @@ SCHEDULES = {  # 10 steps, 2 of them warmup, to 0.04
     "linear": [0.5, 1, 0.88, 0.76, 0.64, 0.52, 0.40, 0.28, 0.16, 0.04],
     "constant": [0.5] + [1] * 9,
     "inverse_sqrt": [0.5, 1, 1, 0.8660, 0.7746, 0.7071, 0.6547, 0.6124, 0.5774, 0.5477],
-    "step": [0.5, 1, 1, 1, 1, 1, 0.2, 0.2, 0.04, 0.04]}
+    "step": [0.5, 1, 1, 1, 1, 1, 0.2, 0.2, 0.04, 0.04],
+    "wsd": [0.5, 1, 1, 1, 1, 1, 1, 1, 0.52, 0.04]}  # the last fifth decays
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_has_its_shape(name):
     config = Config(schedule=name, steps=10, warmup=0.2, final_lr=0.04)
-    assert [train.schedule(config, step) for step in range(10)] == pytest.approx(SCHEDULES[name], abs=5e-4)
+    assert [lr_factor(config, step) for step in range(10)] == pytest.approx(SCHEDULES[name], abs=5e-4)
+
+
+@pytest.mark.parametrize(("decay_fraction", "expected"), [
+    (0.0, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    (0.1, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.04]),
+    (0.5, [0.5, 1, 1, 1, 1, 0.808, 0.616, 0.424, 0.232, 0.04]),
+    (0.8, [0.5, 1, 0.88, 0.76, 0.64, 0.52, 0.40, 0.28, 0.16, 0.04]),
+    (1.0, [0.5, 1, 0.88, 0.76, 0.64, 0.52, 0.40, 0.28, 0.16, 0.04])])  # warmup comes first
+def test_wsd_decays_over_the_last_fraction_of_the_steps(decay_fraction, expected):
+    config = Config(schedule="wsd", steps=10, warmup=0.2, final_lr=0.04, decay_fraction=decay_fraction)
+    assert [lr_factor(config, step) for step in range(10)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_wsd_does_not_depend_on_the_number_of_steps_up_to_the_decay():
+    short = Config(schedule="wsd", steps=100, warmup=0.1, decay_fraction=0.2)
+    longer = Config(schedule="wsd", steps=400, warmup=0.025, decay_fraction=0.2)  # 10 steps of warmup too
+    factors = [[lr_factor(config, step) for step in range(81)] for config in (short, longer)]
+    assert factors[0][:80] == factors[1][:80] and factors[0][80] < factors[1][80] == 1
+    assert set(factors[0][9:80]) == {1}
+
+
+def test_a_wsd_run_is_lengthened_from_a_checkpoint_before_its_decay(corpus, tmp_path, monkeypatch):
+    settings = corpus | {"schedule": "wsd", "warmup": 0.0, "steps": 10, "checkpoint_every": 8}
+    copy_at_step(monkeypatch, 8, tmp_path / "run", tmp_path / "longer")
+    run(settings, out=str(tmp_path / "run"))
+    monkeypatch.undo()
+    assert same(run(settings, steps=20), run(settings, steps=20, out=str(tmp_path / "longer")))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -158,29 +206,31 @@ def test_a_schedule_has_its_shape(name):
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_a_schedule_never_stands_still_at_0_and_never_exceeds_the_peak(name, warmup, steps):
     config = Config(schedule=name, steps=steps, warmup=warmup, final_lr=0.1)
-    lrs = [train.schedule(config, step) for step in range(steps)]
+    lrs = [lr_factor(config, step) for step in range(steps)]
     assert 0 < min(lrs) and max(lrs) <= 1
-    if warmup <= 0.5 and name in ("cosine", "linear") and steps > 2:
+    if warmup <= 0.5 and name in ("cosine", "linear", "wsd") and steps > 2:
         assert lrs[-1] == pytest.approx(0.1)
 
 
 def test_metrics_show_the_lr_that_each_step_used(corpus):
     config = Config(**corpus, schedule="linear")
-    expected = [2**-9 * train.schedule(config, step) for step in range(6)]
+    expected = [2**-9 * lr_factor(config, step) for step in range(6)]
     assert column(run(corpus, schedule="linear"), "lr") == pytest.approx(expected)
 
 
-def other_files(corpus, tmp_path):
+@pytest.fixture(scope="module")
+def other_files(corpus, tmp_path_factory):
     """Paths by name: a .jsonl with two text columns, made of the corpus, and a folder of other text."""
-    (tmp_path / "other").mkdir()
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "other").mkdir()
     for i in range(20):
-        (tmp_path / f"other/{i}.txt").write_text(f"{i} is not {i + 1} " * 50)
-    with open(tmp_path / "rows.jsonl", "w") as file:
+        (folder / f"other/{i}.txt").write_text(f"{i} is not {i + 1} " * 50)
+    with open(folder / "rows.jsonl", "w") as file:
         for name in sorted(os.listdir(corpus["dataset"])):
-            with open(f"{corpus['dataset']}/{name}") as one:
-                text = one.read()
+            with open(f"{corpus['dataset']}/{name}") as document:
+                text = document.read()
             file.write(json.dumps({"text": text, "body": text.upper()}) + "\n")
-    return {"ROWS": str(tmp_path / "rows.jsonl"), "OTHER": str(tmp_path / "other")}
+    return {"ROWS": str(folder / "rows.jsonl"), "OTHER": str(folder / "other")}
 
 
 # setting: (a changed value, what must then differ, settings of both); ROWS, OTHER and TMP stand for paths.
@@ -199,55 +249,73 @@ SETTINGS = {
     "attention_mult": (9.0, "first loss", {"embedding_std": 1.0}), "weight_decay": (0.5, "losses"),
     "beta1": (0.5, "losses"), "beta2": (0.5, "losses"), "eps": (1e-2, "losses"),
     "grad_clip": (1e-3, "losses"), "warmup": (0.5, "lrs"), "schedule": ("linear", "lrs"),
-    "final_lr": (0.5, "lrs"), "dataset": ("OTHER", "losses"), "tokenizer": ("bpe:260", "shapes"),
-    "subset": ("some", "refusal"), "split": ("test", "refusal"),  # only the hub has them
+    "final_lr": (0.5, "lrs"), "decay_fraction": (0.5, "lrs", {"schedule": "wsd"}),
+    "dataset": ("OTHER", "losses"), "tokenizer": ("bpe:260", "shapes"),
+    "subset": ("some", "error"), "split": ("test", "error"),  # only the hub has them
     "text_field": ("body", "losses", {"dataset": "ROWS"}), "max_tokens": (5000, "losses"),
     "val_fraction": (0.5, "losses"), "data_dir": ("TMP", "folders"), "steps": (5, "steps"),
     "seed": (1, "first loss"), "micro_batch": (2, "pass"), "eval_every": (2, "validations"),
     "eval_tokens": (256, "validations"), "checkpoint_every": (2, "checkpoints", {"out": "TMP/run"}),
-    "out": ("TMP/run", "files"), "device": ("cuda:99", "refusal"), "precision": ("bf16", "losses"),
-    "compile": ("model", "compiled"), "graph": (True, "refusal"), "shard": (True, "refusal"),
-    "wandb": (True, "logged"), "prompt": ("of the", "sample"),
+    "out": ("TMP/run", "files"), "device": ("cuda:99", "error"), "precision": ("bf16", "losses"),
+    "compile": ("model", "compiled"), "graph": (True, "error"), "shard": (True, "error"),
+    "log_roles": (True, "columns"), "wandb": (True, "logged"), "prompt": ("of the", "sample"),
     "sample_tokens": (9, "sample"), "temperature": (2.0, "sample", {"seed": 3, "sample_tokens": 50}),
     "top_k": (2, "sample", {"sample_tokens": 50})}
 
 
 def observe(settings, folder):
     """Everything that a run shows, by name."""
-    seen, checkpoints, forward, write = {}, [], GPT.forward, runs.write
-    made, compiles = folder / "made", []
-    made.mkdir()
-    settings = {name: value.replace("TMP", str(made)) if isinstance(value, str) else value
+    seen, checkpoints, forward = {}, [], GPT.forward
+    settings = {name: value.replace("TMP", str(folder)) if isinstance(value, str) else value
                 for name, value in settings.items()}
 
-    def read(model, tokens_BT, *rest, **options):
+    def watched_forward(model, tokens_BT, *rest, **options):
         if torch.is_grad_enabled():
             seen["pass"] = tuple(tokens_BT.shape)
         return forward(model, tokens_BT, *rest, **options)
 
-    def written(path, content, keep=None):
-        write(path, content, keep)
-        checkpoints.extend([content["step"]] if path.endswith("last.pt") else [])
+    def watched_write(path, content, backup_path=None):
+        write_checkpoint(path, content, backup_path)
+        if path.endswith("last.pt"):
+            checkpoints.append(content["step"])
+
+    compile = torch.compile
+
+    def watched_compile(function, **options):
+        seen["compiled"] = True
+        return compile(function, backend="eager")  # no machine code: that takes long, and a compiler
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPT, "forward", read)
-        patch.setattr(runs, "write", written)
-        compile = torch.compile  # no machine code: that takes long, and a compiler
-        patch.setattr(torch, "compile", lambda model, **options: (
-            compiles.append(1) or compile(model, backend="eager")))
+        patch.setattr(GPT, "forward", watched_forward)
+        patch.setattr(logger, "write_checkpoint", watched_write)
+        patch.setattr(torch, "compile", watched_compile)
         if settings.get("wandb"):
-            patch.setattr("wandb.init", lambda **options: seen.__setitem__("logged", 1))
+            patch.setattr("wandb.init", lambda **options: seen.__setitem__("logged", True))
         try:
             result = run(settings)
         except UserError as error:
-            return {"refusal": str(error)}
-    losses = column(result)
+            return {"error": str(error)}
+    losses, run_folder = column(result), folder / "run"
     return seen | {
         "losses": losses, "first loss": losses[0], "lrs": column(result, "lr"), "steps": len(losses),
         "shapes": {name: value.shape for name, value in weights(result).items()},
         "validations": column(result, "val_loss"), "sample": result.sample, "checkpoints": checkpoints,
-        "compiled": compiles, "folders": os.listdir(made),
-        "files": sorted(os.listdir(made / "run")) if (made / "run").is_dir() else None}
+        "columns": [*result.history[-1]], "folders": os.listdir(folder),
+        "files": sorted(os.listdir(run_folder)) if run_folder.is_dir() else None}
+
+
+@pytest.fixture(scope="module")
+def observe_once(tmp_path_factory):
+    """observe(settings), remembered: most settings are compared with the same run."""
+    remembered = {}
+
+    def observe_or_remember(settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in remembered:
+            remembered[key] = observe(settings, tmp_path_factory.mktemp("observed"))
+        return remembered[key]
+
+    return observe_or_remember
 
 
 def test_every_setting_has_a_case_here():
@@ -255,35 +323,33 @@ def test_every_setting_has_a_case_here():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_changes_what_it_promises(corpus, tmp_path, name):
+def test_a_setting_changes_what_it_promises(corpus, tmp_path, other_files, observe_once, name):
     if name == "wandb":
         pytest.importorskip("wandb")
-    value, what, *both = SETTINGS[name]
-    paths = other_files(corpus, tmp_path)
-    both = corpus | {"vocab_size": 257 if name not in ("vocab_size", "tokenizer") else None} | dict(*both)
-    both, change = ({k: paths.get(v, v) for k, v in d.items()} for d in (both, {name: value}))
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    before, after = observe(both, tmp_path / "a"), observe(both | change, tmp_path / "b")
+    value, what, *common = SETTINGS[name]
+    settings = corpus | {"vocab_size": None if name in ("vocab_size", "tokenizer") else 257} | dict(*common)
+    settings, change = ({key: other_files.get(value, value) for key, value in given.items()}
+                        for given in (settings, {name: value}))
+    before, after = observe_once(settings), observe(settings | change, tmp_path)
     assert before.get(what) != after.get(what)
-    assert what == "refusal" or "refusal" not in before | after, after
-    if what == "refusal":
-        assert "refusal" not in before and after["refusal"].startswith(name)
+    if what == "error":
+        assert "error" not in before and after["error"].startswith(name)
+    else:
+        assert "error" not in before | after, after
 
 
 def test_settings_that_only_watch_leave_the_training_alone(corpus, tmp_path):
     settings = corpus | {"dropout": 0.2, "steps": 8}
     watched = run(settings, eval_every=1, eval_tokens=300, checkpoint_every=3, out=str(tmp_path / "run"),
-                  prompt="a", sample_tokens=3)
+                  prompt="a", sample_tokens=3, log_roles=True)
     alone = run(settings)
-    assert column(watched) == column(alone)
-    assert all(map(torch.equal, weights(watched).values(), weights(alone).values()))
+    assert column(watched) == column(alone) and same_weights(watched, alone)
 
 
 def test_the_seed_draws_weights_batches_dropout_and_sample_and_each_step_draws_anew(corpus, monkeypatch):
     drawn, forward = {}, GPT.forward
 
-    def read(model, tokens_BT, *rest, **options):
+    def watched_forward(model, tokens_BT, *rest, **options):
         hook = model.dropout.register_forward_hook(
             lambda module, inputs, output: drawn[seed].append((output == 0).flatten().tolist()))
         value = forward(model, tokens_BT, *rest, **options)
@@ -295,16 +361,16 @@ def test_the_seed_draws_weights_batches_dropout_and_sample_and_each_step_draws_a
     for seed in (0, 1):
         drawn[seed] = []
         with monkeypatch.context() as patch:
-            patch.setattr(GPT, "forward", read)
+            patch.setattr(GPT, "forward", watched_forward)
             result = run(corpus, dropout=0.5, steps=2, micro_batch=2, seed=seed, sample_tokens=0)
     drawn = [things[:8] for things in drawn.values()]  # 2 steps of 2 passes: a mask, then tokens
     for kind in (0, 1):
         every = [thing for things in drawn for thing in things[kind::2]]
         assert len(every) == 8 and all(every.count(thing) == 1 for thing in every)
     config = Config(**corpus | {"sample_tokens": 50})
-    data = Data(prepare(config))
-    samples = [train.sample(result.model, data, dataclasses.replace(config, seed=i), "cpu")
-               for i in (0, 0, 1)]
+    dataset = TokenDataset(prepare(config))
+    samples = [generate_sample(result.model, dataset, dataclasses.replace(config, seed=seed), "cpu")
+               for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
 
 
@@ -315,56 +381,56 @@ def test_a_run_directory_holds_what_was_asked_what_was_done_and_nothing_unfinish
         "config.json", "table.txt", "metrics.csv", "last.pt", "previous.pt", "best.pt", "sample.txt"}
     with open(tmp_path / "run/config.json") as file:
         assert Config(**json.load(file)) == Config(**settings)
-    assert (tmp_path / "run/table.txt").read_text() == result.model.table() + "\n"
+    assert (tmp_path / "run/table.txt").read_text() == format_table(result.model) + "\n"
     assert (tmp_path / "run/sample.txt").read_text() == result.sample + "\n"
-    metrics = rows(tmp_path / "run")
-    assert [(int(row["step"]), int(row["tokens"]), bool(row["val_loss"])) for row in metrics] == [
+    rows = read_rows(tmp_path / "run")
+    assert [(int(row["step"]), int(row["tokens"]), bool(row["val_loss"])) for row in rows] == [
         (0, 0, True), (1, 64, False), (2, 128, True), (3, 192, False), (4, 256, True), (5, 320, True)]
-    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    best = load(tmp_path / "run/best.pt")
     assert (best["step"], min(column(result, "val_loss"))) == (result.best_step, result.best_val_loss)
     model = GPT(Config(**best["config"] | {"vocab_size": 257}))
     model.load_state_dict(best["model"])
-    config, data = Config(**corpus), Data(prepare(Config(**corpus)))
-    assert train.evaluate(model, data, config, *train.pick_device(config))["val_loss"] == result.best_val_loss
+    config, dataset = Config(**corpus), TokenDataset(prepare(Config(**corpus)))
+    assert evaluate(model, dataset, config, *select_device(config))["val_loss"] == result.best_val_loss
 
 
 def test_a_run_of_no_steps_is_the_untrained_model(corpus, tmp_path):
     result = run(corpus, steps=0, out=str(tmp_path / "run"))
     untrained = GPT(Config(**corpus, vocab_size=257)).state_dict()
     assert all(torch.equal(value, untrained[name]) for name, value in weights(result).items())
-    assert result.val_loss == pytest.approx(math.log(257), abs=1) and len(rows(tmp_path / "run")) == 1
+    assert result.val_loss == pytest.approx(math.log(257), abs=1) and len(read_rows(tmp_path / "run")) == 1
 
 
 def test_evaluation_gives_one_number_however_the_run_is_cut_or_seeded(corpus):
     config = Config(**corpus)
-    data, model = Data(prepare(config)), GPT(dataclasses.replace(config, vocab_size=257))
-    expected = train.evaluate(model, data, config, *train.pick_device(config))
+    dataset, model = TokenDataset(prepare(config)), GPT(dataclasses.replace(config, vocab_size=257))
+    expected = evaluate(model, dataset, config, *select_device(config))
     for change in {"batch": 8}, {"micro_batch": 1}, {"seed": 5}, {"steps": 99}, {"dropout": 0.5}:
         torch.manual_seed(3)
         changed = dataclasses.replace(config, **change)
         state = torch.get_rng_state()
-        assert train.evaluate(model, data, changed, *train.pick_device(config)) == expected
+        assert evaluate(model, dataset, changed, *select_device(config)) == expected
         assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:280"])
 def test_validation_numbers_are_those_counted_plainly(corpus, tokenizer):
     config = Config(**corpus | {"tokenizer": tokenizer})
-    data = Data(prepare(config))
-    model = GPT(dataclasses.replace(config, vocab_size=data.vocab_size, dropout=0.5))
-    got = train.evaluate(model, data, config, *train.pick_device(config))
+    dataset = TokenDataset(prepare(config))
+    model = GPT(dataclasses.replace(config, vocab_size=dataset.vocab_size, dropout=0.5))
+    found = evaluate(model, dataset, config, *select_device(config))
     assert model.training, "evaluation left the model in another mode"
-    windows = data.windows(16, 512)
+    windows = dataset.validation_windows(16, 512)
     losses, model = [], model.eval()
     for row in torch.from_numpy(windows.astype(np.int64)):
         log_p_TV = model(row[None, :-1])[0].double().log_softmax(-1)
         losses.append(-log_p_TV[torch.arange(16), row[1:]].mean().item())
-    targets = [id for id in windows[:, 1:].flat if id != data.eot]
-    text = b"".join(map(data.encoding.decode_single_token_bytes, targets))
+    targets = [id for id in windows[:, 1:].flat if id != dataset.eot]
+    text = b"".join(map(dataset.tokenizer.encoding.decode_single_token_bytes, targets))
     assert len(losses) == len(windows) > 10
-    assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-    assert got["val_error"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-4)
-    assert got["val_bits_per_byte"] == pytest.approx(sum(losses) * 16 / math.log(2) / len(text), rel=1e-6)
+    assert found["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert found["val_error"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-4)
+    assert found["val_bits_per_byte"] == pytest.approx(sum(losses) * 16 / math.log(2) / len(text), rel=1e-6)
 
 
 def test_training_learns(corpus):
@@ -376,13 +442,13 @@ def test_training_learns(corpus):
 def test_divergence_is_reported_and_leaves_the_last_good_checkpoint(corpus, tmp_path, capsys):
     settings = corpus | {"steps": 40, "checkpoint_every": 3, "grad_clip": 0.0, "lr": 1e-3}
     good = run(settings, steps=6, out=str(tmp_path / "run"))
-    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    checkpoint = load(tmp_path / "run/last.pt")
     checkpoint["model"]["readout.weight"] *= 1e38  # the next logits overflow
-    checkpoints.write(tmp_path / "run/last.pt", checkpoint)
+    write_checkpoint(tmp_path / "run/last.pt", checkpoint)
     result = train.train(Config(**settings, out=str(tmp_path / "run")))
     assert result.diverged and not result.stopped and result.sample == ""
     assert re.search(r"diverged at step 7, .*try a smaller --lr", capsys.readouterr().out)
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
+    assert load(tmp_path / "run/last.pt")["step"] == 6
     assert result.best_val_loss == good.best_val_loss
 
 
@@ -392,30 +458,30 @@ def test_a_model_that_the_last_step_broke_is_not_called_trained(corpus):
 
 
 @pytest.mark.parametrize("steps", [0, 4])
-def test_a_start_that_is_no_number_is_reported_too(corpus, steps, capsys):
+def test_a_start_that_is_not_finite_is_reported_too(corpus, steps, capsys):
     result = train.train(Config(**corpus | {"steps": steps, "eval_every": 2, "readout_std": 1e38}))
     assert result.diverged and result.sample == "" and "diverged at step 0" in capsys.readouterr().out
 
 
-def test_a_broken_weight_that_validation_never_meets_is_not_kept_either(corpus, tmp_path):
+def test_a_broken_weight_that_validation_never_meets_is_not_saved_either(corpus, tmp_path):
     settings = corpus | {"vocab_size": 300, "steps": 2, "out": str(tmp_path / "run")}  # 257 to 299: padding
     run(settings)
-    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    checkpoint = load(tmp_path / "run/last.pt")
     checkpoint["model"]["token_embedding.weight"][299] = math.inf
-    checkpoints.write(tmp_path / "run/last.pt", checkpoint)
+    write_checkpoint(tmp_path / "run/last.pt", checkpoint)
     assert run(settings, steps=4).diverged
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2
+    assert load(tmp_path / "run/last.pt")["step"] == 2
 
 
-def test_a_checkpoint_of_broken_weights_is_never_kept(corpus, tmp_path):
+def test_a_checkpoint_of_broken_weights_is_never_saved(corpus, tmp_path):
     result = run(corpus, steps=4, checkpoint_every=1, warmup=0.0, lr=1e38, out=str(tmp_path / "run"))
     assert result.diverged
     if os.path.exists(tmp_path / "run/last.pt"):
-        checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+        checkpoint = load(tmp_path / "run/last.pt")
         assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
-REFUSED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed": 1, "schedule": "linear",
+REJECTED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed": 1, "schedule": "linear",
            "batch": 8, "context": 8, "tied": True, "dropout": 0.1, "base_width": 32, "tokenizer": "bpe:260",
            "weight_decay": 0.1, "steps": 5}
 
@@ -434,15 +500,15 @@ def snapshot(folder):
     return found
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_run_is_not_gone_on_with_under_another_setting(corpus, finished, name):
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_run_is_not_resumed_under_another_setting(corpus, finished, name):
     before = snapshot(finished[0])
-    with pytest.raises(UserError, match=f"^{name}: got {REFUSED[name]!r}.*"):
-        run(corpus, out=finished[0], **{name: REFUSED[name]})
+    with pytest.raises(UserError, match=f"^{name}: got {REJECTED[name]!r}.*"):
+        run(corpus, out=finished[0], **{name: REJECTED[name]})
     assert snapshot(finished[0]) == before
 
 
-def test_a_run_is_not_gone_on_with_on_other_text(corpus, finished, tmp_path):
+def test_a_run_is_not_resumed_on_other_text(corpus, finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.copytree(corpus["dataset"], tmp_path / "text")
     settings = corpus | {"dataset": str(tmp_path / "text"), "out": str(tmp_path / "run2")}
@@ -460,24 +526,24 @@ def test_a_finished_run_given_again_is_evaluated_and_sampled_and_not_trained(cor
     again = run(corpus, out=folder, prompt="the ")
     assert (again.val_loss, again.history) == (first.val_loss, first.history)
     assert again.sample.startswith("the ") and again.sample != first.sample
-    assert all(map(torch.equal, weights(again).values(), weights(first).values()))
+    assert same_weights(again, first)
     assert snapshot(folder)["metrics.csv"] == before["metrics.csv"]
 
 
-def test_a_finished_run_goes_on_when_given_more_steps(corpus, finished, tmp_path):
+def test_a_finished_run_resumes_when_given_more_steps(corpus, finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     result = run(corpus, out=str(tmp_path / "run"), steps=9)
-    assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(1, 10))
+    assert [int(row["step"]) for row in read_rows(tmp_path / "run")] == list(range(1, 10))
     assert column(result)[:6] == column(finished[1])
 
 
-def test_a_run_directory_alone_is_enough_to_go_on(corpus, finished, tmp_path, capsys, monkeypatch):
+def test_a_run_directory_alone_is_enough_to_resume(corpus, finished, tmp_path, capsys, monkeypatch):
     shutil.copytree(finished[0], tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    assert train.main(["moved", "--steps=8"]) is None
+    assert train.main(["moved", "--steps=8"]) == 0
     output = capsys.readouterr().out
-    assert "moved: going on from step 6" in output and "moved: validation loss" in output
-    assert len(rows(tmp_path / "moved")) == 8
+    assert "moved: resuming at step 6" in output and "moved: validation loss" in output
+    assert len(read_rows(tmp_path / "moved")) == 8
 
 
 def test_runs_without_a_name_get_folders_of_their_own(corpus, tmp_path, monkeypatch):
@@ -503,10 +569,14 @@ def test_what_is_about_to_happen_is_printed(corpus, capsys):
 
 
 def test_the_fastest_device_is_chosen_and_fp32_asks_for_no_autocast(corpus):
-    there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device, autocast = train.pick_device(Config(device="auto"))
-    assert device.type == there and autocast._enabled == (there == "cuda")
-    assert not train.pick_device(Config(device="auto", precision="fp32"))[1]._enabled
+    fastest = "cpu"
+    if torch.cuda.is_available():
+        fastest = "cuda"
+    elif torch.backends.mps.is_available():
+        fastest = "mps"
+    device, autocast = select_device(Config(device="auto"))
+    assert device.type == fastest and autocast._enabled == (fastest == "cuda")
+    assert not select_device(Config(device="auto", precision="fp32"))[1]._enabled
 
 
 def test_weights_and_biases_gets_the_numbers_of_metrics_csv(corpus, tmp_path, monkeypatch):
@@ -531,18 +601,19 @@ def test_on_cuda_bf16_trains_and_the_loss_falls(corpus, compile):
 
 @cuda
 def test_cuda_in_fp32_gives_the_numbers_of_the_cpu(corpus):
-    there, here = (run(corpus, device=device, precision="fp32", compile=False) for device in ("cuda", "cpu"))
-    assert column(there) == pytest.approx(column(here), abs=1e-3)
-    assert there.val_loss == pytest.approx(here.val_loss, abs=1e-3)
+    on_cuda, on_cpu = (run(corpus, device=name, precision="fp32", compile=False) for name in ("cuda", "cpu"))
+    assert column(on_cuda) == pytest.approx(column(on_cpu), abs=1e-3)
+    assert on_cuda.val_loss == pytest.approx(on_cpu.val_loss, abs=1e-3)
 
 
 @cuda
 @pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
-def test_on_cuda_a_run_goes_on_from_its_checkpoint(corpus, tmp_path, settings):
+def test_on_cuda_a_run_resumes_from_its_checkpoint(corpus, tmp_path, settings):
     settings = corpus | settings | {"device": "cuda", "compile": False, "precision": "fp32", "steps": 8}
-    whole = run(settings)
+    uninterrupted = run(settings)
     run(settings, steps=8, checkpoint_every=4, out=str(tmp_path / "run"))
-    assert column(run(settings, out=str(tmp_path / "run"), steps=8)) == pytest.approx(column(whole), abs=1e-4)
+    resumed = run(settings, out=str(tmp_path / "run"), steps=8)
+    assert column(resumed) == pytest.approx(column(uninterrupted), abs=1e-4)
 
 
 @cuda
@@ -558,12 +629,12 @@ def test_a_step_replayed_as_a_graph_is_the_plain_step(corpus, settings):
 
 
 @cuda
-def test_a_capture_that_fails_is_said_and_the_run_goes_on_without(corpus, monkeypatch, capsys):
+def test_a_capture_that_fails_is_reported_and_the_run_continues_without(corpus, monkeypatch, capsys):
     settings = corpus | {"device": "cuda", "compile": False, "precision": "fp32"}
-    whole = run(settings, graph=False)
+    plain = run(settings, graph=False)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not here")))
     result = train.train(Config(**settings))
-    assert column(result) == pytest.approx(column(whole), abs=1e-4)
+    assert column(result) == pytest.approx(column(plain), abs=1e-4)
     assert "graph: fails here (RuntimeError: not here); running without" in capsys.readouterr().out
     with pytest.raises(UserError, match="^graph: fails here .*takes false$"):
         run(settings, graph=True)

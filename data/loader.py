@@ -1,0 +1,186 @@
+"""Token files to batches: a prepared folder, opened for training and evaluation; batches are prefetched.
+
+Dimensions: B sequences in a batch or a pass, T tokens in a sequence.
+"""
+
+import functools
+import json
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from configure import UserError
+from data.tokenizer import END_OF_TEXT, Tokenizer, load_encoding
+
+DTYPES = {"u2": np.dtype("<u2"), "u4": np.dtype("<u4")}
+PREFETCH_TOKENS = 2**19  # about as many of a rank's tokens are gathered at once, and held ahead
+
+
+@functools.lru_cache(maxsize=2)  # a chunk of steps can reach from one epoch into the next
+def epoch_order(seed, epoch, windows, phases):
+    """(phase, order) of an epoch: the first window's first token, 0 to phases - 1, and a permutation of the
+    window numbers 0 to windows - 1."""
+    generator = np.random.default_rng((seed, epoch))
+    order = np.arange(windows, dtype=np.uint32 if windows < 2**32 else np.uint64)
+    generator.shuffle(order)  # in place: a file may hold 10**10 tokens
+    return int(generator.integers(phases)), order
+
+
+class TokenDataset:
+    """A prepared folder. `train` and `val` are memory-mapped token arrays; `meta` is its meta.json; `eot` the
+    id of the end of text; `hashes` the sha256 of what is trained on, {"train", "val", "tokenizer"}.
+
+    Raises UserError when the folder is damaged.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        try:
+            with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+                self.meta = json.load(file)
+            dtype = DTYPES[self.meta["dtype"]]
+            self.vocab_size = self.meta["vocab_size"]
+            if not 0 < self.vocab_size <= 2 ** (8 * dtype.itemsize):
+                raise ValueError(f"vocab_size is {self.vocab_size}")
+            self.train, self.val = self._open_split("train", dtype), self._open_split("val", dtype)
+            self.eot = self.meta["tokenizer"]["special_tokens"][END_OF_TEXT]
+            self.hashes = {name: self.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}
+            dict(self.meta["settings"])  # prepare reads it
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from None
+
+    def _open_split(self, split, dtype):
+        path = os.path.join(self.folder, f"{split}.bin")
+        size, expected_size = os.path.getsize(path), self.meta[split]["tokens"] * dtype.itemsize  # bytes
+        if size != expected_size:
+            raise ValueError(f"{split}.bin has {size} bytes, not {expected_size}")
+        return np.memmap(path, dtype, mode="r")
+
+    def _damaged(self, error):
+        """The UserError for a folder that is not what prepare wrote."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(f"data_dir: {self.folder} is damaged ({type(error).__name__}: {reason}); "
+                         "delete that folder, and it will be prepared again")
+
+    def _check_tokens(self, tokens):
+        """`tokens` as a plain array. Raises UserError when one is outside the vocabulary."""
+        if tokens.max() >= self.vocab_size:
+            error = ValueError(f"token {tokens.max()} in a vocabulary of {self.vocab_size}")
+            raise self._damaged(error)
+        return np.asarray(tokens)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The folder's Tokenizer, loaded when it is first used. Raises UserError when it is damaged."""
+        try:
+            return Tokenizer(load_encoding(self.folder, self.meta["tokenizer"]), self.vocab_size)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise self._damaged(error) from None
+
+    def check_fills_batch(self, context, batch):
+        """Raises UserError when the training tokens do not fill one batch."""
+        needed, available = batch * context + 1, len(self.train)
+        if available < needed:
+            fitting_batch = max(1, (available - 1) // context)
+            fitting_context = min(context, available - 1)
+            raise UserError(f"batch: got {batch} at context={context}, which needs {needed} training tokens; "
+                            f"there are {available}: takes --batch={fitting_batch} "
+                            f"--context={fitting_context}, or more text")
+
+    def batch(self, seed, step, batch, context, rows=slice(None)):
+        """(tokens_BT, targets_BT), int64, of optimizer step `step`: a pure function of the arguments.
+
+        The training stream is a list of sequences; step s has numbers s * batch to (s + 1) * batch - 1, and
+        `rows`, a slice, selects some of these. An epoch of the stream is every window of `context` tokens
+        once, in an order and from a first token that are drawn from (seed, epoch). A range of steps in place
+        of `step` adds a leading dimension. Raises UserError for tokens outside the vocabulary.
+        """
+        starts = self._window_starts(seed, step, batch, context, rows)
+        offsets = np.arange(context + 1)  # one more than context: targets are the next tokens
+        windows = self._check_tokens(self.train[starts[..., None] + offsets]).astype(np.int64)
+        if isinstance(self.train.base, mmap.mmap):  # else the process comes to hold the whole file in memory
+            self.train.base.madvise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(windows[..., :-1].copy()), torch.from_numpy(windows[..., 1:].copy())
+
+    def _window_starts(self, seed, step, batch, context, rows):
+        """The first token's place of each window that `batch` returns, int64, (B,) or (steps, B)."""
+        length = len(self.train)
+        windows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the first token can vary
+        phases = min(context, length - windows * context)
+        sequences = np.expand_dims(step, -1) * batch + np.arange(batch)[rows]  # numbers in the stream
+        epochs, positions = np.divmod(sequences, windows)
+        starts = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            phase, order = epoch_order(seed, int(epoch), windows, phases)
+            in_epoch = epochs == epoch
+            starts[in_epoch] = phase + order[positions[in_epoch]].astype(np.int64) * context
+        return starts
+
+    def validation_windows(self, context, eval_tokens):
+        """Validation windows, tokens of shape (n, context + 1), spread evenly; no token is a target twice.
+
+        n is as many whole windows as eval_tokens and the split hold. Raises UserError when that is none.
+        """
+        available, wanted = (len(self.val) - 1) // context, eval_tokens // context  # windows
+        if wanted < 1:
+            raise UserError(f"eval_tokens: got {eval_tokens}, takes context={context} or more")
+        if available < 1:
+            raise UserError(f"context: got {context}, but {self.folder} has {len(self.val)} validation "
+                            f"tokens; takes {len(self.val) - 1}, more text or a larger --val_fraction")
+        n = min(available, wanted)
+        starts = np.arange(n) * available // n * context
+        return self._check_tokens(self.val[starts[:, None] + np.arange(context + 1)])
+
+    def target_bytes(self, windows):
+        """UTF-8 bytes of the windows' target tokens, an int: what bits per byte divides by. The end of text
+        counts as 0 bytes."""
+        return int(self.tokenizer.byte_lengths[windows[:, 1:]].sum())
+
+
+def with_vocab_size(config, dataset):
+    """`config` with the number of rows that its model's embedding and readout have. Raises UserError."""
+    vocab_size = config.vocab_size or dataset.vocab_size
+    if vocab_size < dataset.vocab_size:
+        raise UserError(f"vocab_size: got {vocab_size}, takes at least the tokenizer's {dataset.vocab_size}")
+    return replace(config, vocab_size=vocab_size)
+
+
+def prefetch_batches(dataset, config, start, rank=0, world_size=1, pin_memory=False):
+    """Yields the batches of the steps from `start` on, in chunks of steps: int64 (steps, 2, passes, B, T) on
+    the CPU, tokens and targets in passes of B sequences. A thread gathers the next chunk meanwhile.
+
+    rank, world_size: which part of each batch to return. pin_memory: put chunks in page-locked memory, from
+    which copies to a GPU are asynchronous. Raises UserError, at the call, when the batch cannot be divided.
+    """
+    rank_batch = config.batch // world_size  # sequences of this rank in a step
+    pass_batch = config.micro_batch or max(1, rank_batch)
+    divisor = world_size * pass_batch
+    if config.batch % divisor != 0:
+        raise UserError(f"batch: got {config.batch}, takes a multiple of {divisor}: {pass_batch} sequences "
+                        f"in a pass, {world_size} processes")
+    rows = slice(rank * rank_batch, (rank + 1) * rank_batch)
+    chunk_steps = max(1, PREFETCH_TOKENS // (rank_batch * config.context))
+
+    def gather(first_step):
+        steps = range(first_step, min(first_step + chunk_steps, config.steps))
+        tokens, targets = dataset.batch(config.seed, steps, config.batch, config.context, rows)
+        chunk = torch.stack((tokens, targets), 1).view(len(steps), 2, -1, pass_batch, config.context)
+        if pin_memory:
+            return chunk.pin_memory()
+        return chunk
+
+    def chunks():
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(gather, start)
+            for first_step in range(start, config.steps, chunk_steps):
+                chunk = future.result()
+                next_step = first_step + chunk_steps
+                if next_step < config.steps:
+                    future = thread.submit(gather, next_step)
+                yield chunk
+
+    return chunks()

@@ -1,0 +1,167 @@
+"""Tokenizers: built, saved in a prepared folder, and loaded; each is a tiktoken.Encoding."""
+
+import base64
+import functools
+import hashlib
+import os
+import re
+
+import numpy as np
+import tiktoken
+
+from configure import UserError, closest
+
+TOKENIZER_FILE = "tokenizer.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
+# GPT-4's split into pieces, without possessive quantifiers, which `tokenizers` reads differently
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+ANY_CHARACTER = r"(?s:.)"
+MIN_BPE_SIZE, MAX_BPE_SIZE = 258, 1_000_000  # tokens; at least 256 bytes, 1 merge and the end of text
+OFFLINE = "--tokenizer=bytes and --tokenizer=bpe:2048 need no download"
+
+
+class Tokenizer:
+    """Text to token ids and back. `encoding` is a tiktoken.Encoding, `eot` the id of its end of text."""
+
+    def __init__(self, encoding, vocab_size):
+        self.encoding, self.vocab_size = encoding, vocab_size
+        self.eot = encoding.eot_token
+
+    @functools.cached_property
+    def byte_lengths(self):
+        """Bytes of each token id, int64 (vocab_size,); special tokens and holes in the vocabulary have 0."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, token_id in self.encoding._mergeable_ranks.items():
+            lengths[token_id] = len(token)
+        return lengths
+
+    @functools.cached_property
+    def _bytes_of_id(self):
+        """{token id: its bytes}; some tokenizers leave holes below vocab_size."""
+        tokens = {token_id: token for token, token_id in self.encoding._mergeable_ranks.items()}
+        for text, token_id in self.encoding._special_tokens.items():
+            tokens[token_id] = text.encode()
+        return tokens
+
+    def encode(self, text):
+        """Token ids of `text`, a list of int; what looks like a special token in it is encoded as text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Text of token ids; ids without a token, such as a padded vocabulary's, are skipped."""
+        tokens = (self._bytes_of_id.get(int(token_id), b"") for token_id in ids)
+        return b"".join(tokens).decode("utf-8", "replace")
+
+
+def check_tokenizer_name(name):
+    """Raises UserError when `name` is not a tokenizer."""
+    tiktoken_names = tiktoken.list_encoding_names()
+    bpe = re.fullmatch(r"bpe:(\d+)", name)
+    if bpe:
+        if not MIN_BPE_SIZE <= int(bpe[1]) <= MAX_BPE_SIZE:
+            raise UserError(f"tokenizer: got {name}, takes bpe:N with N from {MIN_BPE_SIZE} (256 bytes, "
+                            f"1 merge, end of text) to {MAX_BPE_SIZE}")
+    elif name != "bytes" and name not in tiktoken_names:
+        advice = closest(name, ["bytes", "bpe:2048", *tiktoken_names])
+        raise UserError(f"tokenizer: got {name}, takes bytes, bpe:N or one of "
+                        f"{', '.join(tiktoken_names)}{advice}")
+
+
+def build_encoding(name, load_texts):
+    """The tiktoken.Encoding called `name`. Raises UserError.
+
+    load_texts: called without arguments only for bpe:N; returns the list of str that it is trained on.
+    """
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return make_encoding(name, ANY_CHARACTER, ranks, {END_OF_TEXT: 256})
+    if name.startswith("bpe:"):
+        vocab_size = int(name.removeprefix("bpe:"))
+        ranks = ranks_of_bpe(train_bpe(vocab_size - 1, load_texts()))  # the last id is the end of text
+        return make_encoding(name, PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:
+        raise UserError(f"tokenizer: tiktoken cannot download {name} ({type(error).__name__}); check the "
+                        f"network; {OFFLINE}") from None
+    if END_OF_TEXT not in encoding._special_tokens:
+        raise UserError(f"tokenizer: {name} has no {END_OF_TEXT} token; {OFFLINE}")
+    return encoding
+
+
+def make_encoding(name, pattern, ranks, special_tokens):
+    """A tiktoken.Encoding. ranks: {token's bytes: id}; special_tokens: {text: id}."""
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+def train_bpe(vocab_size, texts):
+    """A byte-level BPE of `vocab_size` tokens, a tokenizers.Tokenizer, as tiktoken does not train.
+
+    Raises UserError when `texts` are too short for that many tokens.
+    """
+    try:
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+    except ImportError:
+        raise UserError("tokenizer: bpe:N needs the package `tokenizers`; pip install tokenizers, or "
+                        "use --tokenizer=bytes") from None
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    # min_frequency: a pair that occurs once would be a token that training hardly sees
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False,
+                                  initial_alphabet=list(bytes_to_unicode().values()))
+    bpe.train_from_iterator(texts, trainer)
+    trained_size = bpe.get_vocab_size()
+    if trained_size < vocab_size:
+        raise UserError(f"tokenizer: got bpe:{vocab_size + 1}, but the training text gives at most "
+                        f"bpe:{trained_size + 1}; takes that or less, or more text")
+    return bpe
+
+
+def bytes_to_unicode():
+    """{byte: character} by which byte-level BPE writes bytes as text: a printable byte stands for its own
+    character, the others for the characters 256, 257, ... The same table as in GPT-2's encoder.py."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    for i, byte in enumerate(others):
+        table[byte] = chr(256 + i)
+    return table
+
+
+def ranks_of_bpe(bpe):
+    """{token's bytes: rank} of a byte-level tokenizers.Tokenizer, the form that tiktoken takes."""
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    return {bytes(byte_of[character] for character in token): rank
+            for token, rank in bpe.get_vocab().items()}
+
+
+def save_encoding(encoding, file):
+    """Write the ranks into the binary `file` in tiktoken's format. Returns what else load_encoding needs, a
+    dict for meta.json."""
+    by_rank = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+    file.write(content)
+    return {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens,
+            "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def load_encoding(folder, saved):
+    """The tiktoken.Encoding of a prepared folder. saved: what save_encoding returned.
+
+    Raises OSError, ValueError, KeyError or TypeError when the folder is damaged.
+    """
+    with open(os.path.join(folder, TOKENIZER_FILE), "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+        raise ValueError(f"{TOKENIZER_FILE} is not what was written")
+    # Parsed here, because tiktoken's own reader would leave a copy in /tmp
+    ranks = {}
+    for line in content.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return make_encoding(saved["name"], saved["pattern"], ranks, saved["special_tokens"])

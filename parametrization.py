@@ -1,0 +1,177 @@
+"""Everything that knows of μP: the roles of parameters, the tables of exponents, and what follows from them.
+
+The parametrization lets settings move from a small proxy to a large target. It is data: a table says with
+which power of width_mult and depth_mult each quantity of a role scales. Initialization and optimizer read it
+through hyperparameters(), the forward pass through forward_multipliers(); nothing else branches on it.
+
+Sources: width, Tensor Programs V (arXiv 2203.03466), Table 8; depth, CompleteP (arXiv 2505.01618); Adam's eps
+on embedding and readout, Complete(d)P (arXiv 2512.22382).
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from configure import UserError
+
+
+class Exponents(NamedTuple):
+    """A row of the table: each entry is (exponent of width_mult, exponent of depth_mult).
+
+    None: the quantity does not exist for this role.
+    """
+    std: tuple | None  # standard deviation of the initial weights
+    lr: tuple  # learning rate of AdamW
+    weight_decay: tuple | None  # coupled, as in torch's AdamW: a step multiplies weights by 1 - lr * decay
+    eps: tuple  # epsilon of AdamW
+
+
+def mup(a):
+    """Maximal update parametrization; residual branches shrink with depth to the power a (depth_alpha)."""
+    roles = {  #                   std         lr          decay    eps
+        "embedding":    Exponents((0, 0),    (0, 0),     (0, 0),  (-1, 0)),
+        "hidden":       Exponents((-1/2, 0), (-1, a-1),  (1, 0),  (-1, -a)),
+        "norm":         Exponents(None,      (0, a-1),   None,    (-1, -a)),
+        "bias":         Exponents(None,      (0, a-1),   None,    (-1, -a)),
+        "final_norm":   Exponents(None,      (0, 0),     None,    (-1, 0)),
+        "readout":      Exponents((0, 0),    (0, 0),     (0, 0),  (-1, 0)),
+    }
+    # `attention` is an exponent of head_dim / base_head_dim
+    return roles, {"branch": (0, -a), "logits": (-1, 0), "attention": -1}
+
+
+def sp(a):
+    """The standard parametrization of the same model, the control: 1/sqrt(fan_in) init, one lr for all."""
+    same = (0, 0)
+    roles = {  #                   std         lr    decay eps
+        "embedding":    Exponents(same,      same, same, same),
+        "hidden":       Exponents((-1/2, 0), same, same, same),
+        "norm":         Exponents(None,      same, None, same),
+        "bias":         Exponents(None,      same, None, same),
+        "final_norm":   Exponents(None,      same, None, same),
+        "readout":      Exponents((-1/2, 0), same, same, same),
+    }
+    return roles, {"branch": same, "logits": same, "attention": -1/2}
+
+
+TABLES = {"mup": mup, "sp": sp}
+
+# Role: the names of its parameters. Nothing is attached to tensors, where DDP or compile could lose it.
+ROLES = {
+    "embedding": r"(token|position)_embedding\.weight",
+    "hidden": r"blocks\.\d+\.(attention|mlp)\.\w+(?<!_norm)\.weight",
+    "norm": r"blocks\.\d+\.(\w+\.)?\w+_norm\.weight",
+    "bias": r"blocks\.\d+\..+\.bias",
+    "final_norm": r"final_norm\.(weight|bias)",
+    "readout": r"readout\.weight",
+}
+
+
+def role_of(name):
+    """The one role of the parameter `name`. Raises UserError when it has none, or several."""
+    roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
+    if len(roles) != 1:
+        found = " and ".join(roles) or "no role"
+        raise UserError(f"model.py: parameter {name} has {found}, takes one of {', '.join(ROLES)}")
+    return roles[0]
+
+
+def scale(config, exponents):
+    """width_mult and depth_mult to these powers."""
+    width_exponent, depth_exponent = exponents
+    return config.width_mult ** width_exponent * config.depth_mult ** depth_exponent
+
+
+def hyperparameters(config, role, fan_in=None):
+    """dict(std, lr, weight_decay, eps, betas) of `role` at the shape of `config`.
+
+    lr is the peak of the schedule. fan_in: inputs of a hidden matrix (default: width). std is None where
+    nothing is drawn at random, as for norms and biases.
+    """
+    exponents = TABLES[config.parametrization](config.depth_alpha)[0][role]
+    lr_batch_mult, decay_batch_mult, beta2 = batch_rule(config)
+    std = None
+    if exponents.std is not None:
+        std = base_std(config, role, fan_in or config.width) * scale(config, exponents.std)
+    lr_mult = base_lr_mult(config, role) * horizon_rule(config)
+    weight_decay = 0.0
+    if exponents.weight_decay is not None:
+        weight_decay = config.weight_decay * decay_batch_mult * scale(config, exponents.weight_decay)
+    return {"std": std,
+            "lr": config.lr * lr_mult * lr_batch_mult * scale(config, exponents.lr),
+            "weight_decay": weight_decay,
+            "eps": config.eps * scale(config, exponents.eps),
+            "betas": (config.beta1, beta2)}
+
+
+def base_std(config, role, fan_in):
+    """Initial standard deviation at the base shape."""
+    if role == "embedding":
+        return config.embedding_std
+    if role == "readout":
+        return config.readout_std / math.sqrt(config.base_width)
+    return config.hidden_std / math.sqrt(fan_in / config.width_mult)
+
+
+def base_lr_mult(config, role):
+    """The tuned factor on lr."""
+    if role == "hidden":
+        return 1.0
+    if role == "embedding":
+        return config.embedding_lr_mult
+    if role == "readout":
+        return config.readout_lr_mult
+    return config.norm_lr_mult
+
+
+def horizon_rule(config):
+    """Factor on lr for training tokens: (tokens / base_tokens)^-0.32 (arXiv 2409.19913)."""
+    tokens = max(config.steps, 1) * config.batch * config.context
+    return (tokens / (config.base_tokens or tokens)) ** -0.32
+
+
+def batch_rule(config):
+    """(factor on lr, factor on weight decay, beta2) for batch / base_batch.
+
+    lr goes with its square root (arXiv 2205.10287); so does the decay, as then lr * decay per token stays
+    (arXiv 2405.13698); beta2 keeps its half-life in tokens (arXiv 2507.07101).
+    """
+    batch_mult = config.batch / (config.base_batch or config.batch)
+    root = math.sqrt(batch_mult)
+    return root, root, config.beta2 ** batch_mult
+
+
+def forward_multipliers(config):
+    """Factors of the forward pass: residual branches, logits, attention logits."""
+    exponents = TABLES[config.parametrization](config.depth_alpha)[1]
+    head_scale = (config.head_dim / config.base_head_dim) ** exponents["attention"]
+    return {"branch": scale(config, exponents["branch"]),
+            "logits": config.logit_mult * scale(config, exponents["logits"]),
+            "attention": config.attention_mult * (head_scale / math.sqrt(config.base_head_dim))}
+
+
+def param_groups(model):
+    """The optimizer's groups, one per role: params, role and what hyperparameters() says."""
+    by_role = {}
+    for name, parameter in model.named_parameters():
+        by_role.setdefault(role_of(name), []).append(parameter)
+    return [{"role": role, "params": by_role[role], **hyperparameters(model.config, role)}
+            for role in ROLES if role in by_role]
+
+
+def format_table(model):
+    """The resolved parametrization, for people: a line per role, then the factors of the forward pass."""
+    config = model.config
+    lines = ["role         tensors     parameters        init std         lr   lr*decay        eps"]
+    groups = param_groups(model)
+    for group in groups:
+        role, params, lr = group["role"], group["params"], group["lr"]
+        stds = dict.fromkeys(hyperparameters(config, role, p.shape[-1])["std"] for p in params)
+        std = "/".join("-" if value is None else f"{value:.3g}" for value in stds)
+        parameters = sum(p.numel() for p in params)
+        lines.append(f"{role:<12}{len(params):>8}{parameters:>15,}{std:>16}"
+                     f"{lr:>11.3g}{lr * group['weight_decay']:>11.3g}{group['eps']:>11.3g}")
+    factors = ", ".join(f"{name} x {value:.4g}" for name, value in forward_multipliers(config).items())
+    lines.append(f"{config.parametrization}: width_mult {config.width_mult:g}, depth_mult "
+                 f"{config.depth_mult:g}; {factors}; beta2 {groups[0]['betas'][1]:.4g}")
+    return "\n".join(lines)

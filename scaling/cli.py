@@ -1,0 +1,79 @@
+"""What the command lines of scaling/ have in common: options, lists of values, the output folder."""
+
+import math
+import os
+import sys
+
+from configure import UserError, check_setting, parse_value
+
+MAX_VALUES = 10_000  # of one range: more is a typing error
+ROUNDING = 1e-6  # of a doubling: so that the logarithms of a range's ends do not lose its last value
+
+
+def parse_options(argv, defaults, doc, takes_axes=False):
+    """Splits the command line into (options, axes, words).
+
+    options: `defaults`, {name: text or whole number}, updated by the --name=value words that name one.
+    axes: {setting: text} of the NAME=VALUES words, which are rejected unless the command takes_axes.
+    words: all other words, in order: for configure(). --help prints `doc` and exits. Raises UserError.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(doc.strip())
+        sys.exit()
+    options, axes, words = dict(defaults), {}, []
+    for word in argv:
+        name, equals, text = word.lstrip("-").partition("=")
+        if equals and word.startswith("--") and name in defaults:
+            options[name] = parse_option(name, text, type(defaults[name]))
+        elif equals and not word.startswith("-"):
+            if not takes_axes:
+                raise UserError(f"{name}: got {word}, takes --{word}")
+            if name in axes:
+                raise UserError(f"{name}: got {axes[name]} and {text}, takes {axes[name]},{text}")
+            axes[name] = text
+        else:
+            words.append(word)
+    return options, axes, words
+
+
+def parse_option(name, text, kind):
+    """`text` as the value of a command's own option, a str or an int from 1 on. Raises UserError."""
+    if kind is not int:
+        return text
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"{name}: got {text!r}, takes a whole number, 1 or more")
+    return int(text)
+
+
+def parse_values(name, text):
+    """The values that `text` lists for the setting `name`: 1,2,5 or 2**-10..2**-6:2. Raises UserError."""
+    values = []
+    for item in text.split(","):
+        if ".." in item.partition(":")[0]:
+            values += parse_range(name, item)
+        else:
+            values.append(check_setting(name, parse_value(name, item)))
+    return values
+
+
+def parse_range(name, item):
+    """The values of LOW..HIGH or LOW..HIGH:PER_DOUBLING, evenly spaced in log2. Raises UserError."""
+    ends, _, density = item.partition(":")
+    low_text, _, high_text = ends.partition("..")
+    low, high = parse_value(name, low_text), parse_value(name, high_text)
+    per_doubling = parse_value("lr", density or "1")  # a number, as lr is
+    positive = all(type(x) in (int, float) and x > 0 for x in (low, high, per_doubling))
+    if not positive or low > high:
+        raise UserError(f"{name}: got {item!r}, takes LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0")
+    last = per_doubling * (math.log2(high) - math.log2(low)) + ROUNDING
+    if last >= MAX_VALUES:
+        raise UserError(f"{name}: got {item}, takes a range of at most {MAX_VALUES:,} values")
+    return [check_setting(name, low * 2 ** (i / per_doubling)) for i in range(math.floor(last) + 1)]
+
+
+def make_folder(path):
+    """Makes the folder `path` unless it exists. Raises UserError when it cannot be written."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: cannot write {path}: {error.strerror}") from None

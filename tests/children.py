@@ -1,0 +1,45 @@
+"""What the processes of tests/processes.py do. Importing this module imports no torch."""
+
+import os
+import resource
+import signal
+import sys
+
+import configure
+
+
+def enter(function, arguments, output_paths, environment, folder):
+    """How each process begins: folder, environment, stdout and stderr; then function(*arguments)."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, path in enumerate(output_paths, start=1):  # 1, 2: stdout, stderr
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    function(*arguments)
+
+
+def run_train(words):
+    """What `python train.py WORDS` does."""
+    import train
+    sys.argv = ["train.py", *words]
+    configure.run_cli(train.main)
+
+
+def run_train_on_a_small_disk(words, largest_file):
+    """The same where no file can be larger than this many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    run_train(words)
+
+
+def run_train_until_killed(words, name, calls):
+    """The same, but killed with SIGKILL in place of its `calls`-th call of os.NAME."""
+    original, count = getattr(os, name), 0
+
+    def call(*arguments):
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    setattr(os, name, call)
+    run_train(words)

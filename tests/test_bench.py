@@ -1,0 +1,34 @@
+"""The benchmark of a configuration: what it prints is what the training runs measured."""
+
+import math
+
+import pytest
+
+import train
+from configure import Config, UserError
+from training import bench
+
+
+def test_the_benchmark_measures_a_run(corpus, monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.1)
+    monkeypatch.setattr(train, "READ_SECONDS", math.inf)  # a busy machine would add a window of one step
+    numbers = bench.bench(Config(**corpus, micro_batch=2))
+    low, speed, high = (float(numbers[name].replace(",", "")) for name in ("from", "tokens/s", "to"))
+    assert 0 < low <= speed <= high and numbers["MFU"] == numbers["GiB"] == "-"
+    assert float(numbers["ms/step"]) == pytest.approx(1000 * 64 / speed, rel=0.01)
+    assert float(numbers["first step, s"]) >= 0
+
+
+def test_the_benchmark_prints_a_number_under_each_name(monkeypatch, capsys):
+    numbers = {"tokens/s": "9,716", "MFU": "-", "first step, s": "1.0"}
+    monkeypatch.setattr(bench, "bench", lambda config: numbers)
+    bench.main(["--width=64"])
+    names, values = capsys.readouterr().out.splitlines()
+    assert [names[i:i + 15].strip() for i in (0, 15, 30)] == [*numbers]
+    assert [values[i:i + 15].strip() for i in (0, 15, 30)] == [*numbers.values()]
+
+
+def test_a_slip_is_one_line_and_nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(bench, "train", None)
+    with pytest.raises(UserError, match="^width: got width=64, takes --width=64"):
+        bench.main(["width=64"])

@@ -1,0 +1,115 @@
+"""Several processes: one loss curve for any number of them, one writer, and an end that loses nothing."""
+
+import csv
+import os
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import run
+from processes import TIMEOUT, finish, start_command, start_ranks, wait_for_rows
+
+DEEP = {"steps": 20, "micro_batch": 2, "batch": 16, "weight_decay": 0.1, "zero_residual_out": True,
+        "eval_every": 10, "checkpoint_every": 10, "embedding_lr_mult": 8.0}
+SETTINGS = {"mup": {}, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True}}
+FLOAT_COLUMNS = ("train_loss", "val_loss", "grad_norm")
+
+
+def interrupt_torchrun(settings, folder, number):
+    """(exit code, output) of an endless run by torchrun, one of whose two processes gets a signal midway."""
+    process = start_command(settings, processes=2, out=folder, steps=100_000, checkpoint_every=20)
+    wait_for_rows(process, folder, 60)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    children = found.stdout.split()
+    if len(children) == 2:
+        os.kill(int(children[1]), number)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    return process.returncode, output + errors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupted_by(corpus, tmp_path_factory):
+    """{signal: (run directory, future of interrupt_torchrun)}: they start while the other tests run."""
+    with ThreadPoolExecutor() as threads:
+        runs = {}
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            folder = tmp_path_factory.mktemp("torchrun") / "run"
+            runs[number] = folder, threads.submit(interrupt_torchrun, corpus, folder, number)
+        yield runs
+
+
+def read_columns(folder, names=FLOAT_COLUMNS):
+    """All numbers of these columns of a run's metrics.csv, one column after the other."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[name]) for name in names for row in rows if row[name]]
+
+
+@pytest.mark.parametrize(("name", "world_size", "shard"),
+                         [("mup", 2, False), ("sp", 2, True), ("mup", 4, True)])
+def test_any_number_of_processes_gives_the_numbers_of_one(corpus, tmp_path, name, world_size, shard):
+    settings, one, many = corpus | DEEP | SETTINGS[name], tmp_path / "one", tmp_path / "many"
+    ranks = start_ranks(world_size, settings, out=many, shard=shard)
+    run(settings, out=str(one))
+    output = finish(ranks)
+    assert output.count("validation loss") == 4, "one process speaks: steps 0, 10, 20 and the end"
+    assert sorted(os.listdir(many)) == sorted(os.listdir(one))
+    assert len(read_columns(one)) == 20 + 3 + 20
+    assert read_columns(many) == pytest.approx(read_columns(one), abs=1e-5, rel=1e-4)
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (many, one))
+    for name, weight in theirs["model"].items():
+        assert torch.allclose(ours["model"][name], weight, atol=1e-3), name
+        for key, value in theirs["optimizer"][name].items():
+            assert torch.allclose(ours["optimizer"][name][key], value, atol=1e-4), name
+
+
+@pytest.mark.parametrize(("world_size", "shard"), [(2, True), (2, False)])
+def test_the_numbers_of_the_roles_are_the_same_for_several_processes(corpus, tmp_path, world_size, shard):
+    settings, one, many = corpus | {"log_roles": True}, tmp_path / "one", tmp_path / "many"
+    ranks = start_ranks(world_size, settings, out=many, shard=shard)
+    columns = [name for name in run(settings, out=str(one)).history[-1] if "/" in name]
+    finish(ranks)
+    assert len(columns) == 5 * 3
+    assert read_columns(many, columns) == pytest.approx(read_columns(one, columns), rel=1e-3)
+
+
+def test_a_checkpoint_resumes_with_any_other_number_of_processes_sharded_or_not(corpus, tmp_path):
+    settings = corpus | DEEP | {"warmup": 0.0, "schedule": "constant"}  # as if all steps were known
+    run(settings, out=str(tmp_path / "uninterrupted"))
+    settings["out"] = str(tmp_path / "run")
+    run(settings, steps=5)
+    finish(start_ranks(2, settings, steps=10, shard=True))
+    run(settings, steps=15)
+    finish(start_ranks(2, settings))
+    expected = read_columns(tmp_path / "uninterrupted")
+    assert read_columns(tmp_path / "run")[:20] == pytest.approx(expected[:20], abs=1e-5)
+
+
+def check_interrupted(folder, output, number):
+    """A run that lost a process to a signal has said so in one line, and its checkpoint is sound."""
+    lines = [line for line in output.splitlines() if "resumes" in line]
+    assert len(lines) == 1 and f"train.py {folder}" in lines[0], output
+    done = torch.load(folder / "last.pt", weights_only=True)["step"]
+    assert 20 <= done < 100_000 and (number == signal.SIGTERM or done % 20 == 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_ends_ends_the_run_with_one_line_and_a_good_checkpoint(corpus, tmp_path, number):
+    folder = tmp_path / "run"
+    ranks = start_ranks(2, corpus, out=folder, steps=100_000, checkpoint_every=20)
+    wait_for_rows(ranks[0], folder, 60)
+    ranks[1].send_signal(number)
+    output = "".join(text for rank in ranks for text in rank.communicate())
+    expected = {signal.SIGKILL: [2, -signal.SIGKILL], signal.SIGTERM: [130, 130]}
+    assert [rank.returncode for rank in ranks] == expected[number], output
+    check_interrupted(folder, output, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_ends_a_run_that_lost_a_process(interrupted_by, number):
+    folder, future = interrupted_by[number]
+    code, output = future.result()
+    assert code != 0
+    check_interrupted(folder, output, number)

@@ -1,0 +1,302 @@
+"""A run on a machine that fails: kills, full disks, damaged files, settings that nobody thought of.
+
+`pytest --long` does each a hundred or a thousand times.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+
+import pyarrow.parquet
+import pytest
+import torch
+from children import run_train_on_a_small_disk, run_train_until_killed
+from conftest import run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from processes import Fork, start_train, to_words
+
+import train
+from configure import MAY_CHANGE_ON_RESUME, SETTINGS, Config, UserError, help_text
+from data.prepare import prepare
+from model import GPT
+from training.checkpoint import read_checkpoint, read_newest
+
+HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True, "steps": 40,
+        "weight_decay": 0.1, "checkpoint_every": 3, "eval_every": 7, "sample_tokens": 0}
+
+
+def numbers(result):
+    return [{**row, "tokens_per_second": 0} for row in result.history], result.val_loss, result.best_step
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus):
+    return run(corpus | HARD)
+
+
+def start_run_to_kill(config, how, choose):
+    """A process that trains, and is to be killed from without, or kills itself in a call of os.fsync or
+    os.replace: a checkpoint is written but not on the disk yet, or not renamed yet."""
+    if how == "any moment":
+        return start_train(config)
+    return Fork(run_train_until_killed, to_words(config), how, choose.randrange(1, 25))
+
+
+def steps_saved(out):
+    """The steps of the newest sound checkpoint in a run directory; 0 where there is no checkpoint."""
+    paths = [os.path.join(out, name) for name in ("last.pt", "previous.pt")]
+    paths = [path for path in paths if os.path.exists(path)]
+    return read_newest(paths, print)[1]["step"] if paths else 0
+
+
+@pytest.mark.parametrize("how", ["any moment", "fsync", "replace"])
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_the_uninterrupted_one(
+        corpus, tmp_path, uninterrupted, how, request):
+    choose, kills = random.Random(how), 0
+    groups = 12 if request.config.getoption("--long") else 1
+    for group in range(groups):
+        configs = [corpus | HARD | {"out": str(tmp_path / f"{group}-{i}")} for i in range(3)]
+        saved = [0] * len(configs)
+        for _ in range(4):
+            processes = [start_run_to_kill(config, how, choose) for config in configs]
+            choose.shuffle(processes)
+            for process in processes:
+                if how == "any moment":
+                    time.sleep(choose.uniform(0.0, 0.4))
+                    process.kill()
+                process.communicate()
+                kills += process.returncode == -signal.SIGKILL
+            saved_before, saved = saved, [steps_saved(config["out"]) for config in configs]
+            assert all(after >= before for before, after in zip(saved_before, saved, strict=True))
+        for config in configs:
+            check_resumes_to(uninterrupted, config)
+    assert kills >= 3 * groups
+
+
+def check_resumes_to(uninterrupted, config):
+    """The run in config's folder, resumed, ends as one that nothing interrupted."""
+    result, out = run(config), config["out"]
+    assert numbers(result) == numbers(uninterrupted)
+    for ours, theirs in zip(result.model.parameters(), uninterrupted.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+    with open(os.path.join(out, "metrics.csv")) as file:
+        steps = [int(line.split(",")[0]) for line in file.read().splitlines()[1:]]
+    assert steps == list(range(41))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def damage(content, kind, choose, bit):
+    """`content` damaged: in one bit, cut, or replaced by something else."""
+    place = choose.randrange(len(content))
+    if kind == "cut":
+        return content[:place]
+    if kind == "flip":
+        return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:]
+    if kind == "noise":
+        return choose.randbytes(choose.randrange(1, 5000))
+    if kind == "longer":
+        return content + b"\0"
+    return {"pickle": pickle.dumps(Evil()), "empty": b"", "text": b'{"a": [1, 2]}'}[kind]
+
+
+def damages(content, count):
+    """(kind, bytes) of `count` ways to damage `content`."""
+    choose = random.Random(0)
+    for i in range(count):
+        kind = ("cut", "flip", "noise", "pickle", "empty", "text", "longer")[i % 7]
+        yield kind, damage(content, kind, choose, i % 8)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """The directory of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(corpus | HARD, out=str(folder))
+    return folder
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_resumes(
+        corpus, finished, uninterrupted, tmp_path, monkeypatch, capsys, request):
+    monkeypatch.chdir(tmp_path)
+    content, out = (finished / "last.pt").read_bytes(), tmp_path / "run"
+    for i, (kind, damaged) in enumerate(damages(content, 350 if request.config.getoption("--long") else 14)):
+        shutil.copytree(finished, out)
+        (out / "last.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            read_checkpoint(str(out / "last.pt"))
+        if i < 7:
+            result = train.train(Config(**corpus | HARD, out=str(out)))
+            output = capsys.readouterr().out
+            assert "is damaged" in output and "falling back to" in output, kind
+            assert numbers(result) == numbers(uninterrupted)
+        (out / "last.pt").write_bytes(damaged)
+        (out / "previous.pt").write_bytes(damaged)
+        before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+        with pytest.raises(UserError, match="previous.pt: is damaged"):
+            run(corpus | HARD, out=str(out))
+        assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+        shutil.rmtree(out)
+    assert os.listdir() == [], "something in a file was executed"
+
+
+def test_a_damaged_prepared_folder_is_rejected_or_harmless(corpus, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    source, config = prepare(Config(**corpus)), corpus | {"steps": 2, "sample_tokens": 3, "eval_tokens": 2000}
+    for name in ("meta.json", "train.bin", "val.bin", "tokenizer.tiktoken"):
+        with open(os.path.join(source, name), "rb") as file:
+            content = file.read()
+        for _, damaged in damages(content, 160 if request.config.getoption("--long") else 14):
+            shutil.copytree(source, "folder")
+            with open(os.path.join("folder", name), "wb") as file:
+                file.write(damaged)
+            with contextlib.suppress(UserError):  # any other error fails
+                run(config, dataset="folder")
+            shutil.rmtree("folder")
+    assert os.listdir() == []
+
+
+def test_a_token_beyond_the_vocabulary_is_reported(corpus, tmp_path):
+    shutil.copytree(prepare(Config(**corpus)), tmp_path / "folder")
+    path = tmp_path / "folder/meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="^data_dir: .* is damaged .*token 256 in a vocabulary of 100"):
+        run(corpus, dataset=str(tmp_path / "folder"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(corpus, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = (out / "last.pt").read_bytes()
+    words = to_words(corpus | HARD | {"out": out, "steps": 60})
+    process = Fork(run_train_on_a_small_disk, words, 30_000)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: out: cannot write {out}") and "Traceback" not in errors
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    assert run(corpus | HARD, out=str(out)).val_loss == read_checkpoint(str(finished / "last.pt"))["past"][1]
+
+
+def test_a_run_killed_after_its_first_checkpoint_begins_once(corpus, tmp_path):
+    config = corpus | HARD | {"out": str(tmp_path / "run")}
+    run(config, steps=0)
+    assert [row["step"] for row in run(config, steps=0).history] == [0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(corpus, tmp_path, monkeypatch, capsys):
+    config = corpus | {"steps": 30, "checkpoint_every": 4, "out": str(tmp_path / "run")}
+    forward, training_passes = GPT.forward, 0
+
+    def broken_forward(model, tokens_BT, targets_BT=None, cache=None):
+        nonlocal training_passes
+        out = forward(model, tokens_BT, targets_BT, cache)
+        if targets_BT is None:
+            return out
+        training_passes += 1
+        return out * math.nan if training_passes == 11 else out
+
+    monkeypatch.setattr(GPT, "forward", broken_forward)
+    result = train.train(Config(**config))
+    output = capsys.readouterr().out
+    assert result.diverged and "diverged at step 11, in fp32: train_loss nan, " in output
+    assert "gradient of " in output and "try a smaller --lr" in output
+    assert read_checkpoint(str(tmp_path / "run/last.pt"))["step"] == 8
+    monkeypatch.undo()
+    assert not run(config).diverged
+
+
+@pytest.mark.parametrize(("change", "takes"), [
+    ({"width": 2**18, "depth": 100}, "a smaller model"), ({"vocab_size": 2**33}, "a smaller model"),
+    ({"vocab_size": 2**20, "batch": 1500}, r"--micro_batch=\d+$")])
+def test_what_cannot_fit_in_memory_is_rejected_with_what_would(corpus, change, takes):
+    with pytest.raises(UserError, match=f"^micro_batch: .* need at least .* GiB, .*takes {takes}"):
+        run(corpus, **change)
+
+
+def any_value(name):
+    """A strategy for values of the setting `name`, good ones and others."""
+    kind, _, description, optional = SETTINGS[name]
+    if kind in (object, bool):
+        words = ["true", "false"] if kind is bool else description.split(", ")
+        flags = {"true": True, "True": True, "false": False, "False": False}
+        values = some.sampled_from([flags.get(word, word) for word in words])
+    elif kind is int:
+        values = some.integers(0, 40) | some.sampled_from([8, 16, 32, 64, 96, 128, 512])
+    elif kind is float:
+        values = some.floats(0, 2) | some.sampled_from([1e-9, 1e-3, 0.5, 1.0, 100.0, 1e30])
+    else:
+        values = some.text(max_size=5)
+    return values | some.none() if optional else values
+
+
+NOT_DRAWN = {"dataset", "tokenizer", "data_dir", "out", "wandb", "steps", "device", "compile"}
+DRAWN = sorted(set(SETTINGS) - NOT_DRAWN)
+
+
+@pytest.fixture(scope="module")
+def examples(request):
+    return 1000 if request.config.getoption("--long") else 40
+
+
+def test_any_settings_are_rejected_in_a_line_or_train(corpus, examples):
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))
+    @given(some.lists(some.sampled_from(DRAWN), max_size=6, unique=True).flatmap(
+        lambda names: some.fixed_dictionaries({name: any_value(name) for name in names})))
+    def attempt(drawn):
+        seen.append(drawn)
+        try:
+            result = run(corpus, **drawn, steps=2)
+        except UserError:
+            return
+        except (RuntimeError, MemoryError) as error:
+            assert "memory" in str(error)
+            return
+        assert result.diverged or math.isfinite(result.val_loss)
+        trained.append(drawn)
+
+    seen, trained = [], []
+    attempt()
+    assert len(trained) > len(seen) / 10, "most were rejected: this tests little"
+
+
+def test_a_checkpoint_says_what_made_it(finished):
+    checkpoint = read_checkpoint(str(finished / "last.pt"))
+    assert checkpoint["versions"]["torch"] == torch.__version__ and "hidden" in checkpoint["table"]
+    assert checkpoint["tokens"].keys() == {"train", "val", "tokenizer"}
+    by_torch_alone = torch.load(finished / "last.pt", weights_only=True)
+    assert by_torch_alone.keys() == checkpoint.keys()
+
+
+def test_help_groups_what_a_resumed_run_may_change():
+    group = help_text().split("\nRun (what a resumed run may change")[1]
+    names = {word[2:].split("=")[0] for word in group.split() if word.startswith("--")}
+    assert names == MAY_CHANGE_ON_RESUME
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
+def test_damaged_text_is_rejected_or_read_and_never_half_prepared(tmp_path, monkeypatch, name, request):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"row {i} " + "word " * 50 for i in range(100)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    content = (tmp_path / name).read_bytes()
+    for _, damaged in damages(content, 49 if request.config.getoption("--long") else 7):
+        (tmp_path / name).write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            prepare(Config(dataset=name, tokenizer="bytes", data_dir="prepared", val_fraction=0.2))
+        assert not [name for name in os.listdir("prepared") if name[0] == "."]
+    assert set(os.listdir()) == {"a.parquet", "a.jsonl", "a.txt", "prepared"}

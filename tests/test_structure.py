@@ -1,0 +1,195 @@
+"""The house: what may import what, and how large a function may be."""
+
+import ast
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LONGEST_FUNCTION = 40  # lines, docstring included
+LONGEST_LINE = 110  # characters
+
+# Each part of the house, and what of the house it may import besides itself
+MAY_IMPORT = {
+    "configure": set(),
+    "parametrization": {"configure"},
+    "model": {"configure", "parametrization"},
+    "data": {"configure"},
+    "training": {"configure", "parametrization", "model", "data"},
+    "train": {"configure", "parametrization", "model", "data", "training"},
+    "scaling": {"configure", "parametrization", "model", "data", "training", "train"},
+    "config": {"config"},
+}
+# Commands on top of train.py. They lie in the package that they are about, and nothing imports them
+COMMANDS = {"training.bench": MAY_IMPORT["scaling"]}
+
+# What a part must not import, beyond the house. Of `data`: the loader returns tensors, and needs torch itself
+MUST_NOT_IMPORT = {
+    "configure": {"torch", "numpy"},
+    "parametrization": {"torch", "numpy"},
+    "data": {"torch.distributed", "torch.optim", "torch.cuda", "torch.nn"},
+    "data.files": {"torch", "numpy"},
+    "scaling.report": {"torch", "tiktoken", "datasets"},
+}
+
+
+def all_sources(root=ROOT):
+    """{module name: path} of the project's own Python files, without the tests."""
+    sources = {}
+    for folder in (".", "config", "data", "training", "scaling"):
+        for name in os.listdir(os.path.join(root, folder)):
+            if name.endswith(".py"):
+                path = os.path.normpath(os.path.join(folder, name))
+                module = path.removesuffix(".py").replace(os.sep, ".").removesuffix(".__init__")
+                sources[module] = os.path.join(root, path)
+    return sources
+
+
+@functools.cache
+def read_source(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+@functools.cache
+def imports_of(source):
+    """The dotted names that `source` imports, wherever in the file: a.b.c for `from a.b import c` too. Also
+    the names it uses by a path from such a module, as torch.distributed in torch.distributed.barrier()."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+            found.add(ast.unparse(node))
+    return found
+
+
+def part_of(module):
+    """The part of the house that `module` (or a name in one) belongs to; None for other libraries."""
+    part = module.split(".")[0]
+    return part if part in MAY_IMPORT else None
+
+
+def is_in(name, module):
+    return name == module or name.startswith(f"{module}.")
+
+
+def check_arrows(sources):
+    """`sources`: {module: text}."""
+    for module, source in sources.items():
+        allowed = COMMANDS.get(module, MAY_IMPORT[part_of(module)]) | {part_of(module)}
+        for name in imports_of(source):
+            assert part_of(name) in allowed | {None}, f"{module} imports {name}"
+            assert not any(is_in(name, command) for command in COMMANDS), f"{module} imports {name}"
+
+
+def check_libraries(sources):
+    for module, source in sources.items():
+        forbidden = {name for part, names in MUST_NOT_IMPORT.items() if is_in(module, part) for name in names}
+        for name in imports_of(source):
+            assert not any(is_in(name, library) for library in forbidden), f"{module} imports {name}"
+
+
+def check_function_lengths(sources):
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= LONGEST_FUNCTION, f"{module}: {node.name} has {lines} lines"
+
+
+def check_line_lengths(sources):
+    for module, source in sources.items():
+        for number, line in enumerate(source.splitlines(), start=1):
+            assert len(line) <= LONGEST_LINE, f"{module}, line {number}: {len(line)} characters"
+
+
+def check_packages(sources):
+    for package in ("data", "training", "scaling"):
+        assert sources[package] == "", f"{package}/__init__.py is not empty"
+
+
+CHECKS = [check_arrows, check_libraries, check_function_lengths, check_line_lengths, check_packages]
+
+
+def sources_now():
+    return {module: read_source(path) for module, path in all_sources().items()}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_house_is_in_order(check):
+    check(sources_now())
+
+
+@pytest.mark.parametrize(("check", "module", "added", "complaint"), [
+    (check_arrows, "configure", "import parametrization", "configure imports parametrization"),
+    (check_arrows, "parametrization", "from model import GPT", "parametrization imports model.GPT"),
+    (check_arrows, "model", "from training.step import TrainStep", "model imports training.step"),
+    (check_arrows, "data.loader", "from training.distributed import rank", "data.loader imports training"),
+    (check_arrows, "data.prepare", "def f():\n    from model import GPT", "data.prepare imports model.GPT"),
+    (check_arrows, "data.tokenizer", "import train", "data.tokenizer imports train"),
+    (check_arrows, "training.step", "import train", "training.step imports train"),
+    (check_arrows, "train", "from scaling.trials import identity", "train imports scaling.trials.identity"),
+    (check_arrows, "train", "import scaling", "train imports scaling"),
+    (check_arrows, "training.bench", "import scaling.fits", "training.bench imports scaling.fits"),
+    (check_arrows, "scaling.sweep", "from training.bench import bench", "scaling.sweep imports training"),
+    (check_arrows, "scaling.sweep", "from training import bench", "scaling.sweep imports training.bench"),
+    (check_libraries, "configure", "import torch", "configure imports torch"),
+    (check_libraries, "parametrization", "from torch.nn import Linear", "parametrization imports torch.nn"),
+    (check_libraries, "data.loader", "import torch.distributed as dist", "data.loader imports torch.distrib"),
+    (check_libraries, "data.loader", "from torch import distributed", "data.loader imports torch.distrib"),
+    (check_libraries, "data.loader", "n = torch.cuda.device_count()", "data.loader imports torch.cuda"),
+    (check_libraries, "data.prepare", "from torch.optim import AdamW", "data.prepare imports torch.optim"),
+    (check_libraries, "scaling.report", "import tiktoken", "scaling.report imports tiktoken"),
+    (check_function_lengths, "model", "def f():\n" + 40 * "    x = 1\n", "model: f has 41 lines"),
+    (check_line_lengths, "train", "x = 1  # " + 102 * "x", "train, line .*: 111 characters"),
+    (check_packages, "data", "x = 1", "data/__init__.py is not empty")])
+def test_each_check_fails_where_the_house_is_not_in_order(check, module, added, complaint):
+    sources = sources_now()
+    sources[module] += f"\n{added}\n"
+    with pytest.raises(AssertionError, match=complaint):
+        check(sources)
+
+
+def test_every_package_and_module_of_the_house_is_looked_at():
+    sources = all_sources()
+    assert {*MAY_IMPORT} - {"config"} <= {*sources} and {*COMMANDS} <= {*sources}
+    assert {part_of(module) for module in sources} == {*MAY_IMPORT}
+    folders = {name for name in os.listdir(ROOT) if os.path.exists(os.path.join(ROOT, name, "__init__.py"))}
+    assert folders == {"data", "training", "scaling"}
+
+
+# In one process, as each costs seconds; at each point it says what it has imported so far
+LIGHT = """
+import sys
+HEAVY = {"torch", "tiktoken", "datasets"}
+loaded = lambda: sorted(HEAVY & {name.split(".")[0] for name in sys.modules})
+import configure, parametrization
+print("configure, parametrization", loaded(), "numpy" in sys.modules)
+import data.files
+print("data.files", loaded(), "numpy" in sys.modules)
+import scaling.report
+scaling.report.main([sys.argv[1], "--to=" + sys.argv[2]])
+print("report", loaded(), "matplotlib" in sys.modules)
+"""
+
+
+def test_a_report_of_a_folder_imports_no_torch_and_neither_do_the_settings(tmp_path):
+    rows, figures = tmp_path / "rows", tmp_path / "figures"
+    rows.mkdir()
+    shutil.copy(f"{ROOT}/scaling/results/depth/trials.csv", rows)
+    done = subprocess.run([sys.executable, "-c", LIGHT, str(rows), str(figures)], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["configure, parametrization [] False", "data.files [] False"]
+    assert lines[-1] == "report [] True"
+    assert "octaves for each doubling of depth" in done.stdout
+    assert {"report.json", "transfer.png"} <= {*os.listdir(figures)}

@@ -1,0 +1,132 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot make wrong unnoticed.
+
+A checkpoint is what torch.save writes, then the sha256 of that: 32 bytes that torch.load ignores. It is read
+with weights_only, so nothing in one can run. It is the same for any number of processes, sharded or not.
+"""
+
+import errno
+import hashlib
+import os
+import platform
+from dataclasses import asdict, fields
+
+import numpy as np
+import torch
+
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError
+from data.files import atomic_file
+from parametrization import format_table
+from training.distributed import copy_into_shard, full_tensor, local_part
+
+KEYS = {"step", "past", "model", "optimizer", "tokens", "config", "table", "versions"}
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+DIGEST_BYTES = 32
+
+
+def digest(path, size):
+    """The sha256 of the first `size` bytes of a file."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(min(2**20, size - file.tell())):
+            sha256.update(block)
+    return sha256.digest()
+
+
+def write_checkpoint(path, content, backup_path=None):
+    """Make `path` hold the dict `content`, or leave it as it was; what it held before moves to backup_path.
+    Raises OSError."""
+    try:
+        with atomic_file(path, backup_path) as file:
+            torch.save(content, file)
+            file.flush()
+            file.write(digest(file.name, file.tell()))
+    except RuntimeError:  # torch.save's way to report a write that failed
+        raise OSError(errno.ENOSPC, "the disk is full, or fails", path) from None
+
+
+def read_checkpoint(path):
+    """The checkpoint at `path`. Raises UserError when it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(-DIGEST_BYTES, os.SEEK_END)
+            if file.read() != digest(path, size):
+                raise ValueError("its bytes do not match their sha256")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := KEYS - checkpoint.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return checkpoint
+    except Exception as error:
+        raise UserError(f"{path}: is damaged: {' '.join(str(error).split())[:120]}") from None
+
+
+def read_newest(paths, say):
+    """(path, checkpoint) of the first of `paths` that is undamaged. Raises UserError when none is."""
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            if path == paths[-1]:
+                raise
+            say(f"{error}; falling back to {paths[-1]}")
+
+
+def check_resumable(config, hashes, path, checkpoint):
+    """Raises UserError when `config`, on token files with these hashes, would not continue the run of
+    `checkpoint`. A setting that is younger than the checkpoint had its default there."""
+    settings = {field.name: field.default for field in fields(Config)} | checkpoint["config"]
+    for name, value in asdict(config).items():
+        if name not in MAY_CHANGE_ON_RESUME and settings[name] != value:
+            raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings[name]!r}; "
+                            "takes the same, or another --out")
+    if checkpoint["tokens"] != hashes:
+        raise UserError(f"dataset: got {config.dataset}, which gives other tokens than {path} was trained "
+                        "on; takes those, or another --out")
+    if checkpoint["step"] > config.steps:
+        raise UserError(f"steps: got {config.steps}, takes at least the {checkpoint['step']} that {path} has "
+                        "done")
+
+
+def load_state(path, checkpoint, model, optimizer):
+    """Copy weights and optimizer state into `model` and `optimizer`. Raises UserError when they differ."""
+    parameters = dict(model.named_parameters())
+    try:
+        if differing := checkpoint["model"].keys() ^ parameters.keys():
+            raise RuntimeError(f"only one of them has {', '.join(sorted(differing))}")
+        for name, p in parameters.items():
+            copy_into_shard(p, checkpoint["model"][name])
+            optimizer.state[p] = {key: optimizer_tensor(p, value)
+                                  for key, value in checkpoint["optimizer"][name].items()}
+    except Exception as error:
+        raise UserError(f"{path}: does not fit model.py: {' '.join(str(error).split())[:200]}") from None
+
+
+def optimizer_tensor(p, value):
+    """`value` on p's device and, unless it is one number such as the step, sharded as p is."""
+    like = p if value.dim() else value
+    return copy_into_shard(torch.empty_like(like, device=p.device), value)
+
+
+def gather_to_cpu(tensor):
+    """A copy of `tensor` on the CPU; all of it where it is sharded (then a collective)."""
+    return full_tensor(tensor).detach().cpu().clone()
+
+
+def gather_state(model, optimizer):
+    """(weights, optimizer state) by parameter name, on the CPU. All ranks must call it."""
+    parameters = dict(model.named_parameters())
+    weights = {name: gather_to_cpu(p) for name, p in parameters.items()}
+    state = {name: {key: gather_to_cpu(value) for key, value in optimizer.state[p].items()}
+             for name, p in parameters.items()}
+    return weights, state
+
+
+def checkpoint_content(config, hashes, step, past, model, optimizer):
+    """The dict that is written. past: (best step, best validation loss, rows of metrics.csv)."""
+    weights, state = gather_state(model, optimizer)
+    return {"step": step, "past": past, "model": weights, "optimizer": state, "tokens": hashes,
+            "config": asdict(config), "table": format_table(model), "versions": VERSIONS}
+
+
+def has_finite_weights(model):
+    """Whether every weight that this rank holds is finite."""
+    return all(local_part(p).isfinite().all() for p in model.parameters())

@@ -1,0 +1,61 @@
+"""What train.py's command line needs besides settings: a run directory, signals, and errors in one line."""
+
+import contextlib
+import os
+import re
+import signal
+import threading
+from dataclasses import replace
+
+from configure import UserError
+from training.distributed import world_size
+
+
+def choose_run_dir(config, argv):
+    """`config` with `out`: as given, or out/NAME after the last config file of the command line, or the first
+    of out/NAME-2, out/NAME-3, ... that does not exist yet."""
+    if config.out is not None:
+        return config
+    files = [word for word in argv if word.endswith(".py")] or ["run.py"]
+    name = os.path.basename(files[-1]).removesuffix(".py")
+    out, number = f"out/{name}", 1
+    while os.path.exists(out):
+        number += 1
+        out = f"out/{name}-{number}"
+    return replace(config, out=out)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that gets the first SIGINT or SIGTERM, for the loop to end on; a second ends at once."""
+    caught, handlers_before = [], {}
+
+    def catch(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers_before[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(config):
+    """Turns what the machine raises (a dead process, too little memory, a full disk) into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if world_size() > 1 and re.search("gloo|NCCL|onnection", str(error)):
+            raise UserError(f"{config.out}: another process died; `train.py {config.out}` resumes") from None
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise UserError(f"micro_batch: got {config.micro_batch}, which does not fit in the device's memory; "
+                        f"takes a smaller divisor of batch={config.batch}, or a smaller model") from None
+    except OSError as error:
+        raise UserError(f"out: cannot write {error.filename or config.out}: {error.strerror}") from None

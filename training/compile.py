@@ -1,0 +1,129 @@
+"""Faster code for the same numbers: torch.compile, and optimizer steps replayed as CUDA graphs."""
+
+import contextlib
+
+import torch
+
+from configure import UserError
+from training.distributed import world_size
+
+
+def fall_back_or_raise(name, config, error, say):
+    """Setting `name` does not work here. Says so, for the caller to do without; raises UserError when the
+    setting was asked for, not only tried."""
+    reason = f"{name}: fails here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    if getattr(config, name) != "auto":
+        raise UserError(f"{reason}; takes false") from None
+    say(f"{reason}; running without")
+
+
+def methods_to_compile(model, config, device):
+    """[(module, method name)] that training runs compiled: none, the whole forward pass, or its parts."""
+    if not config.compile or config.compile == "auto" and device.type != "cuda":
+        return []
+    if config.compile == "model":
+        return [(model, "forward")]
+    return [*((block, "forward") for block in model.blocks), (model, "embed"), (model, "read_out")]
+
+
+def compile_for_training(method):
+    """`method` compiled where gradients are on, as it is where they are off, as in evaluation: its shapes
+    would each be compiled anew."""
+    fast = torch.compile(method, dynamic=False)
+
+    def call(*args, **options):
+        if torch.is_grad_enabled():
+            return fast(*args, **options)
+        return method(*args, **options)
+
+    return call
+
+
+@contextlib.contextmanager
+def compiled_training(model, parallel_model, config, device, autocast, say):
+    """Within, training of `model` goes through torch.compile, where config.compile asks for it and it works.
+
+    All blocks share one compiled code. "model" compiles the whole pass as one: it takes longer, for a faster
+    step. parallel_model: `model`, or what distributed.parallelize() made of it. Raises UserError.
+    """
+    # Compiled code is kept for every shape that a sweep trains
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
+    methods = methods_to_compile(model, config, device)
+    try:
+        for module, name in methods:
+            setattr(module, name, compile_for_training(getattr(module, name)))
+        if methods:
+            error = try_one_pass(model, parallel_model, config, device, autocast)
+            if error is not None:
+                restore(methods)
+                fall_back_or_raise("compile", config, error, say)
+        yield
+    finally:
+        restore(methods)
+
+
+def restore(methods):
+    """Take the compiled methods off their modules again, as they hide the class's own."""
+    while methods:
+        module, name = methods.pop()
+        module.__dict__.pop(name, None)
+
+
+def try_one_pass(model, parallel_model, config, device, autocast):
+    """Compile, by a forward and backward pass that changes nothing. Returns the exception that it ends in."""
+    rows = config.micro_batch or config.batch // world_size()
+    tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
+    try:
+        with autocast:
+            parallel_model(tokens_BT, tokens_BT).backward()
+        return None
+    except Exception as error:  # whatever a missing compiler or an unsupported GPU raises
+        return error
+    finally:
+        for leaf in (*model.parameters(), *model.buffers()):
+            leaf.grad = None
+
+
+def use_cuda_graph(config, device):
+    """Whether the optimizer step is to be one CUDA graph. Raises UserError where that is asked for but
+    impossible."""
+    possible = device.type == "cuda" and world_size() == 1 and not config.shard
+    if config.graph is True and not possible:
+        raise UserError("graph: got True, takes false, or one GPU and --shard=false")
+    return possible and config.graph is not False
+
+
+class CudaGraphed:
+    """`function`, of one tensor, which returns one tensor, replayed as a CUDA graph: one launch in place of
+    hundreds. Where not `enabled`, it is just called.
+
+    The first two calls run plainly, as they compile kernels and allocate memory, which a graph cannot
+    contain. The third is captured; from then on a call copies its argument into the graph's and replays.
+    on_failure(error) is called when the capture fails; the function then stays plain.
+    """
+
+    def __init__(self, function, enabled, on_failure):
+        self.function, self.on_failure = function, on_failure
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph() if enabled else None
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.graph is not None and self.calls == 3:
+            self.capture(x)
+        if self.graph is None or self.calls < 3:
+            return self.function(x)
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.output.clone()  # the next replay overwrites it
+
+    def capture(self, x):
+        self.input = torch.empty_like(x)
+        try:
+            # thread_local: the thread that prefetches batches may pin memory meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = self.function(self.input)
+        except RuntimeError as error:
+            self.on_failure(error)
+            self.graph = None

@@ -1,0 +1,106 @@
+"""The device: which one, how fast it is, how much memory it has, and how batches reach it."""
+
+import ctypes
+import math
+import os
+import platform
+
+import torch
+
+from configure import UserError
+from model import model_size
+from training.distributed import world_size
+
+# Dense bf16 matrix products, FLOP/s, from the makers' data sheets; the first name that matches counts.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+         "RTX 4090": 165e12, "RTX 3090": 71e12}
+GIB = 2**30
+
+
+def reuse_freed_memory():
+    """Have glibc keep what freed tensors leave: pages given back cost a fault each at every step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of their own for large blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+
+
+def select_device(config):
+    """(device, autocast): where to run, and the context manager for its precision. Raises UserError."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    available = [name for name, count in counts.items() if count]
+    device = torch.device(available[0] if config.device == "auto" else config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: one GPU per process
+    if (device.index or 0) >= counts[device.type]:
+        choices = " or ".join(available)
+        raise UserError(f"device: got {device}, which this machine does not have; takes {choices}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def precision_name(autocast):
+    return "bf16" if autocast._enabled else "fp32"
+
+
+def peak_flops(config, device):
+    """The most FLOP/s that bf16 matrix products can reach on all devices together; None where unknown."""
+    if device.type != "cuda" or config.precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, peak in PEAKS.items():
+        if part in name:
+            return peak * world_size()
+    return None
+
+
+def peak_memory(device):
+    """The most bytes that tensors took on a GPU since the last call; nan elsewhere."""
+    if device.type != "cuda":
+        return math.nan
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def total_memory(device):
+    """Bytes of memory of the device, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(config, device, autocast):
+    """Raises UserError when a step needs more memory than the device has.
+
+    Counted is the least that it needs: weights, gradients and Adam's moments in fp32, and for each token the
+    activations that the backward pass reads.
+    """
+    size = model_size(config)
+    fixed = 16 * size.parameters
+    if config.shard:
+        fixed /= world_size()
+    bytes_per_number = 2 if autocast._enabled else 4
+    per_row = bytes_per_number * config.context * size.activations_per_token
+    rows_per_rank = config.batch // world_size()
+    rows = config.micro_batch or rows_per_rank
+    available = total_memory(device)
+    if fixed + rows * per_row <= available:
+        return
+    advice = "a smaller model, or --shard=true on several devices"
+    for fewer in range(rows - 1, 0, -1):
+        if rows_per_rank % fewer == 0 and fixed + fewer * per_row <= available:
+            advice = f"--micro_batch={fewer}"
+            break
+    raise UserError(f"micro_batch: {rows} sequences a pass and {size.parameters:,} weights need at least "
+                    f"{(fixed + rows * per_row) / GIB:,.0f} GiB, {device} has {available / GIB:,.0f}; "
+                    f"takes {advice}")
+
+
+def batches_on_device(chunks, device):
+    """Yields the batch of each step, (2, passes, B, T), on `device`, from chunks of several steps: one copy
+    serves many small steps."""
+    for chunk in chunks:
+        yield from chunk.to(device, non_blocking=True)

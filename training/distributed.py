@@ -1,0 +1,91 @@
+"""Several processes that train one model: ranks, collective decisions, the model sharded or replicated."""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configure import UserError
+
+
+def init_distributed():
+    """Join the other processes, if torchrun started this one. When one dies, torchrun ends those that wait,
+    so the time limit only has to outlast the longest preparation of data."""
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def any_rank(*flags):
+    """Which of `flags` are true on at least one rank: every rank gets the same answer, and so takes the same
+    branch. A collective: all ranks must call it, with as many flags."""
+    if dist.is_initialized():
+        flags = torch.tensor(flags, dtype=torch.int32)  # on the CPU, so that no rank waits for its GPU
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags]
+
+
+@contextlib.contextmanager
+def local_rank0_first():
+    """The block runs on the first process of each machine, then on the others."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first:
+        dist.barrier()
+
+
+def parallelize(model, config, device):
+    """The model for several processes: a copy on each (DDP) or, with config.shard, a part on each (FSDP2).
+
+    Raises UserError for shard without torchrun.
+    """
+    if config.shard and not dist.is_initialized():
+        raise UserError("shard: got True, which splits the model over processes; takes false, or torchrun")
+    if config.shard:
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(device.type, (world_size(),))
+        for part in (*model.blocks, model):
+            # Resharding after the forward pass, else evaluation would leave the parameters gathered
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        return model
+    if world_size() > 1:
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return model
+
+
+def full_tensor(tensor):
+    """`tensor`, or all of it where it is sharded over ranks (then a collective: all ranks must call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local_part(tensor):
+    """`tensor`, or this rank's part of it where it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def copy_into_shard(destination, value):
+    """Copy all of `value` into `destination`, or this rank's part of it. Raises RuntimeError when their
+    shapes differ."""
+    if value.shape != destination.shape:
+        raise RuntimeError(f"shape {tuple(value.shape)} for {tuple(destination.shape)}")
+    if hasattr(destination, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+        value = value.to(destination.device)
+        value = distribute_tensor(value, destination.device_mesh, destination.placements)
+    with torch.no_grad():
+        return destination.copy_(value)

@@ -1,0 +1,55 @@
+"""Validation loss on fixed windows, and a sample of what the model writes."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from training.distributed import rank, world_size
+
+PIECE_TOKENS = 8192  # evaluated at once: not config.batch, so that every run adds up the same way
+
+
+@torch.no_grad()
+def evaluate(model, dataset, config, device, autocast):
+    """{val_loss, val_error, val_bits_per_byte} on the fixed validation windows. A collective: every rank
+    evaluates its share, and all get the same numbers."""
+    windows = dataset.validation_windows(config.context, config.eval_tokens)
+    windows_NT = torch.from_numpy(windows.astype("int64"))
+    pieces = windows_NT.split(max(1, PIECE_TOKENS // config.context))
+    losses = [torch.zeros(len(piece)) for piece in pieces]
+    model.eval()
+    rounds = math.ceil(len(pieces) / world_size())
+    for i in range(rounds):
+        index = i * world_size() + rank()
+        # Sharded models need every rank in each forward pass: one without a piece repeats the first
+        piece_BT = pieces[index] if index < len(pieces) else pieces[0]
+        loss_B = window_losses(model, piece_BT.to(device), autocast)
+        if index < len(pieces):
+            losses[index] = loss_B.cpu()
+    model.train()
+    losses_N = torch.cat(losses).double()
+    if world_size() > 1:
+        dist.all_reduce(losses_N)
+    nats = losses_N.sum().item() * config.context
+    error = math.nan
+    if len(losses_N) > 1:
+        error = losses_N.std().item() / math.sqrt(len(losses_N))
+    return {"val_loss": losses_N.mean().item(), "val_error": error,
+            "val_bits_per_byte": nats / math.log(2) / dataset.target_bytes(windows)}
+
+
+def window_losses(model, windows_BT, autocast):
+    """The mean cross-entropy of each window, (B,), in nats."""
+    with autocast:
+        logits_BVT = model(windows_BT[:, :-1]).float().transpose(1, 2)
+    return F.cross_entropy(logits_BVT, windows_BT[:, 1:], reduction="none").mean(1)
+
+
+def generate_sample(model, dataset, config, device):
+    """config.prompt and what the model writes after it."""
+    prompt_ids = dataset.tokenizer.encode(config.prompt) or [dataset.eot]
+    tokens_BT = model.generate(torch.tensor([prompt_ids], device=device), config.sample_tokens,
+                               config.temperature, config.top_k, config.seed)
+    return config.prompt + dataset.tokenizer.decode(tokens_BT[0, len(prompt_ids):].tolist())

@@ -1,0 +1,114 @@
+"""Watching a run: what is measured at each step, and what is said when its numbers go wrong.
+
+To watch something new, add an observer here: a class with `columns`, before_update() and after_update(), and
+a line in build_observers(). Its numbers reach metrics.csv and Weights & Biases under the names in `columns`.
+"""
+
+import math
+from collections import deque
+
+import torch
+
+from parametrization import ROLES, role_of
+from training.distributed import full_tensor
+
+WINDOW = 100  # steps that a loss is compared with
+
+
+def build_observers(model, config):
+    """What looks at every step of this run: nothing, unless a setting asks for it."""
+    observers = []
+    if config.log_roles:
+        observers.append(RoleStatistics(model))
+    return observers
+
+
+class RoleStatistics:
+    """Per role: gradient norm before clipping, RMS of the weights, RMS of their last update over that.
+
+    Under μP the last of these is what should not depend on width, for hidden matrices. Costs a copy of the
+    weights and a few passes over them at each step.
+    """
+
+    def __init__(self, model):
+        self.parameters = [*model.parameters()]
+        found = [role_of(name) for name, _ in model.named_parameters()]
+        self.roles = [role for role in ROLES if role in found]
+        device = self.parameters[0].device
+        self.role_index = torch.tensor([self.roles.index(role) for role in found], device=device)
+        sizes = torch.tensor([float(p.numel()) for p in self.parameters], device=device)
+        self.sizes = self.sum_by_role(sizes)
+        quantities = ("grad_norm", "weight_rms", "update_over_weight")
+        self.columns = [f"{role}/{quantity}" for quantity in quantities for role in self.roles]
+
+    def sum_by_role(self, values):
+        """(parameters,) -> (roles,)"""
+        return values.new_zeros(len(self.roles)).index_add(0, self.role_index, values)
+
+    def rms(self, tensors):
+        """The root mean square over each role's tensors, (roles,)."""
+        norms = full_tensor(torch.stack(torch._foreach_norm(tensors)))
+        return (self.sum_by_role(norms.square()) / self.sizes).sqrt()
+
+    def before_update(self):
+        self.before = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def after_update(self, grad_norms):
+        """The numbers of `columns`, as one tensor. grad_norms: one per parameter."""
+        after = [p.detach() for p in self.parameters]
+        weight_rms = self.rms(after)
+        update_rms = self.rms(torch._foreach_sub(after, self.before))
+        grad_norm = self.sum_by_role(grad_norms.square()).sqrt()
+        return torch.cat((grad_norm, weight_rms, update_rms / weight_rms))
+
+
+def divergence_message(row, roles, grad_norms, precision):
+    """The line about a row of metrics.csv that is not finite. `grad_norms`: one for each parameter, `roles`
+    their roles; empty when not known."""
+    norm_of_role = {}
+    for role, norm in zip(roles, grad_norms, strict=False):
+        norm_of_role[role] = math.hypot(norm_of_role.get(role, 0.0), norm)
+    numbers = {name: row[name] for name in ("train_loss", "val_loss", "lr", "grad_norm") if name in row}
+    worst_first = sorted(norm_of_role.items(), key=nan_then_largest)
+    numbers |= {f"gradient of {role}": norm for role, norm in worst_first[:2]}
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    return (f"diverged at step {row['step']}, in {precision}: {listed}; "
+            "try a smaller --lr, a longer --warmup or a smaller --grad_clip")
+
+
+def nan_then_largest(item):
+    _, norm = item
+    return (not math.isnan(norm), -norm)
+
+
+class LossSpikeDetector:
+    """Reports a loss far above those of the last WINDOW steps. `say` gets the line; grad_clip is the
+    setting."""
+
+    def __init__(self, grad_clip, say):
+        self.recent = deque()
+        self.grad_clip, self.say = grad_clip or math.inf, say
+        self.sum = self.sum_of_squares = 0.0  # of the recent losses: kept, as every step is looked at
+
+    def update(self, rows):
+        """Look at the newest rows of metrics.csv."""
+        for row in rows:
+            self.update_one(row)
+
+    def update_one(self, row):
+        loss, norm = row["train_loss"], row["grad_norm"]
+        if len(self.recent) == WINDOW:
+            self.compare(row["step"], loss)
+            oldest, _ = self.recent.popleft()
+            self.sum, self.sum_of_squares = self.sum - oldest, self.sum_of_squares - oldest**2
+        self.recent.append((loss, norm))
+        self.sum, self.sum_of_squares = self.sum + loss, self.sum_of_squares + loss**2
+
+    def compare(self, step, loss):
+        mean = self.sum / WINDOW
+        deviation = math.sqrt(max(0.0, self.sum_of_squares / WINDOW - mean**2))
+        if loss > mean + 8 * deviation:
+            clipped = sum(norm > self.grad_clip for _, norm in self.recent)
+            self.say(f"step {step:,}: the loss jumps to {loss:.3f}, from a mean of {mean:.3f} over {WINDOW} "
+                     f"steps, of which {clipped / WINDOW:.0%} were clipped")
