@@ -50,6 +50,7 @@ class Result:
     peak_memory: float = math.nan  # bytes that tensors took on the GPU
     diverged: bool = False  # and so ended early
     stopped: bool = False  # by a signal
+    stopped_early: bool = False  # by `stop_early`
     history: list = field(default_factory=list)  # the rows of metrics.csv, as dicts
     sample: str = ""
 
@@ -68,6 +69,7 @@ class Run:
     logger: RunLogger
     checkpoint: dict | None  # where the run resumes from
     batches: object  # yields the batch of each step
+    stop_early: dict = field(default_factory=dict)  # see train()
 
     @property
     def start(self):
@@ -152,11 +154,13 @@ def save(run, result, step, evaluating, saving):
     run.logger.save_checkpoints(names, step, past, run.model, run.optimizer)
 
 
-def train(config, quiet=False):
+def train(config, quiet=False, stop_early=None):
     """Train what `config` describes and return its Result. With config.out the run is kept there, and resumes
-    from its last checkpoint when there is one. Raises UserError."""
+    from its last checkpoint when there is one. stop_early: {step: function}, each called after that step with
+    the training losses so far, on every rank; where it returns True the run ends. Raises UserError."""
     quiet = quiet or rank() > 0
     run = set_up(config, say=(lambda text: None) if quiet else tqdm.write)
+    run.stop_early = stop_early or {}
     result = Result(run.model)
     if run.checkpoint:
         result.best_step, result.best_val_loss, result.history = run.checkpoint["past"]
@@ -199,7 +203,7 @@ def loop(run, result, train_step, metrics, signals, progress):
         evaluating = done == config.steps or is_due(config.eval_every, done)
         saving = done == config.steps or result.stopped or is_due(config.checkpoint_every, done)
         warm = done == run.start + WARM_STEPS
-        if not (evaluating or saving or overdue or warm):
+        if not (evaluating or saving or overdue or warm or done in run.stop_early):
             continue
 
         # Wait for the numbers of all steps since the last time, evaluate, and look for trouble
@@ -213,8 +217,7 @@ def loop(run, result, train_step, metrics, signals, progress):
         result.history += rows
         run.logger.log(rows)
         spikes.update(rows)
-        if bad_row is not None:
-            end_diverged(run, result, bad_row, metrics)
+        if ends_here(run, result, bad_row, metrics, done):
             return
 
         # Only weights that are known to be sound are saved
@@ -222,6 +225,17 @@ def loop(run, result, train_step, metrics, signals, progress):
         if result.stopped:
             return
         metrics.restart_clock()
+
+
+def ends_here(run, result, bad_row, metrics, step):
+    """Whether the run ends before its last step: where it diverged, or where `stop_early` says so."""
+    if bad_row is not None:
+        end_diverged(run, result, bad_row, metrics)
+        return True
+    if step in run.stop_early:
+        losses = [row["train_loss"] for row in result.history if "train_loss" in row]
+        result.stopped_early = run.stop_early[step](losses)
+    return result.stopped_early
 
 
 def before_the_first_step(run, result, metrics):

@@ -156,3 +156,31 @@ def draw_coordinate_check(checked, axis, sizes, steps, folder):
     axes[0, 0].set_ylabel(f"mean |change| of a layer's output, {steps} steps")
     axes[0, -1].legend(fontsize=10, **BESIDE)
     return save(figure, os.path.join(folder, f"{axis}.png"), pyplot)
+
+
+def draw_search(draws, others, best, folder):
+    """Writes search.png to `folder`: the loss of each draw and the best so far, against the number of draws
+    and against the FLOPs. draws, others: rows, in order. best: the loss of the settings that were chosen."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.4), sharey=True)
+    losses = np.array([np.nan if row["diverged"] else row["val_loss"] for row in draws])
+    flops = np.cumsum([np.nan_to_num(row["flops"]) for row in draws])
+    lowest = np.fmin.accumulate(losses)
+    stopped = np.isnan(losses)
+    top = np.nanmin(losses) + 1.2 * (np.nanmedian(losses) - np.nanmin(losses)) + 0.05
+    above = losses > top
+    total = flops[-1] + sum(np.nan_to_num(row["flops"]) for row in others)
+    unit = 10.0 ** np.floor(np.log10(max(total, 1.0)))
+    for ax, x in zip(axes, (np.arange(1, len(draws) + 1), flops / unit), strict=True):
+        ax.plot(x, np.where(above, np.nan, losses), "o", color=COLORS[0], markersize=4, label="a draw")
+        ax.plot(x[above], np.full(above.sum(), top), "^", color=COLORS[0], fillstyle="none", markersize=5,
+                label="a draw above this range")
+        ax.plot(x[stopped], np.full(stopped.sum(), top), "x", color=COLORS[1], markersize=5,
+                label="stopped early, or diverged")
+        ax.step(x, lowest, where="post", color=COLORS[3], label="the best so far")
+        ax.axhline(best, linestyle="--", linewidth=1, color=COLORS[2], label="chosen, mean of its seeds")
+        ax.set_ylim(min(best, np.nanmin(losses)) - 0.03 * (top - np.nanmin(losses)), top + 0.02)
+    axes[0].set(xlabel="draws", ylabel="validation loss, nats per token")
+    axes[1].set(xlabel=f"training FLOPs of the draws, in {unit:.0e} (with seeds and lr: {total / unit:.2f})")
+    axes[1].legend(fontsize=10, **BESIDE)
+    return save(figure, os.path.join(folder, "search.png"), pyplot)

@@ -10,6 +10,7 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from configure import UserError
@@ -19,7 +20,7 @@ from model import GPT
 from train import Result
 from training.compile import CudaGraphed, fall_back_or_raise, use_cuda_graph
 from training.device import batches_on_device, select_device
-from training.evaluate import evaluate
+from training.evaluate import PIECE_TOKENS, summarize
 from training.optimizer import adamw_update, build_optimizer
 from training.schedule import lr_factor
 
@@ -106,21 +107,28 @@ def stacked_step(model, optimizer, params, buffers, batch, lr_factor_K):
     return torch.stack((losses_K, optimizer.step(params, grads, lr_factor_K)))
 
 
-def train_stacked(configs):
-    """The Results of train(config) for each of `configs`, trained together. Raises UserError."""
+def train_stacked(configs, pad_to=1):
+    """The Results of train(config) for each of `configs`, trained together. Raises UserError.
+
+    pad_to: fill a smaller stack up to this many models where it is compiled, by repeating the last one: code
+    is compiled for one size, and that takes longer than to train a few models in vain."""
     check_stackable(configs)
     first = configs[0]
     device, autocast = select_device(first)
     dataset = TokenDataset(prepare(first))
     dataset.check_fills_batch(first.context, first.batch)
-    models = [GPT(with_vocab_size(config, dataset)).to(device) for config in configs]
-    params, numbers = run_steps(configs, models, dataset, device, autocast)
+    padded = list(configs)
+    if is_compiled(first, device):
+        padded += [configs[-1]] * (pad_to - len(configs))
+    models = [GPT(with_vocab_size(config, dataset)).to(device) for config in padded]
+    params, buffers, numbers = run_steps(padded, models, dataset, device, autocast)
+    evaluations = evaluate_stacked(models[0], params, buffers, dataset, first, device, autocast)
     results = []
-    for k, model in enumerate(models):
+    for k in range(len(configs)):
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in models[k].named_parameters():
                 p.copy_(params[name][k])
-        result = Result(model, **evaluate(model, dataset, first, device, autocast))
+        result = Result(models[k], **evaluations[k])
         result.history = [{"step": step, "train_loss": loss, "grad_norm": norm}
                           for step, (loss, norm) in enumerate(numbers[:, :, k].tolist(), start=1)]
         finite = math.isfinite(result.val_loss) and bool(numbers[:, :, k].isfinite().all())
@@ -129,8 +137,35 @@ def train_stacked(configs):
     return results
 
 
+def is_compiled(config, device):
+    return bool(config.compile) and (config.compile != "auto" or device.type == "cuda")
+
+
+@torch.no_grad()
+def evaluate_stacked(model, params, buffers, dataset, config, device, autocast):
+    """evaluate() of each model of a stack, but for rounding: a list of its dicts."""
+    windows = dataset.validation_windows(config.context, config.eval_tokens)
+    windows_NT = torch.from_numpy(windows.astype("int64"))
+    K = len(next(iter(params.values())))
+
+    def losses_of(params, buffers, windows_BT):
+        logits_BTV = functional_call(model, (params, buffers), (windows_BT[:, :-1],)).float()
+        targets_BT = windows_BT[:, 1:]
+        loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return loss_N.view_as(targets_BT).mean(1)
+
+    losses = []
+    with no_vmap_warnings(), autocast:
+        for piece_BT in windows_NT.split(max(1, PIECE_TOKENS // config.context // K)):
+            losses.append(vmap(losses_of, (0, 0, None))(params, buffers, piece_BT.to(device)))
+    losses_KN = torch.cat(losses, dim=1).double().cpu()
+    target_bytes = dataset.target_bytes(windows)
+    return [summarize(losses_N, config.context, target_bytes) for losses_N in losses_KN]
+
+
 def run_steps(configs, models, dataset, device, autocast):
-    """Train `models`: (their stacked parameters, losses and gradient norms on the CPU, (steps, 2, K))."""
+    """Train `models`: (their stacked parameters and buffers, losses and gradient norms on the CPU,
+    (steps, 2, K))."""
     first, K = configs[0], len(configs)
     params, buffers = stack_module_state(models)
     params = {name: p.detach() for name, p in params.items()}
@@ -139,7 +174,7 @@ def run_steps(configs, models, dataset, device, autocast):
     lr_factors = torch.tensor(lr_factors).to(device)
     lr_factor_K = torch.zeros(K, device=device)  # one tensor for all steps: a CUDA graph reads it
     step_function = stacked_step
-    if first.compile and (first.compile != "auto" or device.type == "cuda"):
+    if is_compiled(first, device):
         step_function = torch.compile(stacked_step, dynamic=False)
 
     def step(batch):
@@ -154,8 +189,8 @@ def run_steps(configs, models, dataset, device, autocast):
             lr_factor_K.copy_(factors_K)
             numbers.append(take_step(next(batches)))
     if not numbers:
-        return params, torch.zeros(0, 2, K)
-    return params, torch.stack(numbers).cpu()
+        return params, buffers, torch.zeros(0, 2, K)
+    return params, buffers, torch.stack(numbers).cpu()
 
 
 def stacked_batches(configs, dataset, device):

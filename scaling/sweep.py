@@ -5,8 +5,9 @@
 Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values per doubling.
 All settings that are not named are held, and so is the number of steps; --hold=tokens gives every trial the
 tokens of CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that
-diverges or fails is a row too. After an interruption, the same command resumes. Under torchrun the processes
-share the trials. --stack=K trains K trials of one shape at once (scaling/stack.py).
+diverges or fails is a row too. After an interruption, the same command resumes. Processes with the same
+folder, started by torchrun or by hand, on one machine or on many, share the trials: each takes the next one
+when it is free. --stack=K trains K trials of one shape at once (scaling/stack.py).
 """
 
 import functools
@@ -20,9 +21,10 @@ from tqdm import tqdm
 
 from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure, run_cli
 from model import model_size
-from scaling.cli import make_folder, parse_options, parse_values
+from scaling.cli import parse_options, parse_values
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import NOT_IDENTITY, append_rows, identity, read_trials, trial_row
+from scaling.worker import Worker, pause
 from train import Result, train
 
 HOLDS = {"steps": None, "tokens": "steps", "step_tokens": "batch"}  # what is held: the setting that adapts
@@ -90,62 +92,76 @@ def torchrun_rank():
 
 
 def run_trials(configs, folder, stack=1):
-    """Train those of `configs` that have no row in `folder`; return the rows of all, in order.
+    """Train those of `configs` that have no row in `folder`; return the rows of all, in order. Other workers
+    on the same folder train some of them meanwhile, or take over what this one leaves.
 
-    Under torchrun each process trains its part and waits for the others. Raises UserError, and
-    KeyboardInterrupt when a signal stops it."""
+    Raises UserError, and KeyboardInterrupt when a signal stops it."""
     if stack > 1:
         for config in configs:
             check_stackable([config])
-    make_folder(folder)
-    rank, world_size = torchrun_rank()
-    # The same division on every process, whenever it starts and whatever the others have finished
-    groups = group_trials(configs, stack)[rank::world_size]
-    unfinished = drop_finished(groups, folder)
-    path = os.path.join(folder, f"trials-{rank}.csv" if rank > 0 else "trials.csv")
-    total = sum(map(len, groups))
-    done = total - sum(map(len, unfinished))
-    with tqdm(total=sum(map(group_flops, unfinished)), disable=rank > 0,
+    with Worker(folder) as worker:
+        return share_trials(configs, worker, stack)
+
+
+def share_trials(configs, worker, stack):
+    """run_trials() for a Worker."""
+    rows = read_rows(worker.folder)
+    unfinished = [config for config in dict.fromkeys(configs) if identity(config) not in rows]
+    with tqdm(total=group_flops(unfinished), disable=torchrun_rank()[0] > 0,
               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        for group in unfinished:
-            append_rows(path, train_group(group))
-            done += len(group)
-            bar.update(group_flops(group))
-            bar.set_postfix_str(f" {done} of {total}")
-    return wait_for_rows(configs, folder)
+        while unfinished:
+            group = claim_group(unfinished, worker, stack)
+            if group:
+                append_rows(worker.path, train_group(group, pad_to=stack))
+                for config in group:
+                    worker.release(identity(config))
+            else:
+                pause()  # all are being trained by others
+            rows = read_rows(worker.folder)
+            unfinished = [config for config in unfinished if identity(config) not in rows]
+            bar.update(max(0, bar.total - group_flops(unfinished) - bar.n))
+            bar.set_postfix_str(f" {len(configs) - len(unfinished)} of {len(configs)}")
+    return [rows[identity(config)] for config in configs]
 
 
-def drop_finished(groups, folder):
-    """`groups` without the trials that have a row in `folder`, and without those that are then empty."""
-    finished = {row["config"] for row in read_trials(folder)}
-    unfinished = []
-    for group in groups:
-        rest = [config for config in group if identity(config) not in finished]
-        if rest:
-            unfinished.append(rest)
-    return unfinished
+def read_rows(folder):
+    """{identity: row} of the trials in `folder`."""
+    return {row["config"]: row for row in read_trials(folder)}
 
 
-def train_group(configs):
-    """The rows of `configs`, trained together if they are several. Raises KeyboardInterrupt."""
+def claim_group(unfinished, worker, stack):
+    """The most expensive of `unfinished` that no other worker is training, at most `stack` of one shape."""
+    for group in group_trials(unfinished, stack):
+        claimed = [config for config in group if worker.claim(identity(config))]
+        if not claimed:
+            continue
+        rows = read_rows(worker.folder)  # another may have finished some before the claim
+        left = [config for config in claimed if identity(config) not in rows]
+        for config in claimed:
+            if config not in left:
+                worker.release(identity(config))
+        if left:
+            return left
+    return []
+
+
+def train_group(configs, pad_to=1, stop_early=None):
+    """The rows of `configs`, trained together if they are several. Raises KeyboardInterrupt.
+
+    pad_to: the size of the sweep's stacks, to which a smaller one is filled up where it is compiled, as that
+    takes longer than the training. stop_early: as for train(); a stack is always trained to its end."""
     start = time.perf_counter()
     try:
-        results = train_stacked(configs) if len(configs) > 1 else [train(configs[0], quiet=True)]
+        if pad_to > 1:
+            results = train_stacked(configs, pad_to)
+        else:
+            results = [train(configs[0], quiet=True, stop_early=stop_early)]
     except Exception as error:  # of these trials: each gets a row that says so, and the sweep continues
         results = [error] * len(configs)
     if isinstance(results[0], Result) and results[0].stopped:
         raise KeyboardInterrupt
     seconds = (time.perf_counter() - start) / len(configs)
     return [trial_row(config, result, seconds) for config, result in zip(configs, results, strict=True)]
-
-
-def wait_for_rows(configs, folder):
-    """The rows of `configs`, in order, as soon as the other processes have written theirs."""
-    while True:
-        rows = {row["config"]: row for row in read_trials(folder)}
-        if all(identity(config) in rows for config in configs):
-            return [rows[identity(config)] for config in configs]
-        time.sleep(1)
 
 
 def say_stopped(folder):

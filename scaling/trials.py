@@ -36,19 +36,22 @@ def trial_row(config, result, seconds):
         message = " ".join(f"{type(result).__name__}: {result}".split())
         return row | {"failure": message[:300]}
     losses = [entry["train_loss"] for entry in result.history if "train_loss" in entry]
-    curve = training_curve(losses)
+    curve = training_curve(losses, config.steps)
     row |= {name: getattr(result, name) for name in EVALUATION_COLUMNS}
     row["train_loss"] = curve[-1] if curve else math.nan
     row["curve"] = " ".join(f"{loss:.4f}" for loss in curve)
     row["parameters"] = sum(p.numel() for p in result.model.parameters())
     row["flops"] = result.model.flops_per_token() * config.batch * config.context * len(losses)
     row["diverged"] = result.diverged
+    if result.stopped_early:
+        row["failure"] = f"stopped early, after {len(losses)} of {config.steps} steps"
     return row
 
 
-def training_curve(losses):
-    """`losses`, one per step, averaged to at most CURVE_POINTS numbers."""
-    cuts = [round(i * len(losses) / CURVE_POINTS) for i in range(CURVE_POINTS + 1)]
+def training_curve(losses, steps):
+    """`losses`, one per step of a run of `steps`, averaged to at most CURVE_POINTS numbers: each over an
+    equal share of the run, so that a run that ended early has fewer."""
+    cuts = [min(len(losses), round(i * steps / CURVE_POINTS)) for i in range(CURVE_POINTS + 1)]
     return [sum(losses[start:end]) / (end - start) for start, end in pairwise(cuts) if end > start]
 
 

@@ -43,3 +43,12 @@ def run_train_until_killed(words, name, calls):
 
     setattr(os, name, call)
     run_train(words)
+
+
+def hold_trial(folder, key):
+    """Hold `key` of a folder of trials until killed."""
+    from scaling.worker import Worker
+    with Worker(folder) as worker:
+        if worker.claim(key):
+            open(os.path.join(folder, "held"), "w").close()
+            signal.pause()

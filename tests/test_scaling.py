@@ -18,14 +18,12 @@ from processes import Fork, to_words
 
 import model
 import parametrization
-from configure import Config, UserError, configure
+from configure import Config, UserError
 from scaling import figures, stack, sweep
 from scaling.cli import parse_values
 from scaling.coordinate_check import coordinate_check, expected_powers
 from scaling.report import analyze, format_report
 from scaling.report import main as report_main
-from scaling.search import best_file, search
-from scaling.search import main as search_main
 from scaling.stack import train_stacked
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import identity, read_trials
@@ -370,45 +368,18 @@ def test_a_size_at_which_every_trial_diverged_is_in_the_report(tmp_path):
     assert all(map(os.path.exists, figures.draw_report(report, str(tmp_path))))
 
 
-def test_a_search_ends_at_its_best_draw_and_writes_it_as_a_configuration(corpus, tmp_path):
-    config = Config(**corpus | {"weight_decay": 0.01})
-    space = {"lr": [2**-6, 2**-14], "readout_std": [1.0, 1e38], "zero_query": [False, True]}
-    best, finals, rows = search(config, 8, 2, str(tmp_path), space)  # `config` and 7 of the 8 possible
-    assert 2**-7 <= best.lr <= 2**-5 and best.readout_std == 1.0, "near the only draws that learn"
-    assert [(row["seed"], row["lr"]) for row in finals] == [(0, best.lr), (1, best.lr)]
-    (tmp_path / "best.py").write_text(best_file(best, finals, 8))
-    other = configure([str(tmp_path / "best.py"), "--width=64", "--seed=5", "--steps=3"])
-    assert (other.lr, other.weight_decay, other.width, other.seed) == (best.lr, 0.01, 64, 5)
-    with pytest.raises(UserError, match="^trials: got 9, takes 8"):
-        search(config, 9, 1, str(tmp_path / "more"), space)
-
-
-def test_a_search_ends_at_the_bottom_of_the_curve_not_at_the_rate_it_drew(corpus, tmp_path):
-    too_low = Config(**corpus | {"lr": 2**-12})
-    best, finals, rows = search(too_low, 2, 1, str(tmp_path), {"lr": [2**-12, 2**-13]})
-    losses = {row["lr"]: row["val_loss"] for row in rows}
-    assert len(losses) == 5 and min(losses, key=losses.get) == best.lr == 2**-11, "an octave up is the end"
-    assert finals[0]["val_loss"] == losses[2**-11]
-
-
-def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corpus, tmp_path, capsys):
-    (tmp_path / "target.py").write_text("steps = 24\n")
-    line = ["--trials=3", "--seeds=1", "--space=readout_std", f"--out={tmp_path}",
-            f"--target={tmp_path}/target.py"]
-    search_main([*line, *to_words(corpus)])
-    assert ", 75.0% of one training of" in capsys.readouterr().out, "3 of 6 steps, beside 24"
-    (tmp_path / "target.py").write_text("widht = 24\n")
-    with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
-        search_main([f"--target={tmp_path}/target.py"])
-
-
 TYPING_ERRORS = {
     "sweep": {"lr=2**-8 lr=2**-9": "lr: got 2**-8 and 2**-9, takes 2**-8,2**-9",
               "out=a,b": "out: does not tell trials apart, takes --out=VALUE",
               "lr=1..2:100000000": "lr: got 1..2:100000000, takes a range of at most 10,000 values",
               "lr=1,2 --stack=2 --dropout=0.1": "stack: got dropout=0.1, takes dropout=0.0"},
     "search": {"width=64": "width: got width=64, takes --width=64",
-               "--space=lr,width": "space: got lr,width, takes some of lr,",
+               "--space=lr,width": "space: got width, takes some of lr,",
+               "--space=lr:2**-6..2**-8": "space: got lr:2**-6..2**-8, takes lr:LOW..HIGH",
+               "--space=warmup:0.1..2": "warmup: got 2.0, takes a number from 0 to below 1",
+               "--sampler=sobol": "sampler: got sobol, takes gp or tpe",
+               "--storage=postgresql+nothing://": "storage: got postgresql+nothing://, which does not answer",
+               "--space=zero_query,schedule --trials=5": "trials: got 5, takes 4 or fewer with this space",
                "--stack=2 --dropout=0.1": "stack: got dropout=0.1"},
     "report": {"FOLDER --base=3": "base: got 3, takes one of 32",
                "FOLDER --to=FILE": "out: cannot write FILE: "},

@@ -32,12 +32,18 @@ def evaluate(model, dataset, config, device, autocast):
     losses_N = torch.cat(losses).double()
     if world_size() > 1:
         dist.all_reduce(losses_N)
-    nats = losses_N.sum().item() * config.context
+    return summarize(losses_N, config.context, dataset.target_bytes(windows))
+
+
+def summarize(losses_N, context, target_bytes):
+    """{val_loss, val_error, val_bits_per_byte} of the mean losses of N windows of `context` targets each,
+    which stand for `target_bytes` bytes of text in all."""
+    nats = losses_N.sum().item() * context
     error = math.nan
     if len(losses_N) > 1:
         error = losses_N.std().item() / math.sqrt(len(losses_N))
     return {"val_loss": losses_N.mean().item(), "val_error": error,
-            "val_bits_per_byte": nats / math.log(2) / dataset.target_bytes(windows)}
+            "val_bits_per_byte": nats / math.log(2) / target_bytes}
 
 
 def window_losses(model, windows_BT, autocast):

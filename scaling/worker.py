@@ -1,0 +1,73 @@
+"""Processes and machines that share the trials of a folder: each trial is trained once.
+
+A worker holds a lock for what it is training. The locks are byte ranges of one file, trials.lock (POSIX,
+fcntl.lockf): the kernel drops them when their process ends, however it ends, so that a trial whose worker was
+killed is free again at once. They work over machines where the file system has them, as NFS and Lustre do.
+"""
+
+import hashlib
+import os
+import time
+
+from scaling.cli import make_folder
+
+LOCK_FILE = "trials.lock"
+MAX_WORKERS = 10_000  # each has a file of rows of its own, so that no two write into one line
+
+
+class Worker:
+    """One process among those that share the trials in `folder`; a context manager. `path` is the file that
+    its rows go to. Raises UserError when the folder cannot be written."""
+
+    def __init__(self, folder):
+        make_folder(folder)
+        self.folder, self.held = folder, set()
+
+    def __enter__(self):
+        self.file = open(os.path.join(self.folder, LOCK_FILE), "a+b")
+        slots = (slot for slot in range(MAX_WORKERS) if self._lock(slot))
+        slot = next(slots)
+        self.path = os.path.join(self.folder, f"trials-{slot}.csv" if slot > 0 else "trials.csv")
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()  # and with it all locks
+
+    def _lock(self, offset):
+        import fcntl  # POSIX only, as locks of this kind are
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        except (BlockingIOError, PermissionError):  # what a system raises for a lock that another holds
+            return False
+        return True
+
+    def claim(self, key):
+        """Whether nobody else holds `key`, any text: it is this worker's now."""
+        if key in self.held or not self._lock(offset_of(key)):
+            return False
+        self.held.add(key)
+        return True
+
+    def release(self, key):
+        import fcntl
+        self.held.discard(key)
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, offset_of(key))
+
+    def is_held(self, key):
+        """Whether some living worker holds `key`, this one or another."""
+        if key in self.held:
+            return True
+        if self.claim(key):
+            self.release(key)
+            return False
+        return True
+
+
+def offset_of(key):
+    """The byte whose lock stands for `key`: beyond those of the workers' own files."""
+    return MAX_WORKERS + int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+
+
+def pause():
+    """Between two looks at what others are training."""
+    time.sleep(0.25)

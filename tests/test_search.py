@@ -1,0 +1,284 @@
+"""The search: what it finds, how workers share it, and how it survives kills and databases that are down."""
+
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import pytest
+from children import hold_trial
+from processes import Fork, to_words
+
+from configure import Config, UserError, configure
+from scaling import search, space, study, sweep
+from scaling.space import SPACE, Choice, Range, parse_space
+from scaling.trials import identity, read_trials
+from scaling.worker import Worker
+from train import train
+
+OPTIONS = {"trials": 8, "seeds": 1, "stack": 1, "sampler": "tpe", "storage": "", "study": "search", "seed": 0}
+LR_ONLY = {"lr": Range(2**-14, 2**-5)}
+
+
+@pytest.fixture(autouse=True)
+def short_ending(monkeypatch):
+    """Fewer trials after the draws: they take most of the time of such small searches."""
+    monkeypatch.setattr(search, "LEADERS", 2)
+    monkeypatch.setattr(search, "OCTAVES", (-1, 1))
+
+
+def run(corpus, folder, space=SPACE, **options):
+    config = Config(**corpus | {name: options.pop(name) for name in [*options] if name not in OPTIONS})
+    options = OPTIONS | {"out": str(folder), "seed": config.seed} | options
+    return search.run_search(config, space, options)
+
+
+def start_search(corpus, folder, monkeypatch, *words):
+    """A process that does what `python -m scaling.search` does."""
+    words = [*to_words(corpus), f"--out={folder}", "--seeds=1", "--sampler=tpe", *words]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["search", *words])
+        return Fork(runpy.run_module, "scaling.search", None, "__main__")
+
+
+def draws_of(folder, storage=""):
+    """{key: finished trial} of the draws in a folder's study."""
+    with Worker(str(folder)) as worker:
+        shared = study.SharedStudy(study.open_storage(storage, str(folder)), "search", worker, None)
+        return shared.finished()
+
+
+def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path):
+    found, text, report = run(corpus, tmp_path, LR_ONLY, trials=10, seeds=2, weight_decay=0.01, steps=20)
+    mean, error, best = found.best
+    draws, others = found.rows()
+    assert best.lr > 2**-8, "the default, 2**-9, is too low for 20 steps"
+    assert identity(found.config) == draws[0]["config"], "the config's own settings are the first draw"
+    finals = [row for row in others if row["lr"] == best.lr]
+    assert [row["seed"] for row in finals] == [1, 2], "no seed that chose"
+    assert mean == pytest.approx(sum(row["val_loss"] for row in finals) / 2) and error > 0
+    other = configure([str(tmp_path / "best.py"), "--width=64", "--seed=5", "--steps=3"])
+    assert (other.lr, other.weight_decay, other.width, other.seed) == (best.lr, 0.01, 64, 5)
+    assert "sampler tpe, seed 0, 10 draws and" in text and "the mean of 2 seeds" in text
+    assert report == (tmp_path / "search.txt").read_text() and "best after so many draws: 1: " in report
+    assert (tmp_path / "search.png").stat().st_size > 10_000
+
+
+def test_the_rows_of_a_search_are_those_of_train(corpus, tmp_path):
+    run(corpus, tmp_path, {"readout_std": Range(0.5, 2.0)}, trials=3)
+    rows = read_trials(tmp_path)
+    assert len(rows) == len({row["config"] for row in rows}) == 5, "3 draws, and two on another seed"
+    settings = json.loads(rows[2]["config"])
+    alone = train(Config(**corpus | settings | {"eval_every": None}), quiet=True)
+    assert rows[2]["val_loss"] == alone.val_loss
+
+
+def test_every_setting_of_the_space_makes_the_trip_through_the_study_and_back():
+    config = replace(Config(), **{name: 2.0**-5 for name in ("weight_decay", "final_lr", "warmup")})
+    for name, domain in SPACE.items():
+        [(key, value)] = space.to_params(config, {name: domain}).items()
+        trip = getattr(space.to_config(config, {key: value}, {name: domain}), name)
+        expected = getattr(config, name)
+        assert trip == (pytest.approx(expected, rel=1e-4) if isinstance(expected, float) else expected)
+    outside = replace(config, grad_clip=0.0, lr=1.0)
+    assert space.to_params(outside, SPACE)["grad_clip"] == SPACE["grad_clip"].low
+    assert space.to_params(outside, SPACE)["lr"] == SPACE["lr"].high
+    assert space.at_edge(outside, {"lr": SPACE["lr"], "zero_query": SPACE["zero_query"]}) == [("lr", "high")]
+    assert space.at_edge(replace(config, beta2=0.995), {"beta2": SPACE["beta2"]}) == [("beta2", "high")]
+    assert parse_space("lr:2**-9..2**-6,beta1:0.8..0.9,zero_query:true,schedule") == {
+        "lr": Range(2**-9, 2**-6), "beta1": Range(pytest.approx(0.1), pytest.approx(0.2), True),
+        "zero_query": Choice((True,)), "schedule": SPACE["schedule"]}
+
+
+def test_a_space_of_flags_is_searched_completely_and_only_once(corpus, tmp_path):
+    flags = parse_space("zero_query,zero_residual_out")
+    found, *_ = run(corpus, tmp_path, flags, trials=4, steps=2)
+    draws, _ = found.rows()
+    combinations = {(json.loads(row["config"])["zero_query"], json.loads(row["config"])["zero_residual_out"])
+                    for row in draws}
+    assert len(draws) == len(combinations) == 4
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_a_sampler_proposes_the_same_again_and_keeps_away_from_what_is_running(corpus, tmp_path, sampler):
+    """That is what makes a resumed search the same search, and several draws at once different ones."""
+    if sampler == "gp":
+        pytest.importorskip("scipy")
+    with Worker(str(tmp_path)) as worker:
+        shared = study.SharedStudy(study.open_storage("", str(tmp_path)), "search", worker, None)
+        domains = space.distributions(LR_ONLY)
+        for number in range(study.STARTUP + 2):
+            rate = 2.0 ** (-14 + number / 2)
+            claim = shared.claim([str(number)], lambda key, rate=rate: ({"lr": rate}, domains, "{}"))
+            row = {"val_loss": abs(number - 12.0), "diverged": number == 3, "failure": ""}
+            shared.finish(claim, row, {9: 5.0})
+        first = study.suggest(shared, sampler, 0, domains)
+        assert study.suggest(shared, sampler, 0, domains) == first
+        assert study.suggest(shared, sampler, 1, domains) != first
+        shared.claim(["99"], lambda key: (first, domains, "{}"))
+        assert study.suggest(shared, sampler, 0, domains) != first
+        losses = study.capped_losses(shared.finished())
+        assert losses["12"] == 0 and losses["3"] == max(losses.values()) < 9, "bad draws are all alike"
+
+
+def test_a_hopeless_draw_is_stopped_early_and_its_flops_are_counted(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "suggest", None)
+    rates = [2**-6] * 8 + [2**-20]
+    seeds = iter(range(100))
+    monkeypatch.setattr(search, "suggest", lambda *arguments: {"lr": rates.pop(0) * (1 + next(seeds) / 100)})
+    found, *_ = run(corpus, tmp_path, {"lr": Range(2**-20, 2**-5)}, trials=10, steps=25)
+    draws, _ = found.rows()
+    assert [bool(row["failure"]) for row in draws] == [False] * 9 + [True]
+    assert draws[9]["failure"] == "stopped early, after 9 of 25 steps" and len(draws[9]["curve"]) == 9
+    assert draws[9]["flops"] == pytest.approx(draws[0]["flops"] * 9 / 25)
+    trial = draws_of(tmp_path)["9"]
+    assert trial.state.name == "PRUNED" and [*trial.intermediate_values] == [9]
+
+
+def test_a_search_in_which_every_draw_diverges_ends_in_a_line(corpus, tmp_path):
+    with pytest.raises(UserError, match="^search: all 3 trials diverged or failed .a loss that is not fin"):
+        run(corpus, tmp_path, {"readout_lr_mult": Range(1e20, 1e25)}, trials=3, lr=1e30, readout_lr_mult=1e22)
+    assert len(read_trials(tmp_path)) == 3
+
+
+def test_a_study_of_other_settings_is_rejected(corpus, tmp_path):
+    run(corpus, tmp_path, LR_ONLY, trials=1, steps=2)
+    with pytest.raises(UserError, match="^out: got the study 'search' of other settings .steps: 2, here 3"):
+        run(corpus, tmp_path, LR_ONLY, trials=1, steps=3)
+
+
+def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp_path, monkeypatch, request):
+    """SIGKILL at random, twice (10 times with --long), each time while another worker starts or works."""
+    kills = 10 if request.config.getoption("--long") else 2
+    tiny, trials = corpus | {"steps": 25}, 8 * kills
+    choose = random.Random(0)
+    survivor = start_search(tiny, tmp_path, monkeypatch, f"--trials={trials}")
+    for _ in range(kills):
+        process = start_search(tiny, tmp_path, monkeypatch, f"--trials={trials}")
+        count = len(read_trials(tmp_path))
+        while len(read_trials(tmp_path)) < count + 3 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(choose.random() * 0.1)
+        survivor.kill()
+        survivor.communicate()
+        survivor = process
+    output, errors = survivor.communicate()
+    assert survivor.returncode == 0, errors
+    draws = draws_of(tmp_path)
+    assert sorted(map(int, draws)) == [*range(trials)], "no draw is lost or doubled"
+    rows = read_trials(tmp_path)
+    assert len(rows) == len({row["config"] for row in rows})
+    assert {trial.user_attrs["config"] for trial in draws.values()} <= {row["config"] for row in rows}
+    assert f"The best of {trials} trials" in output
+
+
+def test_a_search_that_is_stopped_leaves_its_figure_and_table(corpus, tmp_path, monkeypatch):
+    process = start_search(corpus | {"steps": 40}, tmp_path, monkeypatch, "--trials=500")
+    while len(read_trials(tmp_path)) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130 and "run the same command again to resume" in output, errors
+    assert {"best.py", "search.png", "search.txt", "study.log", "trials.csv"} <= {*os.listdir(tmp_path)}
+    assert "the search is not finished" in (tmp_path / "best.py").read_text()
+
+
+def test_a_half_written_line_of_the_journal_is_cut_off(corpus, tmp_path):
+    run(corpus, tmp_path, LR_ONLY, trials=2, steps=2)
+    with open(tmp_path / "study.log", "ab") as file:
+        file.write(b'{"op_code":5,"work')
+    run(corpus, tmp_path, LR_ONLY, trials=3, steps=2)
+    assert len(draws_of(tmp_path)) == 3
+
+
+def check_database(corpus, tmp_path, url):
+    """Two folders, as on two machines, share a search through a database."""
+    run(corpus, tmp_path / "a", LR_ONLY, trials=3, steps=2, storage=url)
+    found, *_ = run(corpus, tmp_path / "b", LR_ONLY, trials=4, steps=2, storage=url)
+    assert len(found.rows()[0]) == 4
+    rows = read_trials(tmp_path / "b")
+    assert len(rows) == len({row["config"] for row in rows})
+    assert {row["config"] for row in read_trials(tmp_path / "a")} <= {row["config"] for row in rows}
+
+
+def test_a_search_is_kept_in_a_sqlite_file(corpus, tmp_path):
+    check_database(corpus, tmp_path, f"sqlite:///{tmp_path}/study.db")
+    with pytest.raises(UserError, match="^storage: got sqlite:////nowhere/study.db, which does not answer"):
+        run(corpus, tmp_path / "c", LR_ONLY, storage="sqlite:////nowhere/study.db")
+
+
+def find_postgres():
+    """The folder with PostgreSQL's initdb and pg_ctl, or None."""
+    versions = "/usr/lib/postgresql"
+    folders = [os.path.join(versions, version, "bin") for version in
+               (sorted(os.listdir(versions)) if os.path.isdir(versions) else [])]
+    found = shutil.which("initdb", path=os.pathsep.join([*folders, os.environ["PATH"]]))
+    return os.path.dirname(found) if found else None
+
+
+def test_a_search_is_kept_in_postgresql_and_ends_in_a_line_when_that_stops(corpus, tmp_path):
+    pytest.importorskip("psycopg2", reason="needs pip install psycopg2-binary")
+    bin_folder = find_postgres()
+    if bin_folder is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    cluster = tempfile.mkdtemp()  # not in tmp_path, which only its owner may enter
+    as_user = {}
+    if os.getuid() == 0:  # which PostgreSQL refuses to run as
+        as_user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        shutil.chown(cluster, "nobody")
+
+    def call(*words):
+        subprocess.run([os.path.join(bin_folder, words[0]), *words[1:]], check=True, cwd=cluster,
+                       stdout=subprocess.DEVNULL, **as_user)
+
+    data = os.path.join(cluster, "data")
+    call("initdb", "-D", data, "-U", "search", "-A", "trust", "--no-sync")
+    options = f"-k {cluster} -c listen_addresses='' -c fsync=off"
+    call("pg_ctl", "-D", data, "-o", options, "-l", os.path.join(cluster, "log"), "-w", "start")
+    url = f"postgresql+psycopg2://search@/postgres?host={cluster}"
+    try:
+        check_database(corpus, tmp_path, url)
+    finally:
+        call("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+        shutil.rmtree(cluster)
+    with pytest.raises(UserError, match="^storage: got postgresql.*, which does not answer .Operational"):
+        run(corpus, tmp_path / "d", LR_ONLY, storage=url)
+
+
+def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corpus, tmp_path, capsys):
+    (tmp_path / "target.py").write_text("steps = 24\n")
+    words = ["--trials=3", "--seeds=1", "--space=readout_std", f"--out={tmp_path}", "--sampler=tpe",
+             f"--target={tmp_path}/target.py"]
+    search.main([*words, *to_words(corpus)])
+    assert ", 125.0% of one training of" in capsys.readouterr().out, "5 trials of 6 steps, beside 24"
+    (tmp_path / "target.py").write_text("widht = 24\n")
+    with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
+        search.main([f"--target={tmp_path}/target.py"])
+
+
+def test_a_sweep_hands_each_trial_to_the_worker_that_is_free(corpus, tmp_path):
+    """A worker that holds a trial keeps it; what a dead one held is free."""
+    configs = sweep.trial_configs(Config(**corpus | {"steps": 1}), {"seed": [0, 1, 2]})
+    keys = [identity(config) for config in configs]
+    holder = Fork(hold_trial, str(tmp_path), keys[0])
+    while not (tmp_path / "held").exists():
+        assert holder.poll() is None, holder.communicate()
+        time.sleep(0.01)
+    with Worker(str(tmp_path)) as worker:
+        assert worker.path == str(tmp_path / "trials-1.csv"), "no two workers write one file"
+        assert sweep.claim_group(configs[:1], worker, 1) == []
+        assert sweep.claim_group(configs, worker, 3) == configs[1:]
+        assert worker.is_held(keys[0]) and worker.is_held(keys[1])
+        holder.kill()
+        holder.communicate()
+        assert not worker.is_held(keys[0]) and sweep.claim_group(configs[:1], worker, 1) == configs[:1]
+    rows = sweep.run_trials(configs, str(tmp_path))
+    assert [row["seed"] for row in rows] == [0, 1, 2]
