@@ -3,18 +3,20 @@
 
 import contextlib
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
-from configure import Config, configure, run_cli
+from configure import Config, UserError, configure, run_cli
+from data.datasets import would_read
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
-from data.prepare import prepare
+from data.prepare import find_prepared, is_prepared, prepare
 from model import GPT
 from parametrization import format_table, role_of
-from training.checkpoint import has_finite_weights
-from training.cli import catch_signals, choose_run_dir, errors_in_one_line
+from training.checkpoint import folders_of, has_finite_weights, settings_of_checkpoint
+from training.cli import catch_signals, chosen_run_dir, errors_in_one_line
 from training.compile import compiled_training, use_cuda_graph
 from training.device import (
     batches_on_device,
@@ -27,7 +29,8 @@ from training.device import (
 )
 from training.distributed import any_rank, init_distributed, local_rank0_first, parallelize, rank, world_size
 from training.evaluate import evaluate, generate_sample
-from training.logger import RunLogger
+from training.folder import OWN_FILES
+from training.logger import RunLogger, own_run_dir
 from training.metrics import MetricsBuffer, is_finite
 from training.monitor import LossSpikeDetector, build_observers, divergence_message
 from training.optimizer import build_optimizer, choose_update
@@ -81,22 +84,51 @@ def set_up(config, say):
     """The Run of `config`: data prepared, model built, the last checkpoint loaded. Raises UserError."""
     device, autocast = select_device(config)
     use_cuda_graph(config, device)  # rejected now, rather than after the data is prepared
+    reject_run_in_its_text(config)
+    logger = RunLogger(config, say)
+    checkpoint = logger.read_checkpoint()
     with local_rank0_first():
-        dataset = TokenDataset(prepare(config))
+        dataset = open_dataset(config, checkpoint, say)
     dataset.check_fills_batch(config.context, config.batch)
-    dataset.validation_windows(config.context, config.eval_tokens)  # rejected now, not after training
+    # What the end of the run needs is rejected now, not after training
+    dataset.validation_windows(config.context, config.eval_tokens)
+    dataset.tokenizer.encode(config.prompt)
     sized_config = with_vocab_size(config, dataset)
     check_memory(sized_config, device, autocast)
-    logger = RunLogger(config, dataset.hashes, say)
-    reuse_freed_memory()
     model = GPT(sized_config).to(device)
     parallel_model = parallelize(model, config, device)
     optimizer = build_optimizer(model, capturable=use_cuda_graph(config, device))
-    checkpoint = logger.load_checkpoint(model, optimizer)
+    logger.load(checkpoint, dataset, model, optimizer)
     start = checkpoint["step"] if checkpoint else 0
     chunks = prefetch_batches(dataset, config, start, rank(), world_size(), pin_memory=device.type == "cuda")
     return Run(config, say, device, autocast, dataset, model, parallel_model, optimizer, logger, checkpoint,
                batches_on_device(chunks, device))
+
+
+def reject_run_in_its_text(config):
+    """Raises UserError where what the run writes would belong to what it reads: the next start would find
+    another text."""
+    for name in OWN_FILES if config.out and not is_prepared(config.dataset) else ():
+        if would_read(config.dataset, os.path.join(config.out, name)):
+            raise UserError(f"out: got {config.out}, which lies in the data set {config.dataset}, and "
+                            f"{name} would be read as text; takes a folder outside of it")
+
+
+def open_dataset(config, checkpoint, say):
+    """The TokenDataset of `config`. A run that resumes from `checkpoint` goes on with the tokens it had where
+    their text is gone, or is of another Python now. Raises UserError."""
+    folder = None
+    if checkpoint is not None:
+        folder = find_prepared(checkpoint["tokens"], folders_of(config, checkpoint))
+    if folder is None:
+        return TokenDataset(prepare(config))
+    if config.dataset == "stdlib":
+        return TokenDataset(folder)
+    try:
+        return TokenDataset(prepare(config))
+    except UserError as error:
+        say(f"{error}; resuming on the tokens in {folder}")
+        return TokenDataset(folder)
 
 
 def describe(run):
@@ -120,38 +152,62 @@ def is_due(every, step):
     return every is not None and step % every == 0
 
 
-def validate(run, result, step):
-    """Evaluate after `step` steps: the numbers go into `result`, and are returned for metrics.csv."""
+def validate(run, result, step, row):
+    """Evaluate after `step` steps: the numbers go into `result` and `row`, of metrics.csv. Returns `row` if
+    the loss is not finite, else None."""
+    # Whatever happens in the last evaluation, what was trained is on the disk
+    saved_before = step == run.config.steps and (run.checkpoint is None or step > run.start)
+    if saved_before:
+        save(run, result, step, ["last.pt"])
     numbers = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)
     for name, value in numbers.items():
         setattr(result, name, value)
     run.say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
             f"{result.val_bits_per_byte:.4f} bits per byte")
-    return numbers
+    row.update(numbers)
+    if math.isfinite(result.val_loss):
+        return None
+    if saved_before:
+        run.logger.take_back_last()
+    return row
 
 
-def find_divergence(run, rows, evaluating, saving):
-    """The first of `rows` that is not finite, or None. It is the last where the validation loss or the
-    weights are not: the step after a finite loss can break them."""
+def measure_best_again(run):
+    """The loss of best.pt on the validation windows of now; infinite where there is none."""
+    found = math.inf
+    if run.logger.load_best(run.model):
+        found = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)["val_loss"]
+    run.logger.load(run.checkpoint, run.dataset, run.model, run.optimizer)
+    return found
+
+
+def find_divergence(run, rows, with_weights):
+    """The first of `rows` that is not finite, or None. With the weights: it is the last where these are not,
+    as the step after a finite loss can break them."""
     for row in rows:
         if not is_finite(row):
             return row
-    broken = evaluating and not math.isfinite(rows[-1]["val_loss"])
-    if evaluating or saving:
-        [broken] = any_rank(broken or not has_finite_weights(run.model))
+    broken = False
+    if with_weights:
+        [broken] = any_rank(not has_finite_weights(run.model))
     return rows[-1] if broken else None
 
 
-def save(run, result, step, evaluating, saving):
-    """Write best.pt where the evaluation is the best so far, and last.pt where that is due."""
+def due_checkpoints(result, step, evaluating, saving):
+    """best.pt where the evaluation is the best so far, and last.pt where that is due."""
     names = []
     if evaluating and result.val_loss < result.best_val_loss:
         result.best_step, result.best_val_loss = step, result.val_loss
         names.append("best.pt")
     if saving:
         names.append("last.pt")
+    return names
+
+
+def save(run, result, step, names):
+    """Write checkpoints, of the state after `step` steps, under these names."""
     past = result.best_step, result.best_val_loss, result.history
-    run.logger.save_checkpoints(names, step, past, run.model, run.optimizer)
+    run.logger.save_checkpoints(names, step, past, run.dataset, run.model, run.optimizer)
 
 
 def train(config, quiet=False, stop_early=None):
@@ -159,12 +215,30 @@ def train(config, quiet=False, stop_early=None):
     from its last checkpoint when there is one. stop_early: {step: function}, each called after that step with
     the training losses so far, on every rank; where it returns True the run ends. Raises UserError."""
     quiet = quiet or rank() > 0
-    run = set_up(config, say=(lambda text: None) if quiet else tqdm.write)
-    run.stop_early = stop_early or {}
-    result = Result(run.model)
-    if run.checkpoint:
-        result.best_step, result.best_val_loss, result.history = run.checkpoint["past"]
-        run.say(f"{config.out}: resuming at step {run.start:,}")
+    with own_run_dir(config):
+        run = set_up(config, say=(lambda text: None) if quiet else tqdm.write)
+        run.stop_early = stop_early or {}
+        result = Result(run.model)
+        if run.checkpoint:
+            recall(run, result)
+        train_run(run, result, quiet)
+    return result
+
+
+def recall(run, result):
+    """What `result` was when the run's checkpoint was written."""
+    result.best_step, result.best_val_loss, result.history = run.checkpoint["past"]
+    eval_tokens = settings_of_checkpoint(run.checkpoint)["eval_tokens"]
+    if eval_tokens != run.config.eval_tokens:  # losses on other windows cannot be compared
+        result.best_val_loss = measure_best_again(run)
+        run.say(f"eval_tokens: {run.config.eval_tokens} after {eval_tokens}; best.pt has a loss of "
+                f"{result.best_val_loss:.4f} there")
+    run.say(f"{run.config.out}: resuming at step {run.start:,}")
+
+
+def train_run(run, result, quiet):
+    """Everything from the first step to the sample."""
+    config = run.config
     observers = build_observers(run.model, config)
     columns = [column for observer in observers for column in observer.columns]
     run.logger.open(format_table(run.model), result.history, columns)
@@ -172,18 +246,17 @@ def train(config, quiet=False, stop_early=None):
     # Chosen before the model is compiled: its bf16 copies of the weights are compiled in
     update = choose_update(run.parallel_model, run.optimizer, config, run.autocast)
     with (contextlib.closing(run.logger),
-          compiled_training(run.model, run.parallel_model, config, run.device, run.autocast, run.say),
-          catch_signals() as signals,
-          tqdm(total=config.steps, initial=run.start, disable=quiet) as progress):
+          compiled_training(run.model, run.parallel_model, config, run.device, run.autocast, run.say)):
         train_step = TrainStep(run.parallel_model, run.optimizer, config, run.autocast,
                                use_cuda_graph(config, run.device), run.say, update, observers)
         metrics = MetricsBuffer(config.batch * config.context, len([*run.model.parameters()]), columns)
-        before_the_first_step(run, result, metrics)
-        if not result.diverged:
-            loop(run, result, train_step, metrics, signals, progress)
+        with (catch_signals() as signals,
+              tqdm(total=config.steps, initial=run.start, disable=quiet) as progress):
+            before_the_first_step(run, result, metrics)
+            if not result.diverged:
+                loop(run, result, train_step, metrics, signals, progress)
         update.close()
         finish(run, result, metrics)
-    return result
 
 
 def loop(run, result, train_step, metrics, signals, progress):
@@ -206,22 +279,22 @@ def loop(run, result, train_step, metrics, signals, progress):
         if not (evaluating or saving or overdue or warm or done in run.stop_early):
             continue
 
-        # Wait for the numbers of all steps since the last time, evaluate, and look for trouble
+        # Wait for the numbers of all steps since the last time, look for trouble, and evaluate
         rows = metrics.read()
+        result.history += rows
         show_progress(progress, run, metrics, rows)
         if warm and done < config.steps:
             metrics.forget_speeds()
-        if evaluating and all(map(is_finite, rows)):
-            rows[-1] |= validate(run, result, done)
-        bad_row = find_divergence(run, rows, evaluating, saving)
-        result.history += rows
+        bad_row = find_divergence(run, rows, evaluating or saving)
+        if evaluating and bad_row is None:
+            bad_row = validate(run, result, done, rows[-1])
         run.logger.log(rows)
         spikes.update(rows)
         if ends_here(run, result, bad_row, metrics, done):
             return
 
         # Only weights that are known to be sound are saved
-        save(run, result, done, evaluating, saving)
+        save(run, result, done, due_checkpoints(result, done, evaluating, saving))
         if result.stopped:
             return
         metrics.restart_clock()
@@ -246,15 +319,20 @@ def before_the_first_step(run, result, metrics):
     evaluating = finished or is_new and is_due(config.eval_every, 0)
     saving = finished or is_new and is_due(config.checkpoint_every, 0)
     row = {"step": step, "tokens": step * config.batch * config.context}
-    if evaluating:
-        row |= validate(run, result, step)
     if evaluating and is_new:
         result.history.append(row)
+    bad_row = find_divergence(run, [row], evaluating or saving)
+    if evaluating and bad_row is None:
+        bad_row = validate(run, result, step, row)
+    if evaluating and is_new:
         run.logger.log([row])
-    if find_divergence(run, [row], evaluating, saving) is not None:
+    elif finished and "val_loss" not in result.history[-1]:  # killed just before its last evaluation
+        result.history[-1].update(row)
+        run.logger.write_history(result.history)
+    if bad_row is not None:
         end_diverged(run, result, row, metrics)
         return
-    save(run, result, step, evaluating, saving)
+    save(run, result, step, due_checkpoints(result, step, evaluating, saving))
 
 
 def show_progress(progress, run, metrics, rows):
@@ -285,9 +363,10 @@ def finish(run, result, metrics):
 
 
 def main(argv):
-    config = choose_run_dir(configure(argv), argv)
-    init_distributed()  # after every rank has chosen the same run directory
-    with errors_in_one_line(config):
+    config = configure(argv)
+    init_distributed()
+    reuse_freed_memory()
+    with chosen_run_dir(config, argv) as config, errors_in_one_line(config):
         result = train(config)
     if result.diverged:
         return 1

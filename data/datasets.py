@@ -3,6 +3,7 @@
 Memory use is bounded, whatever the size of the data set.
 """
 
+import fnmatch
 import glob
 import hashlib
 import importlib
@@ -148,9 +149,9 @@ def local_files(name):
     if os.path.isfile(path):
         matches = [path]
     elif os.path.isdir(path):
-        matches = glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
+        matches = walk(path)
     elif glob.has_magic(path):
-        matches = glob.glob(path, recursive=True)
+        matches = find_matches(path)
         if not matches:
             raise UserError(f"dataset: the glob {name} matches nothing; takes one that does, {OFFLINE}")
     else:
@@ -166,11 +167,79 @@ def local_files(name):
     return readable
 
 
+def walk(root, with_hidden=False):
+    """The paths of all files under `root`. Each folder is entered once, however many symbolic links lead to
+    it, and by its own name where that lies under `root`, so loops end and no document is read twice. Hidden
+    files and folders (.name) are left out, unless with_hidden."""
+    found, entered = [], set()
+    folders, links = [root], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if name.startswith(".") and not with_hidden:
+                continue
+            if os.path.isdir(path):
+                (links if os.path.islink(path) else folders).append(path)
+            elif os.path.exists(path):  # not a link to nowhere, or to itself
+                found.append(path)
+    return found
+
+
+def would_read(name, path):
+    """Whether the file at `path` belongs to the data set `name`, or would if it were there."""
+    if file_format(path) is None or is_hub(name):
+        return False
+    name, path = os.path.abspath(os.path.expanduser(name)), os.path.abspath(path)
+    if os.path.isdir(name):
+        return os.path.realpath(path).startswith(os.path.join(os.path.realpath(name), ""))
+    return is_match(path.split(os.sep), name.split(os.sep))
+
+
+def find_matches(pattern):
+    """The paths that a glob matches; ** stands for any folders, in which walk() looks."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return glob.glob(pattern)
+    split = parts.index("**")
+    roots = glob.glob(os.sep.join(parts[:split]) or os.sep) if split else [""]
+    parts = [part for part in parts[split:] if part]
+    matches = []
+    for root in roots:
+        for path in walk(root or os.curdir, with_hidden=any(part.startswith(".") for part in parts)):
+            path = os.path.relpath(path, root or os.curdir)
+            if is_match(path.split(os.sep), parts):
+                matches.append(os.path.join(root, path))
+    return matches
+
+
+def is_match(names, parts):
+    """Whether the names of a path, from the top, are those that the parts of a glob stand for. As in a shell,
+    a hidden name (.name) needs a part that begins with a dot."""
+    if not parts:
+        return not names
+    if parts[0] == "**" and is_match(names, parts[1:]):
+        return True
+    if not names or names[0].startswith(".") and not parts[0].startswith("."):
+        return False
+    if parts[0] == "**":
+        return is_match(names[1:], parts)
+    return fnmatch.fnmatchcase(names[0], parts[0]) and is_match(names[1:], parts[1:])
+
+
 def file_documents(config):
     """Yields documents of local files, format by format: a row is one document in .jsonl, .csv and .parquet;
     a .txt is one document, or several where it is long. Raises UserError."""
     datasets = import_datasets()
     paths = local_files(config.dataset)
+    chained = [path for path in paths if "::" in os.path.abspath(path)]
+    if chained:  # `datasets` reads a path with :: as a chain of two file systems
+        raise UserError(f"dataset: {chained[0]} has :: in its name, which `datasets` cannot open; takes a "
+                        "path without it")
     if any(path.lower().endswith(".zst") for path in paths):
         require_zstd()
     for extension, builder in FORMATS.items():

@@ -3,7 +3,9 @@
 Dimensions: B sequences in a batch or a pass, T tokens in a sequence.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
 import mmap
 import os
@@ -14,10 +16,21 @@ import numpy as np
 import torch
 
 from configure import UserError
+from data.files import write_text
 from data.tokenizer import END_OF_TEXT, Tokenizer, load_encoding
 
 DTYPES = {"u2": np.dtype("<u2"), "u4": np.dtype("<u4")}
+CHECKED = "checked.json"  # {token file: [bytes, time stamp in ns]} at which its sha256 was right
 PREFETCH_TOKENS = 2**19  # about as many of a rank's tokens are gathered at once, and held ahead
+
+
+def read_meta(folder):
+    """meta.json of a prepared folder, or what else that file holds. Raises OSError and ValueError."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except RecursionError:
+        raise ValueError("meta.json is nested too deeply") from None
 
 
 @functools.lru_cache(maxsize=2)  # a chunk of steps can reach from one epoch into the next
@@ -30,28 +43,59 @@ def epoch_order(seed, epoch, windows, phases):
     return int(generator.integers(phases)), order
 
 
+def stamp(path):
+    """What tells without reading a file whether it was changed: [bytes, time stamp in ns]."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def check_sha256(folder, hashes, everything=False):
+    """Compare token files with their sha256, {file name: sha256}: those that have changed since the last
+    time, by their stamp, or `everything`. Raises ValueError where one differs."""
+    path = os.path.join(folder, CHECKED)
+    try:
+        with open(path, encoding="utf-8") as file:
+            checked = dict(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError):
+        checked = {}  # a folder of an earlier version, or a copy
+    stamps = {name: stamp(os.path.join(folder, name)) for name in hashes}
+    for name, sha256 in hashes.items():
+        if everything or checked.get(name) != stamps[name]:
+            with open(os.path.join(folder, name), "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise ValueError(f"{name} does not match its sha256")
+    if checked != stamps:
+        with contextlib.suppress(OSError):  # a folder that cannot be written is checked each time
+            write_text(path, json.dumps(stamps))
+
+
 class TokenDataset:
     """A prepared folder. `train` and `val` are memory-mapped token arrays; `meta` is its meta.json; `eot` the
     id of the end of text; `hashes` the sha256 of what is trained on, {"train", "val", "tokenizer"}.
 
-    Raises UserError when the folder is damaged.
+    Raises UserError when the folder is damaged. verify: look at every byte, not only where a file's size or
+    time stamp has changed since the last look.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, verify=False):
         self.folder = folder
         try:
-            with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-                self.meta = json.load(file)
+            self.meta = read_meta(folder)
             dtype = DTYPES[self.meta["dtype"]]
             self.vocab_size = self.meta["vocab_size"]
-            if not 0 < self.vocab_size <= 2 ** (8 * dtype.itemsize):
-                raise ValueError(f"vocab_size is {self.vocab_size}")
+            if type(self.vocab_size) is not int or not 0 < self.vocab_size <= 2 ** (8 * dtype.itemsize):
+                raise ValueError(f"vocab_size is {self.vocab_size!r}")
             self.train, self.val = self._open_split("train", dtype), self._open_split("val", dtype)
             self.eot = self.meta["tokenizer"]["special_tokens"][END_OF_TEXT]
+            if type(self.eot) is not int or not 0 <= self.eot < self.vocab_size:
+                raise ValueError(f"end of text: token {self.eot!r} in a vocabulary of {self.vocab_size}")
             self.hashes = {name: self.meta[name]["sha256"] for name in ("train", "val", "tokenizer")}
             dict(self.meta["settings"])  # prepare reads it
+            check_sha256(folder, {f"{split}.bin": self.hashes[split] for split in ("train", "val")}, verify)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
+        if verify:
+            self.tokenizer  # noqa: B018  it compares its file's sha256 when it is loaded
 
     def _open_split(self, split, dtype):
         path = os.path.join(self.folder, f"{split}.bin")
@@ -64,7 +108,7 @@ class TokenDataset:
         """The UserError for a folder that is not what prepare wrote."""
         reason = " ".join(str(error).split()) or type(error).__name__
         return UserError(f"data_dir: {self.folder} is damaged ({type(error).__name__}: {reason}); "
-                         "delete that folder, and it will be prepared again")
+                         "move that folder away, and it will be prepared again")
 
     def _check_tokens(self, tokens):
         """`tokens` as a plain array. Raises UserError when one is outside the vocabulary."""
@@ -77,7 +121,10 @@ class TokenDataset:
     def tokenizer(self):
         """The folder's Tokenizer, loaded when it is first used. Raises UserError when it is damaged."""
         try:
-            return Tokenizer(load_encoding(self.folder, self.meta["tokenizer"]), self.vocab_size)
+            encoding = load_encoding(self.folder, self.meta["tokenizer"])
+            if encoding.n_vocab > self.vocab_size:
+                raise ValueError(f"token {encoding.n_vocab - 1} in a vocabulary of {self.vocab_size}")
+            return Tokenizer(encoding, self.vocab_size)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._damaged(error) from None
 

@@ -5,6 +5,9 @@ train.py does the same when its data set is not prepared yet. A prepared folder 
 train.bin, val.bin      token ids, little endian, an end-of-text token after each document
 tokenizer.tiktoken      the tokenizer's ranks; its pattern and special tokens are in meta.json
 meta.json               settings, source, tokenizer, counts, sha256
+checked.json            size and time stamp of the token files when they last matched their sha256
+
+--verify compares every byte of an existing folder with its sha256; else that happens where a stamp differs.
 """
 
 import contextlib
@@ -24,8 +27,8 @@ from tqdm import tqdm
 
 from configure import UserError, configure, run_cli
 from data.datasets import describe, documents
-from data.files import durable_file
-from data.loader import TokenDataset
+from data.files import durable_file, write_text
+from data.loader import CHECKED, TokenDataset, read_meta, stamp
 from data.tokenizer import TOKENIZER_FILE, build_encoding, check_tokenizer_name, save_encoding
 
 FORMAT = 1  # version of a folder's content; increase it when old folders must not be used any longer
@@ -42,7 +45,7 @@ def prepare(config):
 
     A prepared folder is itself accepted as a data set, for machines without the text or the libraries.
     """
-    if os.path.isfile(os.path.join(config.dataset, "meta.json")):
+    if is_prepared(config.dataset):
         check_prepared_settings(config)
         return config.dataset
     check_tokenizer_name(config.tokenizer)
@@ -52,6 +55,37 @@ def prepare(config):
     if not os.path.isdir(folder):
         write_folder(config, folder, settings, source)
     return folder
+
+
+def is_prepared(folder):
+    """Whether `folder` was written by write_folder(): its meta.json has a format, and the settings that it
+    was made with. Where that file is damaged, the names of the others tell."""
+    try:
+        meta = read_meta(folder)
+    except OSError:
+        return False
+    except ValueError:
+        meta = None
+    if isinstance(meta, dict) and "format" in meta and isinstance(meta.get("settings"), dict):
+        return True
+    others = ("train.bin", "val.bin", TOKENIZER_FILE)
+    return all(os.path.isfile(os.path.join(folder, name)) for name in others)
+
+
+def prepared_folders(data_dir):
+    """The folders in data_dir that look like prepared ones."""
+    return sorted(map(os.path.dirname, glob.glob(os.path.join(glob.escape(data_dir), "*", "meta.json"))))
+
+
+def find_prepared(hashes, folders):
+    """The first of `folders` whose tokens and tokenizer have these sha256; None where none has."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            meta = read_meta(folder)
+            if {name: meta[name]["sha256"] for name in hashes} == hashes:
+                TokenDataset(folder)
+                return folder
+    return None
 
 
 def check_prepared_settings(config):
@@ -83,6 +117,8 @@ def write_folder(config, folder, settings, source):
         meta = {"format": FORMAT, "settings": settings, "source": source, **write_tokens(config, temporary)}
         with durable_file(os.path.join(temporary, "meta.json")) as file:
             file.write(json.dumps(meta, indent=1).encode())
+        stamps = {name: stamp(os.path.join(temporary, name)) for name in ("train.bin", "val.bin")}
+        write_text(os.path.join(temporary, CHECKED), json.dumps(stamps))
         os.rename(temporary, folder)
     except OSError as error:
         # If the folder exists now, another process was faster and wrote the same tokens
@@ -252,7 +288,8 @@ def encode_documents(documents, encoding):
 
 
 def main(argv):
-    dataset = TokenDataset(prepare(configure(argv)))
+    words = [word for word in argv if word != "--verify"]
+    dataset = TokenDataset(prepare(configure(words)), verify=words != argv)
     print(dataset.folder)
     for split in ("train", "val"):
         counts = dataset.meta[split]

@@ -1,6 +1,7 @@
 """Tokenizers: built, saved in a prepared folder, and loaded; each is a tiktoken.Encoding."""
 
 import base64
+import contextlib
 import functools
 import hashlib
 import os
@@ -19,6 +20,20 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{
 ANY_CHARACTER = r"(?s:.)"
 MIN_BPE_SIZE, MAX_BPE_SIZE = 258, 1_000_000  # tokens; at least 256 bytes, 1 merge and the end of text
 OFFLINE = "--tokenizer=bytes and --tokenizer=bpe:2048 need no download"
+
+
+@contextlib.contextmanager
+def panics_as_errors():
+    """Turns a panic of tiktoken's Rust code, which derives from BaseException, into a UserError. A pattern
+    that makes the regex engine give up does it, and so do ids that do not fit."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"tokenizer: the tokenizer of the prepared folder is damaged ({reason}); takes a "
+                        "folder that `python -m data.prepare` wrote") from None
 
 
 class Tokenizer:
@@ -45,8 +60,10 @@ class Tokenizer:
         return tokens
 
     def encode(self, text):
-        """Token ids of `text`, a list of int; what looks like a special token in it is encoded as text."""
-        return self.encoding.encode_ordinary(text)
+        """Token ids of `text`, a list of int; what looks like a special token in it is encoded as text.
+        Raises UserError where the tokenizer's pattern cannot split it."""
+        with panics_as_errors():
+            return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
         """Text of token ids; ids without a token, such as a padded vocabulary's, are skipped."""
@@ -59,9 +76,10 @@ def check_tokenizer_name(name):
     tiktoken_names = tiktoken.list_encoding_names()
     bpe = re.fullmatch(r"bpe:(\d+)", name)
     if bpe:
-        if not MIN_BPE_SIZE <= int(bpe[1]) <= MAX_BPE_SIZE:
-            raise UserError(f"tokenizer: got {name}, takes bpe:N with N from {MIN_BPE_SIZE} (256 bytes, "
-                            f"1 merge, end of text) to {MAX_BPE_SIZE}")
+        too_long = len(bpe[1]) > 100  # Python makes no int of thousands of digits
+        if too_long or not MIN_BPE_SIZE <= int(bpe[1]) <= MAX_BPE_SIZE:
+            raise UserError(f"tokenizer: got {name[:100]}, takes bpe:N with N from {MIN_BPE_SIZE} (256 "
+                            f"bytes, 1 merge, end of text) to {MAX_BPE_SIZE}")
     elif name != "bytes" and name not in tiktoken_names:
         advice = closest(name, ["bytes", "bpe:2048", *tiktoken_names])
         raise UserError(f"tokenizer: got {name}, takes bytes, bpe:N or one of "
@@ -164,4 +182,7 @@ def load_encoding(folder, saved):
     for line in content.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    return make_encoding(saved["name"], saved["pattern"], ranks, saved["special_tokens"])
+    if not saved["pattern"]:
+        raise ValueError("the tokenizer's pattern is empty")
+    with panics_as_errors():
+        return make_encoding(saved["name"], saved["pattern"], ranks, saved["special_tokens"])

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import time
 
 import configure
 
@@ -52,3 +53,33 @@ def hold_trial(folder, key):
         if worker.claim(key):
             open(os.path.join(folder, "held"), "w").close()
             signal.pause()
+
+
+def hold_folder(path):
+    """Lock the folder at `path`, for ever."""
+    from training.folder import locked_folder
+    with locked_folder(path):
+        time.sleep(1000)
+
+
+def fail_at_evaluation(calls, error):
+    """Let the `calls`-th evaluation raise MemoryError, or be a kill."""
+    import train
+    original, count = train.evaluate, 0
+
+    def evaluate(*arguments):
+        nonlocal count
+        count += 1
+        if count == calls and error == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count == calls:
+            raise MemoryError
+        return original(*arguments)
+
+    train.evaluate = evaluate
+
+
+def run_train_with(words, name, *arguments):
+    """What `python train.py WORDS` does, after the function `name` of this module."""
+    globals()[name](*arguments)
+    run_train(words)

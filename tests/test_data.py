@@ -595,7 +595,7 @@ def test_a_damaged_folder_is_rejected_with_what_to_do(dataset, tmp_path, name, c
     shutil.copytree(dataset.folder, folder)
     assert TokenDataset(folder).tokenizer.encode("a") == [97]
     damage(folder, name, change)
-    with pytest.raises(UserError, match=f"data_dir: {folder} is damaged .*; delete that folder"):
+    with pytest.raises(UserError, match=f"data_dir: {folder} is damaged .*; move that folder away"):
         TokenDataset(folder).tokenizer.decode([1])
 
 

@@ -153,8 +153,12 @@ def workspace(corpus, tmp_path_factory):
 
 
 def contents(folder):
-    return {os.path.join(path, name): os.stat(os.path.join(path, name)).st_mtime_ns
-            for path, folders, files in os.walk(folder) for name in [*folders, *files]}
+    """{path: when it was written}; 0 for folders, which a lock file that comes and goes changes."""
+    found = {}
+    for path, folders, files in os.walk(folder):
+        found |= {os.path.join(path, name): 0 for name in folders}
+        found |= {os.path.join(path, name): os.stat(os.path.join(path, name)).st_mtime_ns for name in files}
+    return found
 
 
 def arguments(corpus, case):

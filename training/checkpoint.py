@@ -15,6 +15,7 @@ import torch
 
 from configure import MAY_CHANGE_ON_RESUME, Config, UserError
 from data.files import atomic_file
+from data.prepare import find_prepared, is_prepared, prepared_folders
 from parametrization import format_table
 from training.distributed import copy_into_shard, full_tensor, local_part
 
@@ -70,34 +71,68 @@ def read_newest(paths, say):
             say(f"{error}; falling back to {paths[-1]}")
 
 
-def check_resumable(config, hashes, path, checkpoint):
-    """Raises UserError when `config`, on token files with these hashes, would not continue the run of
-    `checkpoint`. A setting that is younger than the checkpoint had its default there."""
-    settings = {field.name: field.default for field in fields(Config)} | checkpoint["config"]
+def settings_of_checkpoint(checkpoint):
+    """{setting: value}. A setting that is younger than the checkpoint had its default there."""
+    return {field.name: field.default for field in fields(Config)} | checkpoint["config"]
+
+
+def check_same_settings(config, path, checkpoint):
+    """Raises UserError when `config` would not continue the run of `checkpoint`. A prepared folder may stand
+    for the text that it was made of: check_same_tokens() compares what is in it."""
+    settings = settings_of_checkpoint(checkpoint)
     for name, value in asdict(config).items():
-        if name not in MAY_CHANGE_ON_RESUME and settings[name] != value:
-            raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings[name]!r}; "
-                            "takes the same, or another --out")
-    if checkpoint["tokens"] != hashes:
-        raise UserError(f"dataset: got {config.dataset}, which gives other tokens than {path} was trained "
-                        "on; takes those, or another --out")
+        if name in MAY_CHANGE_ON_RESUME or settings[name] == value:
+            continue
+        if name == "dataset" and is_prepared(value):
+            continue
+        raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings[name]!r}; "
+                        "takes the same, or another --out")
     if checkpoint["step"] > config.steps:
         raise UserError(f"steps: got {config.steps}, takes at least the {checkpoint['step']} that {path} has "
                         "done")
 
 
-def load_state(path, checkpoint, model, optimizer):
-    """Copy weights and optimizer state into `model` and `optimizer`. Raises UserError when they differ."""
+def check_same_tokens(config, dataset, path, checkpoint):
+    """Raises UserError when `dataset` is not what the run of `checkpoint` is trained on."""
+    if checkpoint["tokens"] == dataset.hashes:
+        return
+    folder = find_prepared(checkpoint["tokens"], folders_of(config, checkpoint))
+    advice = "takes those" if folder is None else f"takes --dataset={folder}, which holds those"
+    raise UserError(f"dataset: got {config.dataset}, which gives other tokens than {path} was trained on; "
+                    f"{advice}, or another --out")
+
+
+def folders_of(config, checkpoint):
+    """Where the tokens of a checkpoint may lie: in the folder that it was trained from, or in data_dir."""
+    recorded = checkpoint.get("folder")  # absent in older checkpoints
+    return [*([recorded] if recorded else []), *prepared_folders(config.data_dir)]
+
+
+def load_weights(path, checkpoint, model):
+    """Copy the weights into `model`. Raises UserError when they differ."""
     parameters = dict(model.named_parameters())
     try:
         if differing := checkpoint["model"].keys() ^ parameters.keys():
             raise RuntimeError(f"only one of them has {', '.join(sorted(differing))}")
         for name, p in parameters.items():
             copy_into_shard(p, checkpoint["model"][name])
+    except Exception as error:
+        raise does_not_fit(path, error) from None
+
+
+def load_state(path, checkpoint, model, optimizer):
+    """Copy weights and optimizer state into `model` and `optimizer`. Raises UserError when they differ."""
+    load_weights(path, checkpoint, model)
+    try:
+        for name, p in model.named_parameters():
             optimizer.state[p] = {key: optimizer_tensor(p, value)
                                   for key, value in checkpoint["optimizer"][name].items()}
     except Exception as error:
-        raise UserError(f"{path}: does not fit model.py: {' '.join(str(error).split())[:200]}") from None
+        raise does_not_fit(path, error) from None
+
+
+def does_not_fit(path, error):
+    return UserError(f"{path}: does not fit model.py: {' '.join(str(error).split())[:200]}")
 
 
 def optimizer_tensor(p, value):
@@ -120,11 +155,12 @@ def gather_state(model, optimizer):
     return weights, state
 
 
-def checkpoint_content(config, hashes, step, past, model, optimizer):
+def checkpoint_content(config, dataset, step, past, model, optimizer):
     """The dict that is written. past: (best step, best validation loss, rows of metrics.csv)."""
     weights, state = gather_state(model, optimizer)
-    return {"step": step, "past": past, "model": weights, "optimizer": state, "tokens": hashes,
-            "config": asdict(config), "table": format_table(model), "versions": VERSIONS}
+    return {"step": step, "past": past, "model": weights, "optimizer": state, "tokens": dataset.hashes,
+            "folder": os.path.abspath(dataset.folder), "config": asdict(config),
+            "table": format_table(model), "versions": VERSIONS}
 
 
 def has_finite_weights(model):

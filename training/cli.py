@@ -8,21 +8,27 @@ import threading
 from dataclasses import replace
 
 from configure import UserError
-from training.distributed import world_size
+from training.distributed import from_rank0, rank, world_size
+from training.folder import claim_folder, remove_empty
 
 
-def choose_run_dir(config, argv):
-    """`config` with `out`: as given, or out/NAME after the last config file of the command line, or the first
-    of out/NAME-2, out/NAME-3, ... that does not exist yet."""
+@contextlib.contextmanager
+def chosen_run_dir(config, argv):
+    """Yields `config` with `out`: as given, or out/NAME after the last config file of the command line, or
+    the first of out/NAME-2, out/NAME-3, ... that does not exist yet. That folder is made at once, so that
+    nobody else chooses it, and removed again if the block leaves it empty. A collective."""
     if config.out is not None:
-        return config
+        yield config
+        return
     files = [word for word in argv if word.endswith(".py")] or ["run.py"]
     name = os.path.basename(files[-1]).removesuffix(".py")
-    out, number = f"out/{name}", 1
-    while os.path.exists(out):
-        number += 1
-        out = f"out/{name}-{number}"
-    return replace(config, out=out)
+    out, made = None, []
+    if rank() == 0:
+        out, made = claim_folder(os.path.join("out", name))
+    try:
+        yield replace(config, out=from_rank0(out))
+    finally:
+        remove_empty(made)
 
 
 @contextlib.contextmanager
@@ -57,5 +63,7 @@ def errors_in_one_line(config):
             raise
         raise UserError(f"micro_batch: got {config.micro_batch}, which does not fit in the device's memory; "
                         f"takes a smaller divisor of batch={config.batch}, or a smaller model") from None
+    except BrokenPipeError:  # nobody reads what is printed: run_cli's business, and no fault of `out`
+        raise
     except OSError as error:
         raise UserError(f"out: cannot write {error.filename or config.out}: {error.strerror}") from None

@@ -10,6 +10,7 @@ import torch
 from configure import UserError
 from model import model_size
 from training.distributed import world_size
+from training.evaluate import piece_rows
 
 # Dense bf16 matrix products, FLOP/s, from the makers' data sheets; the first name that matches counts.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
@@ -73,30 +74,33 @@ def total_memory(device):
 
 
 def check_memory(config, device, autocast):
-    """Raises UserError when a step needs more memory than the device has.
-
-    Counted is the least that it needs: weights, gradients and Adam's moments in fp32, and for each token the
-    activations that the backward pass reads.
-    """
+    """Raises UserError when a run needs more memory than the device has."""
     size = model_size(config)
-    fixed = 16 * size.parameters
-    if config.shard:
-        fixed /= world_size()
-    bytes_per_number = 2 if autocast._enabled else 4
-    per_row = bytes_per_number * config.context * size.activations_per_token
     rows_per_rank = config.batch // world_size()
-    rows = config.micro_batch or rows_per_rank
-    available = total_memory(device)
-    if fixed + rows * per_row <= available:
+    needed, available = least_memory(config, size, autocast, config.micro_batch), total_memory(device)
+    if needed <= available:
         return
-    advice = "a smaller model, or --shard=true on several devices"
-    for fewer in range(rows - 1, 0, -1):
-        if rows_per_rank % fewer == 0 and fixed + fewer * per_row <= available:
+    advice, rows = "a smaller model, or --shard=true on several devices", config.micro_batch or rows_per_rank
+    for fewer in range(rows, 0, -1):
+        if rows_per_rank % fewer == 0 and least_memory(config, size, autocast, fewer) <= available:
             advice = f"--micro_batch={fewer}"
             break
     raise UserError(f"micro_batch: {rows} sequences a pass and {size.parameters:,} weights need at least "
-                    f"{(fixed + rows * per_row) / GIB:,.0f} GiB, {device} has {available / GIB:,.0f}; "
-                    f"takes {advice}")
+                    f"{needed / GIB:,.0f} GiB, {device} has {available / GIB:,.0f}; takes {advice}")
+
+
+def least_memory(config, size, autocast, micro_batch):
+    """The least bytes that training takes, or evaluation if that takes more: weights, gradients and Adam's
+    moments in fp32, and for each token the activations that the backward pass reads; in evaluation no
+    gradients, and of the activations the logits and their log-probabilities."""
+    bytes_per_number = 2 if autocast._enabled else 4
+    rows = micro_batch or config.batch // world_size()
+    shards = world_size() if config.shard else 1
+    training = 16 * size.parameters / shards
+    training += rows * config.context * bytes_per_number * size.activations_per_token
+    logits = piece_rows(config, micro_batch) * config.context * config.vocab_size
+    evaluation = 12 * size.parameters / shards + logits * (bytes_per_number + 4)
+    return max(training, evaluation)
 
 
 def batches_on_device(chunks, device):

@@ -38,6 +38,15 @@ def any_rank(*flags):
     return [bool(flag) for flag in flags]
 
 
+def from_rank0(value):
+    """Rank 0's `value`, on every rank. A collective."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
 @contextlib.contextmanager
 def local_rank0_first():
     """The block runs on the first process of each machine, then on the others."""

@@ -11,13 +11,18 @@ from training.distributed import rank, world_size
 PIECE_TOKENS = 8192  # evaluated at once: not config.batch, so that every run adds up the same way
 
 
+def piece_rows(config, micro_batch):
+    """How many windows are evaluated at once: no more than a pass of training has, where that is limited."""
+    return max(1, min(PIECE_TOKENS // config.context, micro_batch or PIECE_TOKENS))
+
+
 @torch.no_grad()
 def evaluate(model, dataset, config, device, autocast):
     """{val_loss, val_error, val_bits_per_byte} on the fixed validation windows. A collective: every rank
     evaluates its share, and all get the same numbers."""
     windows = dataset.validation_windows(config.context, config.eval_tokens)
     windows_NT = torch.from_numpy(windows.astype("int64"))
-    pieces = windows_NT.split(max(1, PIECE_TOKENS // config.context))
+    pieces = windows_NT.split(piece_rows(config, config.micro_batch))
     losses = [torch.zeros(len(piece)) for piece in pieces]
     model.eval()
     rounds = math.ceil(len(pieces) / world_size())
@@ -42,6 +47,8 @@ def summarize(losses_N, context, target_bytes):
     error = math.nan
     if len(losses_N) > 1:
         error = losses_N.std().item() / math.sqrt(len(losses_N))
+    # Windows of nothing but ends of text have no bytes
+    target_bytes = dataset.target_bytes(windows) or math.nan
     return {"val_loss": losses_N.mean().item(), "val_error": error,
             "val_bits_per_byte": nats / math.log(2) / target_bytes}
 

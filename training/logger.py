@@ -6,8 +6,10 @@ metrics.csv   a row per optimizer step, rewritten from the checkpoint when the r
 last.pt       the newest checkpoint; previous.pt the one before it, in case last.pt is damaged
 best.pt       the checkpoint of the lowest validation loss
 sample.txt    what the trained model writes
+run.lock      while a process writes here: which one
 """
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -16,22 +18,57 @@ from dataclasses import asdict
 
 from configure import UserError
 from data.files import write_text
-from training.checkpoint import check_resumable, checkpoint_content, load_state, read_newest, write_checkpoint
+from training.checkpoint import (
+    check_same_settings,
+    check_same_tokens,
+    checkpoint_content,
+    load_state,
+    load_weights,
+    read_checkpoint,
+    read_newest,
+    write_checkpoint,
+)
 from training.distributed import rank
+from training.folder import UNFINISHED, check_is_ours, locked_folder
 
 COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
 
 
+@contextlib.contextmanager
+def own_run_dir(config):
+    """Within, this process alone (with the other ranks) writes to config.out, if that is set. Raises
+    UserError where another process does, or where files of something else lie."""
+    if config.out is None or rank() > 0:
+        yield
+        return
+    with locked_folder(config.out):
+        check_is_ours(config.out)
+        yield
+
+
+def start_wandb(config):
+    """The run on Weights & Biases. Raises UserError when that cannot begin."""
+    import wandb
+    mode = os.environ.get("WANDB_MODE")
+    try:
+        if not mode:
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        return wandb.init(project="mup-gpt", name=config.out, dir=config.out, mode=mode,
+                          config=asdict(config))
+    except (wandb.Error, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"wandb: cannot begin ({type(error).__name__}: {reason}); takes false, a login that "
+                        "holds, or the environment's WANDB_MODE=offline") from None
+
+
 class RunLogger:
-    """The run in config.out; without that, nothing is kept. Of several processes rank 0 writes.
+    """The run in config.out; without that, nothing is kept. Of several processes rank 0 writes. Raises
+    UserError."""
 
-    hashes: the sha256 of what the run is trained on. columns: those of the observers, after COLUMNS.
-    Raises UserError.
-    """
-
-    def __init__(self, config, hashes, say=print):
-        self.config, self.hashes, self.say = config, hashes, say
+    def __init__(self, config, say=print):
+        self.config, self.say = config, say
         self.metrics_file = self.metrics_writer = self.wandb_run = None
+        self.last_step = None  # of a last.pt that is known to be sound, and so may become previous.pt
         self.is_writer = rank() == 0
         if config.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("wandb: got true, but it is not installed; pip install wandb, or --wandb=false")
@@ -39,46 +76,63 @@ class RunLogger:
     def path(self, name):
         return os.path.join(self.config.out or "", name)
 
-    def load_checkpoint(self, model, optimizer):
-        """The newest undamaged checkpoint, loaded into model and optimizer; None when there is none.
-
-        Raises UserError.
-        """
+    def read_checkpoint(self):
+        """The newest undamaged checkpoint, if its settings are config's; None when there is none. Raises
+        UserError."""
         if not self.config.out:
             return None
         paths = [path for path in map(self.path, ("last.pt", "previous.pt")) if os.path.exists(path)]
         if not paths:
             return None
-        path, checkpoint = read_newest(paths, self.say)
-        check_resumable(self.config, self.hashes, path, checkpoint)
-        load_state(path, checkpoint, model, optimizer)
+        self.checkpoint_path, checkpoint = read_newest(paths, self.say)
+        if self.checkpoint_path == self.path("last.pt"):
+            self.last_step = checkpoint["step"]
+        check_same_settings(self.config, self.checkpoint_path, checkpoint)
         return checkpoint
 
+    def load(self, checkpoint, dataset, model, optimizer):
+        """Bring model and optimizer to where read_checkpoint()'s result says. Raises UserError."""
+        if checkpoint is not None:
+            check_same_tokens(self.config, dataset, self.checkpoint_path, checkpoint)
+            load_state(self.checkpoint_path, checkpoint, model, optimizer)
+
+    def load_best(self, model):
+        """Whether there is an undamaged best.pt that fits: its weights are then in `model`."""
+        try:
+            path = self.path("best.pt")
+            load_weights(path, read_checkpoint(path), model)
+            return True
+        except UserError:
+            return False
+
     def open(self, table, history, columns=()):
-        """Begin, or continue after the rows of `history`."""
+        """Begin, or continue after the rows of `history`. columns: those of the observers, after COLUMNS.
+        Raises UserError."""
         if not self.is_writer:
             return
         if self.config.out:
             self.open_directory(table, history, columns)
         if self.config.wandb:
-            import wandb
-            mode = os.environ.get("WANDB_MODE")
-            if not mode:
-                mode = "online" if wandb.login(prompt=False) else "offline"
-            self.wandb_run = wandb.init(project="mup-gpt", name=self.config.out, dir=self.config.out,
-                                        mode=mode, config=asdict(self.config))
+            self.wandb_run = start_wandb(self.config)
 
     def open_directory(self, table, history, columns):
-        os.makedirs(self.config.out, exist_ok=True)
-        for name in os.listdir(self.config.out):
-            if name.endswith(".tmp"):  # left by a kill
+        for name in UNFINISHED:  # left by a kill
+            with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))
         self.write_text("config.json", json.dumps(asdict(self.config), indent=1))
         self.write_text("table.txt", f"{table}\n")
         earlier = [name for row in history for name in row if name not in COLUMNS]
+        self.columns = [*COLUMNS, *dict.fromkeys([*earlier, *columns])]
+        self.write_history(history)
+
+    def write_history(self, history):
+        """Begin metrics.csv anew, with the rows of `history`."""
+        if not self.is_writer or not self.config.out:
+            return
+        if self.metrics_file:
+            self.metrics_file.close()
         self.metrics_file = open(self.path("metrics.csv"), "w", buffering=1, newline="")
-        all_columns = [*COLUMNS, *dict.fromkeys([*earlier, *columns])]
-        self.metrics_writer = csv.DictWriter(self.metrics_file, all_columns, lineterminator="\n")
+        self.metrics_writer = csv.DictWriter(self.metrics_file, self.columns, lineterminator="\n")
         self.metrics_writer.writeheader()
         self.metrics_writer.writerows(history)
 
@@ -90,16 +144,29 @@ class RunLogger:
             for row in rows:
                 self.wandb_run.log(row, step=row["step"])
 
-    def save_checkpoints(self, names, step, past, model, optimizer):
+    def save_checkpoints(self, names, step, past, dataset, model, optimizer):
         """Write one checkpoint under each of `names`. All ranks must call it, with the same names."""
         if not names or not self.config.out:
             return
-        content = checkpoint_content(self.config, self.hashes, step, past, model, optimizer)
+        content = checkpoint_content(self.config, dataset, step, past, model, optimizer)
         if not self.is_writer:
             return
         for name in names:
-            backup_path = self.path("previous.pt") if name == "last.pt" else None
+            backup_path = None
+            if name == "last.pt" and self.last_step not in (None, step):  # else previous.pt is better
+                backup_path = self.path("previous.pt")
             write_checkpoint(self.path(name), content, backup_path)
+            if name == "last.pt":
+                self.last_step = step
+
+    def take_back_last(self):
+        """The newest checkpoint was not sound: the one before it is the last again."""
+        if not self.is_writer or not self.config.out:
+            return
+        if os.path.exists(self.path("previous.pt")):
+            os.replace(self.path("previous.pt"), self.path("last.pt"))
+        else:
+            os.remove(self.path("last.pt"))
 
     def write_text(self, name, text):
         if self.is_writer and self.config.out:

@@ -87,9 +87,8 @@ class LossSpikeDetector:
     setting."""
 
     def __init__(self, grad_clip, say):
-        self.recent = deque()
+        self.recent = deque(maxlen=WINDOW)  # (loss, gradient norm)
         self.grad_clip, self.say = grad_clip or math.inf, say
-        self.sum = self.sum_of_squares = 0.0  # of the recent losses: kept, as every step is looked at
 
     def update(self, rows):
         """Look at the newest rows of metrics.csv."""
@@ -100,14 +99,12 @@ class LossSpikeDetector:
         loss, norm = row["train_loss"], row["grad_norm"]
         if len(self.recent) == WINDOW:
             self.compare(row["step"], loss)
-            oldest, _ = self.recent.popleft()
-            self.sum, self.sum_of_squares = self.sum - oldest, self.sum_of_squares - oldest**2
         self.recent.append((loss, norm))
-        self.sum, self.sum_of_squares = self.sum + loss, self.sum_of_squares + loss**2
 
     def compare(self, step, loss):
-        mean = self.sum / WINDOW
-        deviation = math.sqrt(max(0.0, self.sum_of_squares / WINDOW - mean**2))
+        # Summed anew each time: sums that are kept and moved along lose the small losses after a huge one
+        mean = sum(loss for loss, _ in self.recent) / WINDOW
+        deviation = math.hypot(*(loss - mean for loss, _ in self.recent)) / math.sqrt(WINDOW)
         if loss > mean + 8 * deviation:
             clipped = sum(norm > self.grad_clip for _, norm in self.recent)
             self.say(f"step {step:,}: the loss jumps to {loss:.3f}, from a mean of {mean:.3f} over {WINDOW} "

@@ -1,0 +1,252 @@
+"""Two processes in one folder, and folders that hold what others wrote: nothing is lost, mixed or deleted.
+
+`pytest --long` starts a hundred pairs, at random moments, and kills them at random.
+"""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+from children import hold_folder, run_train, run_train_with
+from conftest import run
+from processes import Fork, start_train, to_words, wait_for_rows
+
+import train
+from configure import UserError
+from training.checkpoint import read_checkpoint
+from training.folder import claim_folder, locked_folder
+
+LONG = {"steps": 300, "checkpoint_every": 20, "sample_tokens": 0}
+
+
+def read_steps(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_line(errors):
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in errors
+    return line
+
+
+def test_a_second_run_in_the_folder_of_a_living_one_is_rejected_with_who_holds_it(corpus, tmp_path):
+    out = tmp_path / "run"
+    first = start_train(corpus | LONG, out=out)
+    wait_for_rows(first, out, 5)
+    before = (out / "config.json").stat().st_mtime_ns
+    second = start_train(corpus | LONG, out=out, seed=1)
+    _, errors = second.communicate()
+    assert second.returncode == 2
+    assert re.fullmatch(rf"error: out: {out} is in use by process {first.pid} on \S+, since .*; takes "
+                        "another folder, or wait for its end", error_line(errors))
+    assert (out / "config.json").stat().st_mtime_ns == before
+    assert first.poll() is None, "the test needs a run that is still going on"
+    first.communicate()
+    assert first.returncode == 0 and read_steps(out) == list(range(1, 301))
+
+
+def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus, tmp_path):
+    words = to_words(corpus | {"steps": 2})
+    processes = [Fork(run_train, [*words, f"--seed={seed}"], folder=str(tmp_path)) for seed in range(4)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    folders = sorted((tmp_path / "out").iterdir())
+    assert [folder.name for folder in folders] == ["run", "run-2", "run-3", "run-4"]
+    seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
+    checkpoints = [read_checkpoint(str(folder / "last.pt"))["config"]["seed"] for folder in folders]
+    assert sorted(seeds) == [0, 1, 2, 3] and checkpoints == seeds
+
+
+def test_a_lock_dies_with_its_process_and_leaves_no_file_when_it_is_let_go(corpus, tmp_path):
+    process = Fork(hold_folder, str(tmp_path / "run"))
+    lock = tmp_path / "run/run.lock"
+    while not (lock.exists() and lock.read_text()):
+        assert process.poll() is None
+        time.sleep(0.005)
+    with pytest.raises(UserError, match=f"in use by process {process.pid} "), \
+            locked_folder(str(tmp_path / "run")):
+        pass
+    process.kill()
+    process.communicate()
+    with locked_folder(str(tmp_path / "run")):
+        assert f"process {os.getpid()} " in lock.read_text()
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_two_threads_of_one_process_do_not_share_a_folder_either(corpus, tmp_path):
+    with locked_folder(str(tmp_path / "run")), pytest.raises(UserError, match="is in use by process"):
+        run(corpus, out=str(tmp_path / "run"))
+
+
+def test_a_rejected_run_leaves_no_folder_behind(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        train.main(["--dataset=nope.txt"])
+    with pytest.raises(UserError, match="no such file"):
+        run(corpus, dataset="nope.txt", out="a/b/c")
+    assert os.listdir() == []
+
+
+def test_folders_are_claimed_once(tmp_path):
+    claimed = [claim_folder(str(tmp_path / "deep/run")) for _ in range(3)]
+    assert [os.path.basename(path) for path, _ in claimed] == ["run", "run-2", "run-3"]
+    assert claimed[0][1] == [str(tmp_path / "deep"), str(tmp_path / "deep/run")]
+    assert claimed[1][1] == [str(tmp_path / "deep/run-2")]
+
+
+@pytest.mark.parametrize("names", [["config.json"], ["sample.txt", "metrics.csv"], ["thesis.tmp"],
+                                   ["config.json", "best.pt"]])
+def test_a_folder_of_other_files_is_rejected_and_left_alone(corpus, tmp_path, names):
+    out = tmp_path / "mine"
+    out.mkdir()
+    for name in names:
+        (out / name).write_text('{"model_type": "bert"}')
+    before = snapshot(out)
+    with pytest.raises(UserError, match=f"^out: {out} holds {sorted(names)[0]} and no run; takes a new or"):
+        run(corpus, out=str(out))
+    assert snapshot(out) == before
+
+
+def test_other_files_beside_a_run_stay_and_what_a_kill_left_of_its_own_goes(corpus, tmp_path):
+    out = tmp_path / "run"
+    (out / "plots").mkdir(parents=True)
+    (out / "plots").rmdir()
+    (out / "last.pt.tmp").write_text("what a kill left")
+    run(corpus, out=str(out))
+    assert not (out / "last.pt.tmp").exists()
+    for name in ("thesis.tmp", "notes.md"):
+        (out / name).write_text("mine")
+    (out / "config.json.tmp").write_text("what a kill left")
+    run(corpus, out=str(out), steps=8)
+    assert (out / "thesis.tmp").read_text() == (out / "notes.md").read_text() == "mine"
+    assert not (out / "config.json.tmp").exists()
+
+
+def test_a_run_inside_its_own_text_is_rejected(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("text")
+    for i in range(20):
+        (tmp_path / f"text/{i}.txt").write_text(f"document {i} " * 40)
+    for dataset in ("text", "text/**/*.txt", "text/*/*", str(tmp_path)):
+        with pytest.raises(UserError, match="^out: got text/run, which lies in the data set"):
+            run(corpus, dataset=dataset, out="text/run")
+    assert "run" not in os.listdir("text")
+    run(corpus, dataset="text", out="text-run")
+    run(corpus, dataset="text/*.txt", out="text/run")  # of which the glob reads nothing
+
+
+def test_a_run_that_resumes_while_its_text_is_gone_goes_on_with_its_tokens(corpus, tmp_path, monkeypatch,
+                                                                           capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("text")
+    for i in range(20):
+        (tmp_path / f"text/{i}.txt").write_text(f"document {i} " * 40)
+    settings = corpus | {"dataset": "text", "data_dir": "prepared", "out": str(tmp_path / "run")}
+    run(settings)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # relative paths are those of the run's start
+    train.main([str(tmp_path / "run"), "--steps=7"])
+    assert "no such file or folder: text" in (output := capsys.readouterr().out)
+    assert f"resuming on the tokens in {tmp_path}/prepared/text-bytes-" in output
+    monkeypatch.chdir(tmp_path)
+    os.rename("text", "moved")
+    result = run(settings, steps=8)
+    assert len(result.history) == 8 and os.listdir("elsewhere") == []
+    assert len(os.listdir("prepared")) == 1
+
+
+def test_a_prepared_folder_may_stand_for_the_text_that_a_run_began_with(corpus, tmp_path):
+    text, out = tmp_path / "text", str(tmp_path / "run")
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text(f"document {i} " * 40)
+    settings = corpus | {"dataset": str(text), "out": out}
+    run(settings)
+    (text / "0.txt").write_text("other text")
+    with pytest.raises(UserError, match="^dataset: .*other tokens.*takes --dataset=") as caught:
+        run(settings, steps=8)
+    folder = re.search("--dataset=(.*), which holds those", str(caught.value))[1]
+    assert len(run(settings, steps=8, dataset=folder).history) == 8
+
+
+def test_a_run_on_the_standard_library_survives_another_python(corpus, tmp_path, monkeypatch):
+    settings = corpus | {"dataset": "stdlib", "max_tokens": 600_000, "out": str(tmp_path / "run"),
+                         "data_dir": str(tmp_path / "prepared"), "val_fraction": 0.3}
+    run(settings)
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    assert len(run(settings, steps=8).history) == 8
+    assert len(os.listdir(tmp_path / "prepared")) == 1
+
+
+@pytest.mark.parametrize("error", ["SIGKILL", "MemoryError"])
+def test_an_evaluation_that_fails_at_the_end_costs_no_training(corpus, tmp_path, error):
+    settings = corpus | {"steps": 10, "checkpoint_every": 4, "eval_every": 5, "sample_tokens": 0}
+    out = tmp_path / "run"
+    process = Fork(run_train_with, to_words(settings | {"out": out}), "fail_at_evaluation", 3, error)
+    process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 2)
+    assert read_checkpoint(str(out / "last.pt"))["step"] == 10
+    assert read_checkpoint(str(out / "previous.pt"))["step"] == 8
+    resumed, expected = run(settings, out=str(out)), run(settings)
+    for name in ("train_loss", "val_loss"):
+        assert [row.get(name) for row in resumed.history] == [row.get(name) for row in expected.history]
+    with open(out / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["val_loss"]) == expected.val_loss and resumed.best_step == expected.best_step
+
+
+def start_pair(settings, choose, tmp_path):
+    """Two runs in one folder, or without a name, that start at about the same moment."""
+    named = choose.random() < 0.7
+    words = to_words(settings | ({"out": "run"} if named else {}))
+    pair = []
+    for _ in range(2):
+        pair.append(Fork(run_train, words, folder=str(tmp_path)))
+        time.sleep(choose.choice([0.0, 0.0, choose.uniform(0.0, 0.5)]))
+    return pair
+
+
+def check_pair(pair):
+    """Ends the pair: each process is killed, has ended well, or was rejected in a line."""
+    for process in pair:
+        _, errors = process.communicate()
+        if process.returncode == 2:
+            assert "is in use by" in error_line(errors)
+        else:
+            assert process.returncode in (0, -signal.SIGKILL), errors
+        assert "Traceback" not in errors
+
+
+def test_pairs_of_runs_that_are_killed_lose_and_double_nothing(corpus, tmp_path, request):
+    settings = corpus | {"steps": 60, "checkpoint_every": 7, "eval_every": 20, "sample_tokens": 0}
+    choose, expected = random.Random(0), run(settings)
+    rejected = 0
+    for i in range(34 if request.config.getoption("--long") else 1):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for _ in range(3):
+            pair = start_pair(settings, choose, folder)
+            for process in pair:
+                time.sleep(choose.uniform(0.0, 0.4))
+                if choose.random() < 0.6:
+                    process.kill()
+            check_pair(pair)
+            rejected += any(process.returncode == 2 for process in pair)
+        for out in [folder / "run", *folder.glob("out/*")]:
+            result = run(settings, out=str(out))
+            assert [row["train_loss"] for row in result.history if "train_loss" in row] == [
+                row["train_loss"] for row in expected.history if "train_loss" in row]
+            assert result.val_loss == expected.val_loss
+            assert read_steps(out) == list(range(61)) and not list(out.glob("*.tmp"))
+    print(f"{rejected} second runs were rejected")
