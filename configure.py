@@ -5,7 +5,9 @@ This module imports no torch: a command that only reads tables starts at once.
 """
 
 import ast
+import contextlib
 import difflib
+import errno
 import inspect
 import json
 import math
@@ -29,7 +31,7 @@ Fraction = Annotated[float, lambda x: 0 <= x < 1, "a number from 0 to below 1"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Flag = Annotated[bool, lambda x: True, "true or false"]
 Text = Annotated[str, lambda x: x != "", "text"]
-AnyText = Annotated[str, lambda x: True, "text"]
+AnyText = Annotated[str, lambda x: x.encode("utf-8", "replace").decode() == x, "text in UTF-8"]
 Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d\d?)?").fullmatch, "auto, cpu, mps, cuda, cuda:N"]
 
 
@@ -55,7 +57,7 @@ class Config:
     position: one_of("learned", "rotary") = "learned"  # how a token knows its position
     tied: Flag = False  # one matrix for embedding and readout; it takes the embedding's rules
     bias: Flag = False  # biases in the blocks' linear layers and in every norm
-    dropout: Fraction = 0.0  # probability, on embeddings, attention and residual branches
+    dropout: Fraction = 0.0  # probability; which numbers drop depends on processes, passes and device too
     vocab_size: Count | None = None  # rows of embedding and readout; None: the tokenizer's count, never fewer
     # Parametrization (at the base shape every rule is the identity)
     base_width: Count = 128  # residual channels of the tuned proxy
@@ -160,6 +162,9 @@ SETTINGS = settings_of(Config)
 MAY_CHANGE_ON_RESUME = frozenset([*SETTINGS][[*SETTINGS].index("steps"):])
 
 
+OWN_MODULES = {"configure", "parametrization", "model", "train", "data", "training", "scaling"}
+
+
 def closest(word, words):
     """The end of an error line about a mistyped word: the nearest valid ones, or nothing."""
     near = [candidate for candidate in difflib.get_close_matches(word, words) if candidate != word]
@@ -175,6 +180,8 @@ def check_setting(name, value, where=""):
     kind, accepts, description, optional = SETTINGS[name]
     if value is None and optional:
         return None
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        value = value.item() if value.ndim == 0 else value  # numpy's numbers are Python's to us
     if type(value) in (int, float) and abs(value) < 1e99:
         if kind is float or kind is int and value % 1 == 0:
             value = kind(value)
@@ -218,11 +225,26 @@ def read_settings(source):
     try:
         if path != source:
             return {**json.loads(Path(path).read_text("utf-8")), "out": source}
-        return {name: value for name, value in runpy.run_path(path).items() if is_assignment(name, value)}
+        with forget_imports():
+            assigned = runpy.run_path(path)
+        return {name: value for name, value in assigned.items() if is_assignment(name, value)}
     except (Exception, SystemExit) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
         advice = closest(path, map(str, Path("config").glob("*.py")))
         raise UserError(f"{path}: {reason}{advice}") from None
+
+
+@contextlib.contextmanager
+def forget_imports():
+    """After the block, configurations that it imported are not in memory: the next to import them reads them
+    anew, as they may be edited while a notebook lives. What is installed or belongs to the project stays."""
+    before = set(sys.modules)
+    yield
+    installed = tuple(os.path.abspath(path) for path in {sys.prefix, sys.base_prefix})
+    for name in set(sys.modules) - before:
+        path = os.path.abspath(getattr(sys.modules[name], "__file__", None) or sys.prefix)
+        if not path.startswith(installed) and name.partition(".")[0] not in OWN_MODULES:
+            del sys.modules[name]
 
 
 def is_assignment(name, value):
@@ -269,15 +291,33 @@ def help_text():
     return "\n".join(lines)
 
 
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+
+
 def run_cli(main):
-    """Run main(argv) as a program: it returns the exit code; a UserError is one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)  # `| tee log` shows each line when it is printed
+    """Run main(argv) as a program: it returns the exit code; a UserError is one line and exit code 2, and so
+    is a file that cannot be written. SIGINT is one line and 130."""
+    # `| tee log` shows each line when it is printed; what a terminal cannot show is written as \\xb1
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # train.py has it end at once until here
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # rank 0 prints the line; torchrun then ends the others
-        print("error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
+        end_with(str(error))
     except BrokenPipeError:  # `| head` has closed the pipe: not an error of ours
         os._exit(128 + signal.SIGPIPE)  # at once, as Python's own shutdown would write the rest
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        end_with(f"cannot write {error.filename or 'a file'}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def end_with(message):
+    """End the program with an error line."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # rank 0 prints the line; torchrun then ends the others
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(2)

@@ -4,7 +4,11 @@
 import contextlib
 import math
 import os
+import signal
 from dataclasses import dataclass, field
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
 from tqdm import tqdm

@@ -206,7 +206,7 @@ def find_matches(pattern):
     if "**" not in parts:
         return glob.glob(pattern)
     split = parts.index("**")
-    roots = glob.glob(os.sep.join(parts[:split]) or os.sep) if split else [""]
+    roots = filter(os.path.isdir, glob.glob(os.sep.join(parts[:split]) or os.sep)) if split else [""]
     parts = [part for part in parts[split:] if part]
     matches = []
     for root in roots:
@@ -265,6 +265,8 @@ def builder_options(extension, config):
         return {"keep_linebreaks": True, "encoding_errors": "replace", "chunksize": 2**20}
     if extension == ".csv":  # else NA and null in the text are missing values, and 007 is the number 7
         return {"na_filter": False, "converters": {config.text_field: str}}
+    if extension == ".parquet":  # else as many rows at once as the first group has, which may be none
+        return {"batch_size": 1000}
     return {}
 
 

@@ -20,7 +20,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import time
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 from tqdm import tqdm

@@ -40,7 +40,7 @@ def parse_option(name, text, kind):
     """`text` as the value of a command's own option, a str or an int from 1 on. Raises UserError."""
     if kind is not int:
         return text
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or len(text) > 100 or int(text) == 0:
         raise UserError(f"{name}: got {text!r}, takes a whole number, 1 or more")
     return int(text)
 
@@ -68,7 +68,11 @@ def parse_range(name, item):
     last = per_doubling * (math.log2(high) - math.log2(low)) + ROUNDING
     if last >= MAX_VALUES:
         raise UserError(f"{name}: got {item}, takes a range of at most {MAX_VALUES:,} values")
-    return [check_setting(name, low * 2 ** (i / per_doubling)) for i in range(math.floor(last) + 1)]
+    try:
+        values = [low * 2 ** (i / per_doubling) for i in range(math.floor(last) + 1)]
+    except OverflowError:
+        raise UserError(f"{name}: got {item}, takes a range of at most 1,000 doublings") from None
+    return [check_setting(name, value) for value in values]
 
 
 def make_folder(path):

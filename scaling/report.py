@@ -134,9 +134,10 @@ def bootstrap(losses, seeds):
 
 
 def lowest_row(rows):
-    """The row of the lowest loss; if all trials diverged, the first."""
+    """The row of the lowest loss; if all trials diverged, the first that knows the model's size."""
     finished = [row for row in rows if not row["diverged"]]
-    return min(finished, key=lambda row: row["val_loss"], default=rows[0])
+    sized = [row for row in rows if np.isfinite(row["parameters"])]
+    return min(finished, key=lambda row: row["val_loss"], default=[*sized, *rows][0])
 
 
 def with_text_keys(losses):
@@ -174,13 +175,23 @@ def format_size(axis, size):
             f"{format_interval(size['interval']):>18}{size['loss']:>9.4f}{cost:>9}")
 
 
+def rows_of(folder):
+    """The trials in `folder`. Raises UserError where there are none."""
+    rows = read_trials(folder)
+    if not rows:
+        raise UserError(f"report: {folder} has no trials; takes a folder that scaling.sweep wrote")
+    return rows
+
+
 def main(argv):
     options, _, folders = parse_options(argv, {"to": "", "swept": "", "base": 0}, __doc__)
     if not folders or any(word.startswith("-") for word in folders):
         raise UserError("report: takes folders of trials.csv, --to, --swept, --base")
-    rows = [row for folder in folders for row in read_trials(folder)]
-    if not rows:
-        raise UserError(f"report: {folders[0]} has no trials; takes a folder that scaling.sweep wrote")
+    rows = [row for folder in folders for row in rows_of(folder)]
+    if all(row["diverged"] for row in rows):
+        reasons = sorted({row["failure"] for row in rows} - {""})
+        raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed "
+                        f"({reasons[0] if reasons else 'none failed'}); takes one with a loss at least")
     report = analyze(rows, options["swept"], options["base"])
     folder = options["to"] or folders[0]
     make_folder(folder)

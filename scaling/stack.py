@@ -30,6 +30,8 @@ MAY_DIFFER = frozenset("""parametrization depth_alpha lr embedding_lr_mult reado
     weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr decay_fraction seed base_width base_depth
     base_head_dim base_batch base_tokens""".split())
 
+LARGEST_BETA = 0.9999  # 1 - beta is computed in fp32 here, which then has 3 digits left; torch has fp64
+
 
 def check_stackable(configs):
     """Raises UserError when `configs` cannot be trained as one stack."""
@@ -37,6 +39,11 @@ def check_stackable(configs):
     for name, value in vars(first).items():
         if name not in MAY_DIFFER and any(getattr(config, name) != value for config in configs):
             raise UserError(f"stack: got configurations that differ in {name}; takes one {name} for all")
+    for config in configs:
+        for name in ("beta1", "beta2"):
+            if getattr(config, name) > LARGEST_BETA:
+                raise UserError(f"stack: got {name}={getattr(config, name)}, takes at most {LARGEST_BETA}: "
+                                "beyond it fp32 has no 1 - beta")
     for name, only in {"dropout": 0.0, "micro_batch": None, "shard": False}.items():
         if getattr(first, name) != only:
             raise UserError(f"stack: got {name}={getattr(first, name)}, takes {name}={only}")

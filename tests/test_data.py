@@ -1,6 +1,7 @@
 """The data package: training reads the text that was asked for, all of it, however it is divided."""
 
 import dataclasses
+import glob
 import gzip
 import hashlib
 import itertools
@@ -19,13 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import httpx
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import errors
 
 import data.prepare
 from configure import Config, UserError
-from data.datasets import MAX_CHARS, describe, documents, stdlib_documents
+from data.datasets import MAX_CHARS, describe, documents, find_matches, stdlib_documents
 from data.files import atomic_file, write_text
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import hash_fraction, prepare, remove_stale_folders, tokenizer_training_texts
@@ -279,6 +282,52 @@ def test_files_folders_and_globs_of_each_format_give_the_same_documents(tmp_path
         assert sorted(documents(Config(dataset=name))) == expected
 
 
+def link_corpus(tmp_path, n=30):
+    """A folder of n documents; the test adds links."""
+    root = tmp_path / "text"
+    (root / "a").mkdir(parents=True)
+    (root / "b").mkdir()
+    for i in range(n):
+        (root / ("a", "b")[i % 2] / f"{i:02}.txt").write_text(make_text(i))
+    return root
+
+
+@pytest.mark.parametrize("name", ["text", "text/**/*.txt", "text/**", "**/*.txt"])
+def test_links_that_lead_in_circles_end_and_no_document_is_read_twice(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    root = link_corpus(tmp_path)
+    expected = list(documents(Config(dataset=name)))
+    assert len(expected) == 30
+    for link, target in (("a/up", ".."), ("b/up", ".."), ("a/over", "../b"), ("b/over", "../a"),
+                         ("a/itself", "itself"), ("0", "a"), ("b/nowhere.txt", "nowhere")):
+        (root / link).symlink_to(target)
+    assert list(documents(Config(dataset=name))) == expected
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/more.txt").write_text("more")
+    (root / "linked").symlink_to(tmp_path / "outside")
+    assert sorted(documents(Config(dataset="text"))) == sorted([*expected, "more"])
+
+
+def test_globs_match_what_the_standard_library_matches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.txt", "b/a.txt", "b/c/a.txt", "b/c/d.txt", ".h/a.txt", "b/.h/a.txt", "b/.a.txt",
+                 "x/b/c.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    for pattern in ("**/*.txt", "**/a.txt", "b/**/*.txt", "b/**", "**/c/*", "**/.h/*.txt", "*/**/c/*.txt",
+                    "**/[ad].txt", f"{tmp_path}/**/?.txt", "./b/**/d.txt", "**/b/**/a.txt"):
+        expected = filter(os.path.isfile, glob.glob(pattern, recursive=True))
+        assert {*map(os.path.normpath, find_matches(pattern))} == {*map(os.path.normpath, expected)}, pattern
+
+
+def test_a_parquet_shard_of_no_rows_is_read_like_any_other(tmp_path):
+    for name, rows in ("a", 0), ("b", 30), ("c", 0):
+        texts = pyarrow.array([make_text(i) for i in range(rows)], pyarrow.string())
+        (tmp_path / "text").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"text/{name}.parquet")
+    assert list(documents(Config(dataset=str(tmp_path / "text")))) == [make_text(i) for i in range(30)]
+
+
 def compress(path, suffix):
     """Replace the file by a compressed one, in two parts one after the other; returns its path."""
     with open(path, "rb") as file:
@@ -474,6 +523,9 @@ REJECTIONS = {
     "hub unreachable": ({"dataset": "owner/name"}, "dataset: .*hub is unreachable.*network.*stdlib"),
     "misspelled tokenizer": ({"tokenizer": "gtp2"}, "tokenizer: got gtp2.*did you mean gpt2"),
     "tokenizer unreachable": ({"tokenizer": "gpt2"}, "tokenizer: .*download gpt2.*bytes and --tok.*bpe"),
+    "bpe of more digits than Python reads": ({"tokenizer": "bpe:" + 5000 * "9"},
+                                             "tokenizer: got bpe:99.*N from"),
+    "path with ::": ({"dataset": "T/a::b.txt"}, "dataset: .*a::b.txt has :: in its name.*takes a path"),
     "small bpe": ({"tokenizer": "bpe:257"}, "tokenizer: got bpe:257, takes bpe:N with N from 258"),
     "large bpe for little text": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.5,
                                    "tokenizer": "bpe:5000"}, r"tokenizer: got bpe:5000.*at most bpe:2\d\d"),
@@ -495,7 +547,8 @@ def test_what_cannot_be_prepared_is_rejected_in_one_line_that_helps(tmp_path, mo
     for file, content in {"a.md": "# a", "blank.txt": " \n\n", "one.txt": "just one", "rows.jsonl": rows,
                           "broken.jsonl": '{"text": \n', "broken.parquet": "PAR1", "broken.jsonl.gz": "{}",
                           "a.parquet.gz": "", "empty.csv": "", "quote.csv": 'text\n"open\nb\n',
-                          "commas.csv": "text\na, b\nc, d\n", "ragged.csv": "id,text\n1,a\n2,b,c\n",
+                          "a::b.txt": "some text", "commas.csv": "text\na, b\nc, d\n",
+                          "ragged.csv": "id,text\n1,a\n2,b,c\n",
                           "rows.csv": "body,n\na,1\nb,2\n"}.items():
         (tmp_path / file).write_text(content)
     settings, line = REJECTIONS[name]
@@ -597,6 +650,87 @@ def test_a_damaged_folder_is_rejected_with_what_to_do(dataset, tmp_path, name, c
     damage(folder, name, change)
     with pytest.raises(UserError, match=f"data_dir: {folder} is damaged .*; move that folder away"):
         TokenDataset(folder).tokenizer.decode([1])
+
+
+BACKTRACKING = r"(?:a(?!z)|a(?!y))*b"  # 2^n ways to read n times a
+CRAFTED = {
+    "end of text out of range": lambda meta: meta["tokenizer"].update(special_tokens={"<|endoftext|>": 300}),
+    "end of text below 0": lambda meta: meta["tokenizer"].update(special_tokens={"<|endoftext|>": -1}),
+    "vocabulary that is no whole number": lambda meta: meta.update(vocab_size=257.0),
+    "vocabulary smaller than the tokenizer's": lambda meta: meta.update(vocab_size=200),
+    "no pattern": lambda meta: meta["tokenizer"].update(pattern=""),
+    "pattern that backtracks for ever": lambda meta: meta["tokenizer"].update(pattern=BACKTRACKING)}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_crafted_meta_json_is_rejected_in_a_line(dataset, tmp_path, case):
+    shutil.copytree(dataset.folder, tmp_path / "copy")
+    meta = json.loads((tmp_path / "copy/meta.json").read_text())
+    CRAFTED[case](meta)
+    (tmp_path / "copy/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="is damaged"):
+        TokenDataset(str(tmp_path / "copy")).tokenizer.encode("a" * 100)
+
+
+def test_meta_json_that_is_nested_deeply_is_rejected_in_a_line(dataset, tmp_path):
+    shutil.copytree(dataset.folder, tmp_path / "copy")
+    (tmp_path / "copy/meta.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is damaged.*nested"):
+        prepare(Config(dataset=str(tmp_path / "copy"), tokenizer="bytes"))
+
+
+def test_text_beside_a_meta_json_of_something_else_is_text_and_never_to_be_deleted(tmp_path):
+    write_corpus(tmp_path / "text", [make_text(i) for i in range(30)], "txt")
+    config = Config(dataset=str(tmp_path / "text"), tokenizer="bytes", val_fraction=0.3,
+                    data_dir=str(tmp_path / "prepared"))
+    expected = prepare(config)
+    for content in ('{"name": "my thesis"}', "[]", "{", '{"format": "zip"}', "[" * 100_000):
+        (tmp_path / "text/meta.json").write_text(content)
+        assert prepare(config) == expected
+    (tmp_path / "text/train.bin").write_text("a file of mine")
+    assert prepare(config) == expected
+
+
+def rewrite(path, content):
+    """Other bytes under the same size and, but for nanoseconds, the same time stamp."""
+    status = os.stat(path)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_tokens_that_were_shuffled_are_noticed(dataset, tmp_path, split):
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset.folder, folder)
+    TokenDataset(str(folder))
+    path = folder / f"{split}.bin"
+    before = path.read_bytes()
+    rewrite(path, np.random.default_rng(0).permutation(np.frombuffer(before, "<u2")).tobytes())
+    with pytest.raises(UserError, match=f"is damaged .*{split}.bin does not match its sha256.*move that"):
+        TokenDataset(str(folder))
+    rewrite(path, before)
+    TokenDataset(str(folder))
+
+
+def test_a_folder_without_checked_json_is_checked_once_and_one_with_it_only_on_request(
+        dataset, tmp_path, monkeypatch, capsys):
+    folder, digests = tmp_path / "copy", []
+    assert "checked.json" in os.listdir(dataset.folder)
+    shutil.copytree(dataset.folder, folder)  # keeps the time stamps
+    monkeypatch.setattr("data.loader.hashlib.file_digest",
+                        lambda file, name: digests.append(file.name) or hashlib.sha256(file.read()))
+    TokenDataset(str(folder))
+    assert digests == []
+    os.remove(folder / "checked.json")  # as an earlier version left it
+    for _ in range(2):
+        TokenDataset(str(folder))
+    assert len(digests) == 2, "train.bin and val.bin, once"
+    status = os.stat(folder / "val.bin")
+    (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[::-1])
+    os.utime(folder / "val.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    TokenDataset(str(folder))
+    with pytest.raises(UserError, match="val.bin does not match its sha256"):
+        data.prepare.main([f"--dataset={folder}", "--tokenizer=bytes", "--val_fraction=0.2", "--verify"])
 
 
 def test_too_little_text_for_a_batch_or_a_window_is_rejected_with_what_fits(dataset):

@@ -141,6 +141,16 @@ def test_a_spike_of_the_loss_is_reported_with_the_share_of_clipped_steps():
     assert "25% were clipped" in lines[0]
 
 
+@pytest.mark.parametrize("huge", [1e9, 1e200, math.inf])
+def test_one_huge_loss_is_reported_once_and_forgotten_with_its_window(huge):
+    lines = []
+    detector = LossSpikeDetector(grad_clip=1.0, say=lines.append)
+    for step in range(1, 2000):
+        loss = huge if step == 150 else 4.0 + 0.01 * math.sin(step)
+        detector.update([{"step": step, "train_loss": loss + (step == 1500), "grad_norm": 0.5}])
+    assert [line.split(":")[0] for line in lines] == ["step 150", "step 1,500"]
+
+
 def test_many_rows_at_once_are_looked_at_one_by_one():
     rows = [{"step": step, "train_loss": 4.0 + 9.0 * (step == 150), "grad_norm": 2.0} for step in range(200)]
     lines = []

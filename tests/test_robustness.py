@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ import time
 import pyarrow.parquet
 import pytest
 import torch
-from children import run_train_on_a_small_disk, run_train_until_killed
+from children import run_train_on_a_small_disk, run_train_until_killed, run_train_with
 from conftest import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
@@ -24,9 +25,12 @@ from processes import Fork, start_train, to_words
 
 import train
 from configure import MAY_CHANGE_ON_RESUME, SETTINGS, Config, UserError, help_text
+from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
-from training.checkpoint import read_checkpoint, read_newest
+from training.checkpoint import read_checkpoint, read_newest, write_checkpoint
+from training.device import select_device
+from training.evaluate import evaluate
 
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True, "steps": 40,
         "weight_decay": 0.1, "checkpoint_every": 3, "eval_every": 7, "sample_tokens": 0}
@@ -149,6 +153,74 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_resumes(
         assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
         shutil.rmtree(out)
     assert os.listdir() == [], "something in a file was executed"
+
+
+def test_a_good_previous_checkpoint_is_never_replaced_by_a_damaged_last_one(corpus, tmp_path):
+    settings = corpus | {"checkpoint_every": 3, "steps": 9, "out": str(tmp_path / "run")}
+    run(settings)
+    last, previous = (tmp_path / "run" / name for name in ("last.pt", "previous.pt"))
+    assert read_checkpoint(str(previous))["step"] == 6
+    last.write_bytes(last.read_bytes()[:-100])
+    process = Fork(run_train_with, to_words(settings | {"steps": 12}), "die_after_saves", 1)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert [read_checkpoint(str(path))["step"] for path in (last, previous)] == [9, 6]
+    run(settings, steps=12)
+    assert [read_checkpoint(str(path))["step"] for path in (last, previous)] == [12, 9]
+
+
+def test_what_the_end_of_a_run_needs_is_looked_at_before_it_begins(corpus, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(prepare(Config(**corpus)), folder)
+    path = folder / "tokenizer.tiktoken"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match="is damaged .*tokenizer.tiktoken"):
+        run(corpus, dataset=str(folder), out=str(tmp_path / "run"), sample_tokens=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_takes_no_more_rows_than_a_pass_of_training_and_counts_as_memory(corpus, monkeypatch):
+    shapes, forward = set(), GPT.forward
+
+    def watched_forward(model, tokens_BT, *rest, **options):
+        shapes.add(len(tokens_BT))
+        return forward(model, tokens_BT, *rest, **options)
+
+    monkeypatch.setattr(GPT, "forward", watched_forward)
+    run(corpus, micro_batch=2, sample_tokens=0)
+    assert shapes == {1, 2} or shapes == {2}
+    big = {"vocab_size": 2**20, "width": 16, "head_dim": 16}
+    monkeypatch.setattr("training.device.total_memory", lambda device: 8 * 2**30)
+    with pytest.raises(UserError, match="^micro_batch: 4 sequences .* takes --micro_batch=4$"):
+        run(corpus, **big)  # 512 windows at once would be 64 GiB of logits
+    assert run(corpus, **big, micro_batch=4, steps=0).val_loss > 0
+
+
+def test_best_pt_is_measured_again_where_the_validation_windows_are_others(corpus, tmp_path, capsys):
+    settings = corpus | {"eval_every": 2, "out": str(tmp_path / "run")}
+    run(settings, eval_tokens=16)
+    best = read_checkpoint(str(tmp_path / "run/best.pt"))
+    result = train.train(Config(**settings | {"eval_tokens": 512, "steps": 7, "eval_every": None}))
+    again = re.search(r"best.pt has a loss of (\d\.\d+) there", capsys.readouterr().out)[1]
+    model = GPT(Config(**best["config"] | {"vocab_size": 257}))
+    model.load_state_dict(best["model"])
+    config, dataset = Config(**corpus), TokenDataset(prepare(Config(**corpus)))
+    expected = evaluate(model, dataset, config, *select_device(config))["val_loss"]
+    assert float(again) == pytest.approx(expected, abs=1e-4)
+    assert result.best_val_loss == min(expected, result.val_loss)
+
+
+def test_a_run_of_an_earlier_version_resumes(corpus, tmp_path):
+    """Its checkpoint does not name the folder of its tokens; its prepared folder has no checked.json."""
+    settings = corpus | {"out": str(tmp_path / "run"), "data_dir": str(tmp_path / "prepared")}
+    run(settings)
+    path = str(tmp_path / "run/last.pt")
+    checkpoint = read_checkpoint(path)
+    del checkpoint["folder"]
+    write_checkpoint(path, checkpoint)
+    [folder] = (tmp_path / "prepared").iterdir()
+    (folder / "checked.json").unlink()
+    assert len(run(settings, steps=8).history) == 8
 
 
 def test_a_damaged_prepared_folder_is_rejected_or_harmless(corpus, tmp_path, monkeypatch, request):
