@@ -8,12 +8,12 @@ import errno
 import hashlib
 import os
 import platform
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError
+from configure import MAY_CHANGE_ON_RESUME, UserError, complete_saved
 from data.files import atomic_file
 from parametrization import format_table
 from training.distributed import copy_into_shard, full_tensor, local_part
@@ -73,7 +73,7 @@ def read_newest(paths, say):
 def check_resumable(config, hashes, path, checkpoint):
     """Raises UserError when `config`, on token files with these hashes, would not continue the run of
     `checkpoint`. A setting that is younger than the checkpoint had its default there."""
-    settings = {field.name: field.default for field in fields(Config)} | checkpoint["config"]
+    settings = complete_saved(checkpoint["config"])
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE_ON_RESUME and settings[name] != value:
             raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings[name]!r}; "
