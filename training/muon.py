@@ -2,8 +2,8 @@
 
 Muon (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the
 nearest orthogonal one. Its update has a fixed spectral norm: scaled by sqrt(fan_out / fan_in), it changes
-every layer's output alike at any width (arXiv 2512.05620, 2603.00541), so parametrization.py gives its learning
-rate no power of the width.
+every layer's output alike at any width (arXiv 2512.05620, 2603.00541), so parametrization.py gives its
+learning rate no power of the width.
 """
 
 import math
@@ -25,8 +25,8 @@ SAFETY = 1.02
 
 def orthogonalize(matrices_NOI, coefficients=POLAR_EXPRESS, safety=SAFETY):
     """For each of N matrices (O outputs, I inputs) U V^T of its singular value decomposition, approximately:
-    all singular values become about 1. In bf16; all N at once."""
-    x = matrices_NOI.bfloat16()
+    all singular values become about 1. All N at once; in bf16, but in fp32 on a CPU, where that is faster."""
+    x = matrices_NOI.float() if matrices_NOI.device.type == "cpu" else matrices_NOI.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:  # the smaller Gram matrix
         x = x.mT
