@@ -75,8 +75,8 @@ def rotate(x_BHTD, rotary):
 class Attention(nn.Module):
     """Causal self-attention with logits attention_mult * sqrt(base_head_dim) / head_dim * (q . k) under μP.
 
-    With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine, and the 1/D
-    keeps the logits' size over head_dim whether or not queries and keys have come to agree.
+    With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine. The 1/D keeps
+    the logits of queries and keys that agree the same over head_dim; those of random ones go with D^-1/2.
     `cache`, if given, is a list of the keys and values of all earlier tokens; the new ones are appended.
     """
 

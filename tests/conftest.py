@@ -92,7 +92,8 @@ def plain_rotary(x_BTD):
     """Each pair of channels (i, i + D/2), as a complex number, turned by position * 10000^(-2i/D)."""
     T, D = x_BTD.shape[-2:]
     turn = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    turned = torch.complex(x_BTD[..., :D // 2], x_BTD[..., D // 2:]) * torch.polar(torch.ones_like(turn), turn)
+    turn = torch.polar(torch.ones_like(turn), turn)  # complex numbers of length 1
+    turned = torch.complex(x_BTD[..., :D // 2], x_BTD[..., D // 2:]) * turn
     return torch.cat((turned.real, turned.imag), -1)
 
 

@@ -92,7 +92,9 @@ def test_the_untrained_loss_is_that_of_uniform_guessing_at_the_default_settings(
     assert logits_BTV.var() < 1.1
 
 
-@variants
+@pytest.mark.parametrize("settings", [
+    {}, GPT2_BLOCK, {"mlp": "relu2"}, {"mlp": "gelu"}, {"norm": "layer", "bias": True}, {"tied": True},
+    {"parametrization": "sp", "qk_norm": False}, {"optimizer": "muon"}, VARIANTS["multipliers"]])
 def test_the_model_can_memorize_one_batch(settings):
     config = tiny(**{"lr": 2**-6, "embedding_lr_mult": 4.0, **settings})
     model, (x_BT, y_BT) = GPT(config), tokens(config, batch=2)
