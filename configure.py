@@ -18,7 +18,7 @@ import runpy
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
@@ -54,9 +54,12 @@ class Config:
     batch: Count = 32  # sequences per optimizer step, over all devices and accumulation
     context: Count = 256  # tokens per sequence
     head_dim: Count = 64  # channels per attention head
-    position: one_of("learned", "rotary") = "learned"  # how a token knows its position
+    position: one_of("learned", "rotary") = "rotary"  # how a token knows its position
+    norm: one_of("layer", "rms") = "rms"  # LayerNorm, or RMSNorm, which neither centers nor has a bias
+    qk_norm: Flag = True  # RMS-normalize queries and keys, each with a gain
+    mlp: one_of("gelu", "relu2", "swiglu") = "swiglu"  # all of nearly the same number of parameters
     tied: Flag = False  # one matrix for embedding and readout; it takes the embedding's rules
-    bias: Flag = False  # biases in the blocks' linear layers and in every norm
+    bias: Flag = False  # biases in the blocks' linear layers and in every LayerNorm
     dropout: Fraction = 0.0  # probability; which numbers drop depends on processes, passes and device too
     vocab_size: Count | None = None  # rows of embedding and readout; None: the tokenizer's count, never fewer
     # Parametrization (at the base shape every rule is the identity)
@@ -68,6 +71,7 @@ class Config:
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
     depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
     # Tuned settings (found on the proxy, used as they are on the target)
+    optimizer: one_of("adamw", "muon") = "adamw"  # of the hidden matrices; all else is stepped by AdamW
     lr: Positive = 2**-9  # peak learning rate of the hidden matrices at the base shape
     embedding_lr_mult: Positive = 1.0  # x lr, embedding
     readout_lr_mult: Positive = 1.0  # x lr, readout
@@ -76,7 +80,7 @@ class Config:
     hidden_std: Positive = 1.0  # init of the hidden matrices, in units of 1/sqrt(fan_in)
     readout_std: NotNegative = 1.0  # init of the readout, in units of 1/sqrt(base_width)
     zero_residual_out: Flag = False  # start every block's two output projections at 0
-    zero_query: Flag = False  # start the query projections at 0, so attention starts uniform
+    zero_query: Flag = False  # start queries (with qk_norm: their gains) at 0, so attention starts uniform
     embedding_mult: Positive = 1.0  # x what the embeddings put into the residual stream
     logit_mult: Positive = 1.0  # x logits
     attention_mult: Positive = 1.0  # x attention logits
@@ -84,6 +88,7 @@ class Config:
     beta1: Fraction = 0.9  # Adam's decay of the gradient average
     beta2: Fraction = 0.95  # Adam's decay of the squared-gradient average
     eps: Positive = 1e-8  # Adam's epsilon at the base shape
+    momentum: Fraction = 0.95  # Muon's, with Nesterov's correction
     grad_clip: NotNegative = 1.0  # largest global gradient norm; 0: no clipping
     warmup: Fraction = 0.1  # fraction of the steps, linear
     schedule: one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt", "step") = "cosine"  # after warmup
@@ -164,6 +169,15 @@ MAY_CHANGE_ON_RESUME = frozenset([*SETTINGS][[*SETTINGS].index("steps"):])
 
 OWN_MODULES = {"configure", "parametrization", "model", "train", "data", "training", "scaling"}
 
+# What older versions did before a setting existed, where that is not its default now
+BEFORE_IT_EXISTED = {"norm": "layer", "qk_norm": False, "mlp": "gelu"}
+
+
+def complete_saved(settings):
+    """All settings, from those that this or an older version saved; a younger setting gets its default, or
+    what the older version did."""
+    return {field.name: field.default for field in fields(Config)} | BEFORE_IT_EXISTED | settings
+
 
 def closest(word, words):
     """The end of an error line about a mistyped word: the nearest valid ones, or nothing."""
@@ -224,7 +238,7 @@ def read_settings(source):
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     try:
         if path != source:
-            return {**json.loads(Path(path).read_text("utf-8")), "out": source}
+            return complete_saved(json.loads(Path(path).read_text("utf-8"))) | {"out": source}
         with forget_imports():
             assigned = runpy.run_path(path)
         return {name: value for name, value in assigned.items() if is_assignment(name, value)}

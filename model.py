@@ -39,33 +39,70 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
 
-def rotate(x_BHTD, angles_TD):
-    """Rotary position embedding (arXiv 2104.09864): turns each pair of channels (i, i + D/2) by its angle."""
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the channels of a head, gains times `factor`."""
+
+    def __init__(self, head_dim, factor=1.0):
+        super().__init__(head_dim, eps=1e-6)
+        self.factor = constant(factor)
+
+    def forward(self, x_BHTD):
+        return F.rms_norm(x_BHTD, self.normalized_shape, self.factor * self.weight, self.eps).type_as(x_BHTD)
+
+
+def make_norm(config):
+    """The norm at the start of each residual branch and before the readout."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.width, eps=1e-6)
+    return nn.LayerNorm(config.width, bias=config.bias)
+
+
+def rotary_table(config):
+    """(cosines, sines), each (context, D/2), of the angle by which each position turns each pair of channels
+    (rotary position embedding, arXiv 2104.09864)."""
+    frequencies = 1e4 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = torch.outer(torch.arange(config.context), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTD, rotary):
+    """Turns each pair of channels (i, i + D/2) by the angle of its position."""
+    cos, sin = rotary
     a, b = x_BHTD.float().chunk(2, dim=-1)
-    cos, sin = angles_TD.cos(), angles_TD.sin()
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x_BHTD)
 
 
 class Attention(nn.Module):
-    """Causal self-attention. `cache`, if given, is a list of the keys and values of all earlier tokens; the
-    new ones are appended."""
+    """Causal self-attention with logits attention_mult * sqrt(base_head_dim) / head_dim * (q . k) under μP.
+
+    With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine. The 1/D keeps
+    the logits of queries and keys that agree the same over head_dim; those of random ones go with D^-1/2.
+    `cache`, if given, is a list of the keys and values of all earlier tokens; the new ones are appended.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
         C, factors = config.width, forward_multipliers(config)
-        # Scaling the queries scales the attention logits, at no cost: keys and values keep a factor of 1
-        qkv_factors = torch.ones(3 * C, 1)
-        qkv_factors[:C] = factors["attention"]
-        self.qkv = Linear(C, 3 * C, config.bias, qkv_factors)
+        # Scaling the queries scales the attention logits, at no cost: by their gains or by their weights
+        self.q_norm = self.k_norm = None
+        qkv_factor = torch.ones(3 * C, 1)
+        qkv_factor[:C] = factors["attention"]
+        if config.qk_norm:
+            qkv_factor = 1.0
+            self.q_norm = HeadNorm(config.head_dim, factors["attention"])
+            self.k_norm = HeadNorm(config.head_dim)
+        self.qkv = Linear(C, 3 * C, config.bias, qkv_factor)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
-    def forward(self, x_BTC, angles_TD=None, cache=None):
+    def forward(self, x_BTC, rotary=None, cache=None):
         B, T, C = x_BTC.shape
         qkv_BTHD = self.qkv(x_BTC).view(B, T, 3, C // self.head_dim, self.head_dim).unbind(2)
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
-        if angles_TD is not None:
-            q_BHTD, k_BHTD = rotate(q_BHTD, angles_TD), rotate(k_BHTD, angles_TD)
+        if self.q_norm is not None:
+            q_BHTD, k_BHTD = self.q_norm(q_BHTD), self.k_norm(k_BHTD)
+        if rotary is not None:
+            q_BHTD, k_BHTD = rotate(q_BHTD, rotary), rotate(k_BHTD, rotary)
         mask_TS = None
         if cache is not None:
             if cache:
@@ -79,27 +116,48 @@ class Attention(nn.Module):
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
+def mlp_width(config):
+    """Hidden units of the MLP. SwiGLU has three matrices in place of two, so it gets 2/3 of 4 * width, as a
+    multiple of 64 where that changes the parameters by at most 1%, else of 8."""
+    if config.mlp != "swiglu":
+        return 4 * config.width
+    exact = 8 * config.width / 3
+    by_64 = 64 * round(exact / 64)
+    return by_64 if abs(by_64 / exact - 1) <= 0.01 else 8 * round(exact / 8)
+
+
 class MLP(nn.Module):
+    """down(activation(up(x))), or with gates, down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
     def __init__(self, config):
         super().__init__()
-        self.up = Linear(config.width, 4 * config.width, config.bias)
-        self.down = Linear(4 * config.width, config.width, config.bias, forward_multipliers(config)["branch"])
+        C, hidden = config.width, mlp_width(config)
+        self.activation = config.mlp
+        if self.activation == "swiglu":
+            self.gate_up = Linear(C, 2 * hidden, config.bias)  # one product: gates first
+        else:
+            self.up = Linear(C, hidden, config.bias)
+        self.down = Linear(hidden, C, config.bias, forward_multipliers(config)["branch"])
 
     def forward(self, x_BTC):
-        return self.down(F.gelu(self.up(x_BTC)))
+        if self.activation == "swiglu":
+            gate, up = self.gate_up(x_BTC).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        hidden = self.up(x_BTC)
+        return self.down(F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden).square())
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, angles_TD=None, cache=None):
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), angles_TD, cache))
+    def forward(self, x_BTC, rotary=None, cache=None):
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache))
         return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
 
 
@@ -117,9 +175,13 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)
+        else:
+            cos, sin = rotary_table(config)
+            self.rotary_cos = nn.Buffer(cos, persistent=False)
+            self.rotary_sin = nn.Buffer(sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.final_norm = make_norm(config)
         if not config.tied:
             self.readout = Linear(config.width, config.vocab_size, bias=False)
         self.embedding_mult = constant(config.embedding_mult)
@@ -142,7 +204,9 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             if config.zero_residual_out and name.endswith(("attention.out.weight", "mlp.down.weight")):
                 p.zero_()
-            if config.zero_query and name.endswith("qkv.weight"):
+            if config.zero_query and name.endswith("q_norm.weight"):
+                p.zero_()
+            elif config.zero_query and not config.qk_norm and name.endswith("qkv.weight"):
                 p[:config.width].zero_()
 
     def forward(self, tokens_BT, targets_BT=None, cache=None):
@@ -153,13 +217,11 @@ class GPT(nn.Module):
         if past + T > self.config.context:
             raise UserError(f"context: got {past + T} tokens, takes at most {self.config.context}")
         positions_T = torch.arange(past, past + T, device=tokens_BT.device)
-        x_BTC, angles_TD = self.embed(tokens_BT, positions_T), None
+        x_BTC, rotary = self.embed(tokens_BT, positions_T), None
         if self.config.position == "rotary":
-            D = self.config.head_dim
-            frequencies_D = 1e4 ** (-torch.arange(0, D, 2, device=tokens_BT.device) / D)
-            angles_TD = torch.outer(positions_T, frequencies_D)
+            rotary = self.rotary_cos[past:past + T], self.rotary_sin[past:past + T]
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, angles_TD, None if cache is None else cache[i])
+            x_BTC = block(x_BTC, rotary, None if cache is None else cache[i])
         return self.read_out(x_BTC, targets_BT)
 
     def embed(self, tokens_BT, positions_T):

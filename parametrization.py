@@ -5,7 +5,7 @@ which power of width_mult and depth_mult each quantity of a role scales. Initial
 through hyperparameters(), the forward pass through forward_multipliers(); nothing else branches on it.
 
 Sources: width, Tensor Programs V (arXiv 2203.03466), Table 8; depth, CompleteP (arXiv 2505.01618); Adam's eps
-on embedding and readout, Complete(d)P (arXiv 2512.22382).
+on embedding and readout, Complete(d)P (arXiv 2512.22382); Muon, arXiv 2512.05620 and 2603.00541.
 """
 
 import math
@@ -24,13 +24,15 @@ class Exponents(NamedTuple):
     lr: tuple  # learning rate of AdamW
     weight_decay: tuple | None  # coupled, as in torch's AdamW: a step multiplies weights by 1 - lr * decay
     eps: tuple  # epsilon of AdamW
+    muon_lr: tuple | None = None  # learning rate of Muon, whose updates are scaled by sqrt(fan_out / fan_in)
+    muon_weight_decay: tuple | None = None  # coupled, too
 
 
 def mup(a):
     """Maximal update parametrization; residual branches shrink with depth to the power a (depth_alpha)."""
-    roles = {  #                   std         lr          decay    eps
+    roles = {  #                   std         lr          decay    eps       Muon: lr  decay
         "embedding":    Exponents((0, 0),    (0, 0),     (0, 0),  (-1, 0)),
-        "hidden":       Exponents((-1/2, 0), (-1, a-1),  (1, 0),  (-1, -a)),
+        "hidden":       Exponents((-1/2, 0), (-1, a-1),  (1, 0),  (-1, -a), (0, a-1), (0, 0)),
         "norm":         Exponents(None,      (0, a-1),   None,    (-1, -a)),
         "bias":         Exponents(None,      (0, a-1),   None,    (-1, -a)),
         "final_norm":   Exponents(None,      (0, 0),     None,    (-1, 0)),
@@ -43,9 +45,9 @@ def mup(a):
 def sp(a):
     """The standard parametrization of the same model, the control: 1/sqrt(fan_in) init, one lr for all."""
     same = (0, 0)
-    roles = {  #                   std         lr    decay eps
+    roles = {  #                   std         lr    decay eps   Muon: lr, decay
         "embedding":    Exponents(same,      same, same, same),
-        "hidden":       Exponents((-1/2, 0), same, same, same),
+        "hidden":       Exponents((-1/2, 0), same, same, same, same, same),
         "norm":         Exponents(None,      same, None, same),
         "bias":         Exponents(None,      same, None, same),
         "final_norm":   Exponents(None,      same, None, same),
@@ -66,6 +68,17 @@ ROLES = {
     "readout": r"readout\.weight",
 }
 
+# Parameters that are several matrices in one, stacked along their outputs, and how many
+STACKED_MATRICES = {r".*attention\.qkv\.weight": 3, r".*mlp\.gate_up\.weight": 2}
+
+
+def matrices_in(name):
+    """How many matrices the parameter `name` holds: Muon orthogonalizes each by itself."""
+    for pattern, count in STACKED_MATRICES.items():
+        if re.fullmatch(pattern, name):
+            return count
+    return 1
+
 
 def role_of(name):
     """The one role of the parameter `name`. Raises UserError when it has none, or several."""
@@ -83,25 +96,32 @@ def scale(config, exponents):
 
 
 def hyperparameters(config, role, fan_in=None):
-    """dict(std, lr, weight_decay, eps, betas) of `role` at the shape of `config`.
+    """dict(std, lr, weight_decay, eps, betas) of `role` at the shape of `config`; where Muon steps the role,
+    its `momentum` too.
 
     lr is the peak of the schedule. fan_in: inputs of a hidden matrix (default: width). std is None where
     nothing is drawn at random, as for norms and biases.
     """
     exponents = TABLES[config.parametrization](config.depth_alpha)[0][role]
+    muon = config.optimizer == "muon" and exponents.muon_lr is not None
+    lr_exponents = exponents.muon_lr if muon else exponents.lr
+    decay_exponents = exponents.muon_weight_decay if muon else exponents.weight_decay
     lr_batch_mult, decay_batch_mult, beta2 = batch_rule(config)
     std = None
     if exponents.std is not None:
         std = base_std(config, role, fan_in or config.width) * scale(config, exponents.std)
     lr_mult = base_lr_mult(config, role) * horizon_rule(config)
     weight_decay = 0.0
-    if exponents.weight_decay is not None:
-        weight_decay = config.weight_decay * decay_batch_mult * scale(config, exponents.weight_decay)
-    return {"std": std,
-            "lr": config.lr * lr_mult * lr_batch_mult * scale(config, exponents.lr),
-            "weight_decay": weight_decay,
-            "eps": config.eps * scale(config, exponents.eps),
-            "betas": (config.beta1, beta2)}
+    if decay_exponents is not None:
+        weight_decay = config.weight_decay * decay_batch_mult * scale(config, decay_exponents)
+    found = {"std": std,
+             "lr": config.lr * lr_mult * lr_batch_mult * scale(config, lr_exponents),
+             "weight_decay": weight_decay,
+             "eps": config.eps * scale(config, exponents.eps),
+             "betas": (config.beta1, beta2)}
+    if muon:
+        found["momentum"] = config.momentum
+    return found
 
 
 def base_std(config, role, fan_in):

@@ -17,18 +17,20 @@ from configure import UserError
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from model import GPT
+from parametrization import matrices_in
 from train import Result
 from training.compile import CudaGraphed, fall_back_or_raise, use_cuda_graph
 from training.device import batches_on_device, select_device
 from training.evaluate import PIECE_TOKENS, summarize
+from training.muon import MuonWithAdamW, orthogonal_update
 from training.optimizer import adamw_update, build_optimizer
 from training.schedule import lr_factor
 
 # Settings in which stacked models may differ. All others are sizes, or do not change the numbers.
 MAY_DIFFER = frozenset("""parametrization depth_alpha lr embedding_lr_mult readout_lr_mult norm_lr_mult
     embedding_std hidden_std readout_std zero_residual_out zero_query embedding_mult logit_mult attention_mult
-    weight_decay beta1 beta2 eps grad_clip warmup schedule final_lr decay_fraction seed base_width base_depth
-    base_head_dim base_batch base_tokens""".split())
+    weight_decay beta1 beta2 eps momentum grad_clip warmup schedule final_lr decay_fraction seed
+    base_width base_depth base_head_dim base_batch base_tokens""".split())
 
 LARGEST_BETA = 0.9999  # 1 - beta is computed in fp32 here, which then has 3 digits left; torch has fp64
 
@@ -49,16 +51,17 @@ def check_stackable(configs):
             raise UserError(f"stack: got {name}={getattr(first, name)}, takes {name}={only}")
 
 
-class StackedAdamW:
-    """AdamW (arXiv 1711.05101) for stacked parameters, {name: (K, ...)}: K models with K sets of settings,
-    which are read from the groups of build_optimizer(). Raises UserError when that builds another optimizer.
+class StackedOptimizer:
+    """Clipping, then AdamW (arXiv 1711.05101) or Muon, for stacked parameters, {name: (K, ...)}: K models
+    with K sets of settings, read from the groups of build_optimizer(). Raises UserError when that builds
+    an optimizer that cannot be stacked.
     """
 
     def __init__(self, models, params):
         optimizers = [build_optimizer(model) for model in models]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if type(optimizers[0]) is not torch.optim.AdamW:
-            raise UserError(f"stack: got {type(optimizers[0]).__name__}, takes AdamW, or --stack=1")
+        if type(optimizers[0]) not in (torch.optim.AdamW, MuonWithAdamW):
+            raise UserError(f"stack: got {type(optimizers[0]).__name__}, takes AdamW or Muon, or --stack=1")
         if any(len({group["betas"] for group in optimizer.param_groups}) > 1 for optimizer in optimizers):
             raise UserError("stack: got groups of different betas, takes one pair for all, or --stack=1")
         self.device = groups[0]["params"][0].device
@@ -66,20 +69,27 @@ class StackedAdamW:
         self.betas = self.tensor([optimizer.param_groups[0]["betas"] for optimizer in optimizers]).T  # (2, K)
         self.max_norm_K = self.tensor([model.config.grad_clip or math.inf for model in models])
         self.exp_avg = {name: torch.zeros_like(p) for name, p in params.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in params.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in params.items()
+                           if self.settings[name]["momentum"] is None}
         self.steps = self.tensor(0.0)
 
     def tensor(self, numbers):
         return torch.tensor(numbers, device=self.device)
 
     def stack_settings(self, model, optimizers):
-        """{parameter name: lr, weight decay and eps of all models, (3, K, 1, ...) to multiply it}."""
+        """{parameter name: {setting: its value for each model, (K, 1, ...) to multiply it}}; momentum is None
+        where AdamW steps the parameter."""
         settings = {}
         names = {p: name for name, p in model.named_parameters()}
         for groups in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
-            rows = self.tensor([[group[key] for group in groups] for key in ("lr", "weight_decay", "eps")])
             for p in groups[0]["params"]:
-                settings[names[p]] = rows.view(3, len(optimizers), *[1] * p.dim())
+                shape = len(optimizers), *[1] * p.dim()
+                its = {key: self.tensor([group[key] for group in groups]).view(shape)
+                       for key in ("lr", "weight_decay", "eps")}
+                its["momentum"] = None
+                if "momentum" in groups[0]:
+                    its["momentum"] = self.tensor([group["momentum"] for group in groups]).view(shape)
+                settings[names[p]] = its
         return settings
 
     def step(self, params, grads, lr_factor_K):
@@ -90,13 +100,29 @@ class StackedAdamW:
         clip_K = (self.max_norm_K / (norm_K + 1e-6)).clamp(max=1.0)
         bias_corrections = 1 - self.betas ** self.steps
         for name, p in params.items():
-            lr, weight_decay, eps = self.settings[name]
-            shape = lr.shape  # (K, 1, ...)
-            adamw_update(p, clip_K.view(shape) * grads[name], self.exp_avg[name], self.exp_avg_sq[name],
-                         lr_factor_K.view(shape) * lr, weight_decay, eps,
-                         [beta_K.view(shape) for beta_K in self.betas],
-                         [correction_K.view(shape) for correction_K in bias_corrections])
+            shape = self.settings[name]["lr"].shape
+            grad, lr = clip_K.view(shape) * grads[name], lr_factor_K.view(shape) * self.settings[name]["lr"]
+            if self.settings[name]["momentum"] is None:
+                self.adamw_step(name, p, grad, lr, bias_corrections)
+            else:
+                self.muon_step(name, p, grad, lr)
         return norm_K
+
+    def adamw_step(self, name, p, grad, lr, bias_corrections):
+        its = self.settings[name]
+        adamw_update(p, grad, self.exp_avg[name], self.exp_avg_sq[name], lr, its["weight_decay"], its["eps"],
+                     [beta_K.view(lr.shape) for beta_K in self.betas],
+                     [correction_K.view(lr.shape) for correction_K in bias_corrections])
+
+    def muon_step(self, name, p, grad, lr):
+        its = self.settings[name]
+        average = self.exp_avg[name]
+        average.copy_(average + (1 - its["momentum"]) * (grad - average))
+        direction = grad + its["momentum"] * (average - grad)  # Nesterov
+        count = matrices_in(name)
+        matrices = direction.view(-1, p.size(1) // count, p.size(2))
+        update = orthogonal_update(matrices).view(p.shape).to(p.dtype)
+        p.copy_(p - lr * (its["weight_decay"] * p + update))
 
 
 def stacked_step(model, optimizer, params, buffers, batch, lr_factor_K):
@@ -176,7 +202,7 @@ def run_steps(configs, models, dataset, device, autocast):
     first, K = configs[0], len(configs)
     params, buffers = stack_module_state(models)
     params = {name: p.detach() for name, p in params.items()}
-    optimizer = StackedAdamW(models, params)
+    optimizer = StackedOptimizer(models, params)
     lr_factors = [[lr_factor(config, step) for config in configs] for step in range(first.steps)]
     lr_factors = torch.tensor(lr_factors).to(device)
     lr_factor_K = torch.zeros(K, device=device)  # one tensor for all steps: a CUDA graph reads it

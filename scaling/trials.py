@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting, complete_saved
 
 SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "steps", "lr", "seed")
 EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
@@ -92,10 +92,10 @@ def read_trials(folder):
 
 def parse_row(row, path):
     """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
-    settings = {name: check_setting(name, value, f"{path}: ")
-                for name, value in json.loads(row["config"]).items()}
+    saved = complete_saved(json.loads(row["config"]))
+    settings = {name: check_setting(name, value, f"{path}: ") for name, value in saved.items()}
     parsed = row | {name: float(row[name] or "nan") for name in NUMBER_COLUMNS}
-    parsed["config"] = identity(Config(**settings))  # settings that are newer than the row get their default
+    parsed["config"] = identity(Config(**settings))
     parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
     parsed["curve"] = [float(loss) for loss in row["curve"].split()]
     return parsed

@@ -9,7 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start too
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train
 from configure import Config
@@ -19,6 +18,14 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 NOUNS = "the model a teacher some student this layer that river every token one gradient".split()
 VERBS = "learns reads follows forgets measures finds keeps turns into moves over".split()
+
+
+# Blocks: GPT-2's, the default, and what lies one setting away from either
+GPT2_BLOCK = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu"}
+BLOCKS = {"default": {}, "gpt2": GPT2_BLOCK, "learned": {"position": "learned"}, "layer": {"norm": "layer"},
+          "no qk_norm": {"qk_norm": False}, "relu2": {"mlp": "relu2"}, "gelu": {"mlp": "gelu"},
+          "gpt2 rotary": GPT2_BLOCK | {"position": "rotary"}, "gpt2 rms": GPT2_BLOCK | {"norm": "rms"},
+          "gpt2 qk_norm": GPT2_BLOCK | {"qk_norm": True}, "gpt2 swiglu": GPT2_BLOCK | {"mlp": "swiglu"}}
 
 
 def tiny(**settings):
@@ -43,41 +50,89 @@ def in_double(config):
         torch.set_default_dtype(torch.float32)
 
 
+# The reference: each layer from its textbook formula, in float64. weight: {parameter name: its value}. A new
+# kind of layer is a function here, and a line in the dict of its setting's choices.
+
+def plain_linear(weight, name, x):
+    return x @ weight[f"{name}.weight"].T + weight.get(f"{name}.bias", 0)
+
+
+def plain_rms_norm(weight, name, x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight[f"{name}.weight"]
+
+
+def plain_layer_norm(weight, name, x):
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    return x * weight[f"{name}.weight"] + weight.get(f"{name}.bias", 0)
+
+
+def plain_mlp(activation):
+    def mlp(weight, name, x):
+        hidden = activation(plain_linear(weight, f"{name}.up", x))
+        return plain_linear(weight, f"{name}.down", hidden)
+    return mlp
+
+
+def plain_swiglu(weight, name, x):
+    both = plain_linear(weight, f"{name}.gate_up", x)
+    size = both.size(-1) // 2
+    gate, up = both[..., :size], both[..., size:]
+    return plain_linear(weight, f"{name}.down", gate / (1 + (-gate).exp()) * up)
+
+
+def plain_gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def plain_relu2(x):
+    return torch.where(x > 0, x * x, 0)
+
+
+def plain_rotary(x_BTD):
+    """Each pair of channels (i, i + D/2), as a complex number, turned by position * 10000^(-2i/D)."""
+    T, D = x_BTD.shape[-2:]
+    turn = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    turn = torch.polar(torch.ones_like(turn), turn)  # complex numbers of length 1
+    turned = torch.complex(x_BTD[..., :D // 2], x_BTD[..., D // 2:]) * turn
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+PLAIN_NORMS = {"rms": plain_rms_norm, "layer": plain_layer_norm}
+PLAIN_MLPS = {"swiglu": plain_swiglu, "relu2": plain_mlp(plain_relu2), "gelu": plain_mlp(plain_gelu)}
+
+
+def plain_attention(weight, name, x, config, factor):
+    """Causal self-attention, one head after the other; attention logits are q . k times `factor`."""
+    T, C, D = x.size(1), config.width, config.head_dim
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    qkv, outputs = plain_linear(weight, f"{name}.qkv", x), []
+    for start in range(0, C, D):
+        q, k, v = (qkv[..., part * C + start:][..., :D] for part in range(3))
+        if config.qk_norm:
+            q, k = plain_rms_norm(weight, f"{name}.q_norm", q), plain_rms_norm(weight, f"{name}.k_norm", k)
+        if config.position == "rotary":
+            q, k = plain_rotary(q), plain_rotary(k)
+        scores = (factor * q @ k.transpose(1, 2)).masked_fill(future, -math.inf)
+        outputs.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ v)
+    return plain_linear(weight, f"{name}.out", torch.cat(outputs, -1))
+
+
 def plain_logits(model, tokens_BT, branch, logits, attention):
     """Logits of `model`'s weights from the textbook formulas, in float64, with these three factors."""
     config = model.config
     weight = {name: value.double() for name, value in model.state_dict().items()}
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-        return x * weight[f"{name}.weight"] + weight.get(f"{name}.bias", 0)
-
-    def linear(x, name):
-        return x @ weight[f"{name}.weight"].T + weight.get(f"{name}.bias", 0)
-
-    T, D = tokens_BT.size(1), config.head_dim
+    norm, mlp = PLAIN_NORMS[config.norm], PLAIN_MLPS[config.mlp]
     x = weight["token_embedding.weight"][tokens_BT]
     if config.position == "learned":
-        x = x + weight["position_embedding.weight"][:T]
+        x = x + weight["position_embedding.weight"][:tokens_BT.size(1)]
     x = config.embedding_mult * x
-    turn = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    turn = torch.polar(torch.ones_like(turn), turn)  # complex numbers of length 1
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for i in range(config.depth):
-        qkv = linear(norm(x, f"blocks.{i}.attention_norm"), f"blocks.{i}.attention.qkv")
-        outputs = []
-        for head in range(config.width // D):
-            q, k, v = (qkv[..., j * config.width + head * D:][..., :D] for j in range(3))
-            if config.position == "rotary":
-                q, k = (torch.complex(z[..., :D // 2], z[..., D // 2:]) * turn for z in (q, k))
-                q, k = (torch.cat((z.real, z.imag), -1) for z in (q, k))
-            scores = (attention * q @ k.transpose(1, 2)).masked_fill(future, -math.inf)
-            outputs.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ v)
-        x = x + branch * linear(torch.cat(outputs, -1), f"blocks.{i}.attention.out")
-        hidden = F.gelu(linear(norm(x, f"blocks.{i}.mlp_norm"), f"blocks.{i}.mlp.up"))
-        x = x + branch * linear(hidden, f"blocks.{i}.mlp.down")
+        block = f"blocks.{i}"
+        normed = norm(weight, f"{block}.attention_norm", x)
+        x = x + branch * plain_attention(weight, f"{block}.attention", normed, config, attention)
+        x = x + branch * mlp(weight, f"{block}.mlp", norm(weight, f"{block}.mlp_norm", x))
     readout = weight["token_embedding.weight" if config.tied else "readout.weight"]
-    return logits * norm(x, "final_norm") @ readout.T
+    return logits * norm(weight, "final_norm", x) @ readout.T
 
 
 def run(settings, **changes):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import column, cuda, run
+from conftest import GPT2_BLOCK, column, cuda, run
 
 from configure import Config
 from data.loader import TokenDataset
@@ -17,7 +17,7 @@ from training.device import select_device
 from training.optimizer import ClipAndStep, FusedClipAndStep, choose_update
 
 FUSED = {"compile": "model", "precision": "bf16", "steps": 8}
-HARD = {"tied": True, "bias": True, "position": "rotary", "weight_decay": 3.0, "grad_clip": 0.1,
+HARD = {"tied": True, "bias": True, **GPT2_BLOCK, "position": "rotary", "weight_decay": 3.0, "grad_clip": 0.1,
         "beta2": 0.99, "width": 64, "base_width": 32, "base_depth": 1, "attention_mult": 0.3, "base_batch": 2}
 
 
@@ -119,6 +119,7 @@ def chosen(corpus, optimizer_class=torch.optim.AdamW, changes=None, group=None, 
 
 def test_gradients_that_would_add_up_in_bf16_and_other_optimizers_keep_torchs_update(corpus):
     assert chosen(corpus) is FusedClipAndStep
+    assert chosen(corpus, changes=GPT2_BLOCK) is FusedClipAndStep
     for changes in ({"micro_batch": 1}, {"precision": "fp32"}, {"compile": "blocks"}, {"compile": False}):
         assert chosen(corpus, changes=changes) is ClipAndStep, changes
     for options in ({"optimizer_class": torch.optim.NAdam}, {"group": {"betas": (0.9, 0.99)}},

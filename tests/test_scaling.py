@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BLOCKS, GPT2_BLOCK
 from processes import Fork, to_words
 
 import model
@@ -33,7 +34,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MIXED = [{"lr": 2**-6, "seed": 0},
          {"lr": 2**-8, "seed": 1, "logit_mult": 2.0, "zero_query": True, "beta1": 0.8, "base_batch": 2},
          {"lr": 2**-7, "seed": 2, "parametrization": "sp", "weight_decay": 0.5, "grad_clip": 0.1, "eps": 1e-3,
-          "warmup": 0.5, "schedule": "linear", "attention_mult": 3.0, "norm_lr_mult": 4.0}]
+          "warmup": 0.5, "schedule": "linear", "attention_mult": 3.0, "norm_lr_mult": 4.0, "momentum": 0.8}]
 
 
 def losses(result):
@@ -42,10 +43,12 @@ def losses(result):
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))])
-@pytest.mark.parametrize("seeds", [None, 3], ids=["own texts", "one text"])
-def test_stacked_models_are_those_trained_alone(corpus, seeds, where):
-    shared = corpus | {"steps": 20, "position": "rotary", "bias": True, "device": where, "precision": "fp32",
-                       "compile": False}  # in bf16 rounding grows to 0.05 in 20 steps
+@pytest.mark.parametrize(("block", "seeds"), [
+    ({}, None), ({}, 3), (GPT2_BLOCK | {"position": "rotary"}, None), ({"optimizer": "muon"}, 3)],
+    ids=["own texts", "one text", "gpt2 rotary", "muon"])
+def test_stacked_models_are_those_trained_alone(corpus, block, seeds, where):
+    shared = corpus | block | {"steps": 20, "bias": True, "device": where, "precision": "fp32",
+                               "compile": False}  # in bf16 rounding grows to 0.05 in 20 steps
     configs = [Config(**shared | settings | ({"seed": seeds} if seeds else {})) for settings in MIXED]
     noise = 1e-4 if where == "cpu" else 5e-3
     for config, together in zip(configs, train_stacked(configs), strict=True):
@@ -160,6 +163,9 @@ def test_rows_that_are_older_than_settings_are_read_with_their_defaults(corpus, 
     assert len(rows) == len(lines)
     settings = json.loads(rows[0]["config"])
     assert settings["decay_fraction"] == Config.decay_fraction and settings["base_tokens"] is None
+    block = {name: settings[name] for name in GPT2_BLOCK}
+    assert '""norm""' not in lines[0] and '""position"": ""learned""' in lines[0] and block == GPT2_BLOCK
+    assert (settings["optimizer"], settings["momentum"]) == ("adamw", Config.momentum)
     with open(os.path.join(folder, "report.json")) as file:
         committed = json.load(file)
     report = json.loads(json.dumps(analyze(rows), default=float))
@@ -414,24 +420,51 @@ CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, 
            "base_head_dim": 16, "context": 64}
 
 
-SIZES = {"width": (64, 128, 256), "depth": (8, 16, 32)}
+SIZES = {"width": (64, 128, 256), "depth": (4, 8, 16)}
+OPTIMIZERS = {"adamw": {}, "muon": {"optimizer": "muon", "lr": 2**-3, "embedding_lr_mult": 0.25,
+                                    "readout_lr_mult": 1.0}}
+# Widths that suffice to tell mup from sp. Muon's are smaller: its products cost most there
+FEW_SIZES = {"adamw": (64, 256), "muon": (32, 128)}
+VARIANTS = [(name, optimizer) for name in BLOCKS if "gpt2 " not in name for optimizer in FEW_SIZES]
+
+
+def failing(config, axis, sizes, seeds):
+    """{layer: power of its change} where the coordinate check fails."""
+    rows, _ = coordinate_check(config, axis, sizes, seeds=seeds)
+    return {row["layer"]: row["change"] for row in rows if not row["passes"]}
 
 
 @pytest.mark.parametrize(("axis", "alpha"), [("width", 1.0), ("depth", 1.0), ("depth", 0.8)])
 def test_the_coordinate_check_passes_mup(corpus, axis, alpha):
     config = Config(**corpus | CHECKED | {"depth_alpha": alpha})
-    rows, _ = coordinate_check(config, axis, SIZES[axis], seeds=2)
-    assert all(row["passes"] for row in rows), [row for row in rows if not row["passes"]]
+    assert not failing(config, axis, SIZES[axis], seeds=2)
 
 
 @pytest.mark.parametrize("axis", SIZES)
 def test_the_coordinate_check_fails_sp_which_has_no_alpha(corpus, axis):
     config = Config(**corpus | CHECKED | {"parametrization": "sp"})
-    rows, _ = coordinate_check(config, axis, SIZES[axis], seeds=2)
-    assert sum(not row["passes"] for row in rows) >= 4
+    assert len(failing(config, axis, SIZES[axis][::2], seeds=2)) >= 4
+
+
+@pytest.mark.parametrize(("name", "optimizer"), VARIANTS)
+def test_the_coordinate_check_tells_mup_from_sp_with_every_block_and_optimizer(corpus, name, optimizer):
+    config = Config(**corpus | CHECKED | BLOCKS[name] | OPTIMIZERS[optimizer])
+    sizes = FEW_SIZES[optimizer]
+    assert not failing(config, "width", sizes, seeds=1)
+    found = failing(dataclasses.replace(config, parametrization="sp"), "width", sizes, seeds=1)
+    assert found["logits"] > 0.5 and len(found) >= {"adamw": 4, "muon": 1}[optimizer]
+
+
+def test_the_coordinate_check_tells_mup_from_sp_with_muon_over_depth(corpus):
+    config = Config(**corpus | CHECKED | OPTIMIZERS["muon"])
+    assert not failing(config, "depth", (4, 16), seeds=1)
+    config = dataclasses.replace(config, parametrization="sp")
+    assert len(failing(config, "depth", (4, 16), seeds=1)) >= 4
 
 
 MUTANTS = {  # role and its wrong exponents, and the axis on which they show
+    "Muon's lr": ("hidden", {"muon_lr": (-1, 0)}, "width"),
+    "Muon's lr over depth": ("hidden", {"muon_lr": (0, -1)}, "depth"),
     "hidden lr": ("hidden", {"lr": (0, 0)}, "width"), "embedding lr": ("embedding", {"lr": (-1, 0)}, "width"),
     "readout lr": ("readout", {"lr": (-1, 0)}, "width"), "hidden init": ("hidden", {"std": (0, 0)}, "width"),
     "readout init": ("readout", {"std": (1, 0)}, "width"), "logits": ("logits", (0, 0), "width"),
@@ -450,9 +483,9 @@ def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
         return rows, forward | {key: wrong}
 
     monkeypatch.setitem(parametrization.TABLES, "mup", mutant)
-    sizes = {"width": (64, 256), "depth": (4, 16)}[axis]
-    rows, _ = coordinate_check(Config(**corpus | CHECKED), axis, sizes, seeds=1)
-    assert not all(row["passes"] for row in rows)
+    optimizer = "muon" if "Muon" in name else "adamw"
+    sizes = {"width": FEW_SIZES[optimizer], "depth": (4, 16)}[axis]
+    assert failing(Config(**corpus | CHECKED | OPTIMIZERS[optimizer]), axis, sizes, seeds=1)
 
 
 class GatedMLP(model.MLP):
@@ -464,22 +497,27 @@ class GatedMLP(model.MLP):
         return self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
 
 
-def test_the_coordinate_check_looks_at_layers_that_are_new(corpus, monkeypatch):
-    monkeypatch.setattr(model, "MLP", GatedMLP)
-    rows, _ = coordinate_check(Config(**corpus | CHECKED), "width", (64, 128), steps=1, seeds=2)
+@pytest.mark.parametrize(("mlp", "block", "embeddings", "of_mlp"), [
+    (GatedMLP, GPT2_BLOCK, ["token_embedding", "position_embedding"], ["mlp.gate", "mlp.up"]),
+    (model.MLP, {}, ["token_embedding"], ["mlp.gate_up"])])
+def test_the_coordinate_check_looks_at_layers_that_are_new(corpus, monkeypatch, mlp, block, embeddings,
+                                                           of_mlp):
+    monkeypatch.setattr(model, "MLP", mlp)
+    config = Config(**corpus | CHECKED | block)
+    rows, _ = coordinate_check(config, "width", (64, 128), steps=1, seeds=2)
     assert [row["layer"] for row in rows] == [
-        "logits", "token_embedding", "position_embedding", "attention.qkv", "attention logits",
-        "attention.out", "mlp.gate", "mlp.up", "mlp.down", "stream", "final_norm"]
+        "logits", *embeddings, "attention.qkv", "attention logits", "attention.out", *of_mlp, "mlp.down",
+        "stream", "final_norm"]
 
 
 class GroupedAttention(model.Attention):
-    """Two heads share each key and value."""
+    """Two heads share each key and value; positions are not looked at."""
 
     def __init__(self, config):
         super().__init__(config)
         self.keys_and_values = model.Linear(config.width, config.width, False)
 
-    def forward(self, x_BTC, angles_TD=None, cache=None):
+    def forward(self, x_BTC, rotary=None, cache=None):
         q_BHTD = self.qkv(x_BTC)[..., :x_BTC.size(-1)].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         kv_BHTD = self.keys_and_values(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k_BHTD, v_BHTD = kv_BHTD.chunk(2, dim=1)
@@ -490,7 +528,7 @@ class GroupedAttention(model.Attention):
 
 def test_the_coordinate_check_computes_attention_logits_of_grouped_queries(corpus, monkeypatch):
     monkeypatch.setattr(model, "Attention", GroupedAttention)
-    config = Config(**corpus | CHECKED | {"head_dim": 16})
+    config = Config(**corpus | CHECKED | {"head_dim": 16, "qk_norm": False})
     _, measured = coordinate_check(config, "width", (64, 128), steps=1, seeds=2)
     assert min(measured["attention logits", 0][64]) > 0
     assert measured["attention.keys_and_values", 1][128]

@@ -13,11 +13,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import column, cuda, run
+from conftest import GPT2_BLOCK, column, cuda, run
 from processes import start_command, start_train, wait_for_rows
 
 import train
-from configure import Config, UserError
+from configure import Config, UserError, configure
 from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
@@ -28,8 +28,9 @@ from training.device import select_device
 from training.evaluate import evaluate, generate_sample
 from training.schedule import lr_factor
 
-HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
-        "weight_decay": 0.1}
+HARD = GPT2_BLOCK | {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
+                     "weight_decay": 0.1}
+MUON = {"optimizer": "muon", "micro_batch": 2, "weight_decay": 0.1, "zero_query": True}
 
 
 def weights(result):
@@ -71,7 +72,7 @@ def copy_at_step(monkeypatch, step, folder, copy):
     monkeypatch.setattr(logger, "write_checkpoint", write_and_copy)
 
 
-@pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
+@pytest.mark.parametrize("settings", [{}, HARD, MUON], ids=["plain", "hard", "muon"])
 def test_the_same_run_twice_is_the_same_to_the_last_bit(corpus, settings):
     torch.manual_seed(1)
     first = run(corpus, **settings)
@@ -79,8 +80,8 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(corpus, settings):
     assert same(first, run(corpus, **settings)) and len(set(column(first))) == 6
 
 
-@pytest.mark.parametrize("settings", [{}, HARD, {"parametrization": "sp", "schedule": "inverse_sqrt"}],
-                         ids=["plain", "hard", "sp"])
+@pytest.mark.parametrize("settings", [{}, HARD, MUON, {"parametrization": "sp", "schedule": "inverse_sqrt"}],
+                         ids=["plain", "hard", "muon", "sp"])
 def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, monkeypatch, settings):
     settings = corpus | settings | {"steps": 13, "checkpoint_every": 4, "eval_every": 3}
     uninterrupted = run(settings)
@@ -94,19 +95,28 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_pa
         assert a["step"] == b["step"] and all(map(torch.equal, a["model"].values(), b["model"].values()))
 
 
+YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum")
+
+
 def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(corpus, tmp_path, monkeypatch):
-    settings = corpus | HARD | {"steps": 9, "checkpoint_every": 4, "eval_every": 3}
+    settings = corpus | HARD | {"steps": 9, "checkpoint_every": 4, "eval_every": 3}  # of the old block
     copy_at_step(monkeypatch, 4, tmp_path / "run", tmp_path / "old")
     uninterrupted = run(settings, out=str(tmp_path / "run"))
     monkeypatch.undo()
     path = str(tmp_path / "old/last.pt")
     checkpoint = load(path)
-    for name in ("decay_fraction", "log_roles"):
-        del checkpoint["config"][name]
+    settings_file = tmp_path / "old/config.json"
+    saved = json.loads(settings_file.read_text())
+    for name in YOUNGER_SETTINGS:
+        del checkpoint["config"][name], saved[name]
     write_checkpoint(path, checkpoint)
-    with pytest.raises(UserError, match="^decay_fraction: got 0.5, but .* was trained with 0.2"):
-        run(settings, out=str(tmp_path / "old"), decay_fraction=0.5)
-    assert same(uninterrupted, run(settings, out=str(tmp_path / "old")))
+    settings_file.write_text(json.dumps(saved))
+    for name, new, old in (("decay_fraction", 0.5, 0.2), ("norm", "rms", "'layer'"), ("qk_norm", True, False),
+                           ("mlp", "swiglu", "'gelu'"), ("optimizer", "muon", "'adamw'")):
+        with pytest.raises(UserError, match=f"^{name}: got {new!r}, but .* was trained with {old}"):
+            run(settings | {"out": str(tmp_path / "old"), name: new})
+    assert configure([str(tmp_path / "old")]) == Config(**settings, out=str(tmp_path / "old"))
+    assert same(uninterrupted, train.train(configure([str(tmp_path / "old")]), quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +246,9 @@ def other_files(corpus, tmp_path_factory):
 # setting: (a changed value, what must then differ, settings of both); ROWS, OTHER and TMP stand for paths.
 SETTINGS = {
     "width": (64, "shapes"), "depth": (3, "shapes"), "batch": (8, "losses"), "context": (8, "losses"),
-    "head_dim": (8, "first loss"), "position": ("rotary", "shapes"), "tied": (True, "shapes"),
+    "head_dim": (8, "first loss"), "position": ("learned", "shapes"), "norm": ("layer", "first loss"),
+    "qk_norm": (False, "shapes"), "mlp": ("relu2", "shapes"), "tied": (True, "shapes"),
+    "optimizer": ("muon", "losses"), "momentum": (0.5, "losses", {"optimizer": "muon"}),
     "bias": (True, "shapes"), "dropout": (0.5, "first loss"), "vocab_size": (300, "shapes"),
     "base_width": (32, "first loss"), "base_depth": (2, "first loss"), "base_head_dim": (16, "first loss"),
     "base_batch": (2, "losses"), "base_tokens": (99, "losses"),
@@ -483,7 +495,8 @@ def test_a_checkpoint_of_broken_weights_is_never_saved(corpus, tmp_path):
 
 REJECTED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed": 1, "schedule": "linear",
            "batch": 8, "context": 8, "tied": True, "dropout": 0.1, "base_width": 32, "tokenizer": "bpe:260",
-           "weight_decay": 0.1, "steps": 5}
+           "weight_decay": 0.1, "steps": 5, "position": "learned", "norm": "layer", "qk_norm": False,
+           "mlp": "gelu", "optimizer": "muon", "momentum": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -607,7 +620,7 @@ def test_cuda_in_fp32_gives_the_numbers_of_the_cpu(corpus):
 
 
 @cuda
-@pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
+@pytest.mark.parametrize("settings", [{}, HARD, MUON], ids=["plain", "hard", "muon"])
 def test_on_cuda_a_run_resumes_from_its_checkpoint(corpus, tmp_path, settings):
     settings = corpus | settings | {"device": "cuda", "compile": False, "precision": "fp32", "steps": 8}
     uninterrupted = run(settings)
@@ -617,8 +630,8 @@ def test_on_cuda_a_run_resumes_from_its_checkpoint(corpus, tmp_path, settings):
 
 
 @cuda
-@pytest.mark.parametrize("settings", [{}, HARD, {"precision": "bf16", "compile": "blocks"}],
-                         ids=["plain", "hard", "compiled bf16"])
+@pytest.mark.parametrize("settings", [{}, HARD, MUON, {"precision": "bf16", "compile": "blocks"}],
+                         ids=["plain", "hard", "muon", "compiled bf16"])
 def test_a_step_replayed_as_a_graph_is_the_plain_step(corpus, settings):
     settings = corpus | {"device": "cuda", "compile": False, "precision": "fp32", "steps": 30} | settings
     replayed, plain = (run(settings, graph=graph) for graph in (True, False))

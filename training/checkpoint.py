@@ -8,12 +8,12 @@ import errno
 import hashlib
 import os
 import platform
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError
+from configure import MAY_CHANGE_ON_RESUME, UserError, complete_saved
 from data.files import atomic_file
 from data.prepare import find_prepared, is_prepared, prepared_folders
 from parametrization import format_table
@@ -72,8 +72,8 @@ def read_newest(paths, say):
 
 
 def settings_of_checkpoint(checkpoint):
-    """{setting: value}. A setting that is younger than the checkpoint had its default there."""
-    return {field.name: field.default for field in fields(Config)} | checkpoint["config"]
+    """{setting: value} of the run, completed where the checkpoint is older than a setting."""
+    return complete_saved(checkpoint["config"])
 
 
 def check_same_settings(config, path, checkpoint):

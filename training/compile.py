@@ -74,9 +74,19 @@ def try_one_pass(model, parallel_model, config, device, autocast):
     """Compile, by a forward and backward pass that changes nothing. Returns the exception that it ends in."""
     rows = config.micro_batch or config.batch // world_size()
     tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
-    try:
+
+    def pass_once():
         with autocast:
             parallel_model(tokens_BT, tokens_BT).backward()
+
+    try:
+        try:
+            pass_once()
+        except LookupError:
+            # Dynamo, explaining why an earlier model's code does not serve, looks for modules that only that
+            # model has. Nothing to explain without that code
+            torch._dynamo.reset()
+            pass_once()
         return None
     except Exception as error:  # whatever a missing compiler or an unsupported GPU raises
         return error

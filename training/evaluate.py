@@ -48,9 +48,8 @@ def summarize(losses_N, context, target_bytes):
     if len(losses_N) > 1:
         error = losses_N.std().item() / math.sqrt(len(losses_N))
     # Windows of nothing but ends of text have no bytes
-    target_bytes = dataset.target_bytes(windows) or math.nan
     return {"val_loss": losses_N.mean().item(), "val_error": error,
-            "val_bits_per_byte": nats / math.log(2) / target_bytes}
+            "val_bits_per_byte": nats / math.log(2) / (target_bytes or math.nan)}
 
 
 def window_losses(model, windows_BT, autocast):

@@ -9,13 +9,19 @@ from typing import NamedTuple
 
 import torch
 
-from parametrization import param_groups
+from parametrization import matrices_in, param_groups
 from training.distributed import full_tensor, world_size
+from training.muon import MuonWithAdamW
 
 
 def build_optimizer(model, capturable=False):
-    """The optimizer of `model`: torch's AdamW, a group for each role. capturable: for use in a CUDA graph."""
-    return torch.optim.AdamW(param_groups(model), fused=True, capturable=capturable)
+    """The optimizer of `model`, a group for each role: torch's AdamW, or with Muon for the hidden matrices.
+    capturable: for use in a CUDA graph."""
+    groups = param_groups(model)
+    if model.config.optimizer == "muon":
+        counts = {p: matrices_in(name) for name, p in model.named_parameters()}
+        return MuonWithAdamW(groups, counts, capturable)
+    return torch.optim.AdamW(groups, fused=True, capturable=capturable)
 
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, eps, betas, bias_corrections):
