@@ -25,9 +25,12 @@ from processes import Fork, start_train, to_words
 
 import train
 from configure import MAY_CHANGE_ON_RESUME, SETTINGS, Config, UserError, help_text
+from data.datasets import documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
+from scaling.sweep import run_trials, trial_configs
+from scaling.trials import read_trials
 from training.checkpoint import read_checkpoint, read_newest, write_checkpoint
 from training.device import select_device
 from training.evaluate import evaluate
@@ -372,3 +375,55 @@ def test_damaged_text_is_rejected_or_read_and_never_half_prepared(tmp_path, monk
             prepare(Config(dataset=name, tokenizer="bytes", data_dir="prepared", val_fraction=0.2))
         assert not [name for name in os.listdir("prepared") if name[0] == "."]
     assert set(os.listdir()) == {"a.parquet", "a.jsonl", "a.txt", "prepared"}
+
+
+def grow_folder(root, choose):
+    """Fill `root` with files of every format, some empty or odd, and links that lead anywhere in it."""
+    folders = [root]
+    for i in range(choose.randrange(1, 6)):
+        folders.append(choose.choice(folders) / f"d{i}")
+        folders[-1].mkdir()
+    odd = [None, "", " ", "a", "\x00", "\ud800", "text " * 200, "naïve 数"]
+    for i in range(choose.randrange(1, 8)):
+        texts = [f"document {i} {j} " * 9 for j in range(choose.choice([0, 0, 1, 20]))]
+        texts += choose.choices(odd, k=choose.randrange(3))
+        path, form = choose.choice(folders), choose.choice(["parquet", "jsonl", "txt", "csv"])
+        if form == "parquet":
+            clean = [text and text.encode("utf-8", "replace").decode() for text in texts]
+            table = pyarrow.table({"text": pyarrow.array(clean, pyarrow.string())})
+            pyarrow.parquet.write_table(table, path / f"{i}.parquet")
+        elif form == "jsonl":
+            (path / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:
+            content = "text\n" * (form == "csv") + "\n".join(text or "" for text in texts)
+            (path / f"{i}.{form}").write_bytes(content.encode("utf-8", "replace"))
+    for i in range(choose.randrange(5)):
+        target = choose.choice([*folders, *root.rglob("*.*"), "nowhere", f"link{i}"])
+        (choose.choice(folders) / f"link{i}").symlink_to(target)
+
+
+def test_any_data_folder_is_read_once_or_rejected_in_a_line(tmp_path, request):
+    choose, read = random.Random(0), 0
+    for i in range(200 if request.config.getoption("--long") else 5):
+        root = tmp_path / str(i)
+        root.mkdir()
+        grow_folder(root, choose)
+        config = Config(dataset=str(root), tokenizer="bytes", data_dir=str(tmp_path / "prepared"))
+        with contextlib.suppress(UserError):  # any other error fails
+            texts = list(documents(config))
+            numbered = [text for text in texts if text.count("document ") == 9]
+            assert len(numbered) == len(set(numbered)), "a document was read twice"
+            read += 1
+        with contextlib.suppress(UserError):
+            prepare(config)
+    assert read > i / 3, "most were rejected: this tests little"
+
+
+def test_a_damaged_trials_csv_is_read_or_rejected_in_a_line(corpus, tmp_path, request):
+    configs = trial_configs(Config(**corpus | {"steps": 1}), {"seed": [0, 1, 2]})
+    rows = run_trials(configs, str(tmp_path))
+    content = (tmp_path / "trials.csv").read_bytes()
+    for _, damaged in damages(content, 700 if request.config.getoption("--long") else 70):
+        (tmp_path / "trials.csv").write_bytes(damaged)
+        with contextlib.suppress(UserError):  # any other error fails
+            assert len(read_trials(str(tmp_path))) <= len(rows)
