@@ -60,7 +60,7 @@ class Config:
     mlp: one_of("gelu", "relu2", "swiglu") = "swiglu"  # all of nearly the same number of parameters
     tied: Flag = False  # one matrix for embedding and readout; it takes the embedding's rules
     bias: Flag = False  # biases in the blocks' linear layers and in every LayerNorm
-    dropout: Fraction = 0.0  # probability; which numbers drop depends on processes, passes and device too
+    dropout: Fraction = 0.0  # probability; draws differ with the number of devices, passes, train() threads
     vocab_size: Count | None = None  # rows of embedding and readout; None: the tokenizer's count, never fewer
     # Parametrization (at the base shape every rule is the identity)
     base_width: Count = 128  # residual channels of the tuned proxy

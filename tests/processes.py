@@ -73,14 +73,14 @@ def start_train(settings, **changes):
     return Fork(run_train, to_words(settings | changes))
 
 
-def start_ranks(world_size, settings, **changes):
+def start_ranks(world_size, settings, folder=ROOT, **changes):
     """Forks that do what the processes of torchrun do: a list, rank 0 first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [Fork(run_train, to_words(settings | changes),
-                 environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder=str(folder))
             for rank in range(world_size)]
 
 

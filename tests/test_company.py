@@ -14,7 +14,7 @@ import time
 import pytest
 from children import hold_folder, run_train, run_train_with
 from conftest import run
-from processes import Fork, start_train, to_words, wait_for_rows
+from processes import Fork, start_ranks, start_train, to_words, wait_for_rows
 
 import train
 from configure import UserError
@@ -66,6 +66,24 @@ def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus
     seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
     checkpoints = [read_checkpoint(str(folder / "last.pt"))["config"]["seed"] for folder in folders]
     assert sorted(seeds) == [0, 1, 2, 3] and checkpoints == seeds
+
+
+def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus, tmp_path):
+    os.makedirs(tmp_path / "out/run")  # rank 0 alone looks, so the others cannot see it otherwise
+    ranks = start_ranks(2, corpus | LONG | {"steps": 3000}, folder=tmp_path)
+    wait_for_rows(ranks[0], tmp_path / "out/run-2", 5)
+    second = start_ranks(2, corpus | LONG | {"out": tmp_path / "out/run-2"})
+    texts = [rank.communicate()[1] for rank in second]
+    assert [rank.returncode for rank in second] == [2, 2] and "Traceback" not in "".join(texts)
+    assert f"out/run-2 is in use by process {ranks[0].pid} " in texts[0]
+    assert "another process died" in texts[1]
+    ranks[1].send_signal(signal.SIGINT)
+    for rank in ranks:
+        _, errors = rank.communicate()
+        assert rank.returncode == 130, errors
+    assert sorted(os.listdir(tmp_path / "out")) == ["run", "run-2"]
+    steps = read_steps(tmp_path / "out/run-2")
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 3000
 
 
 def test_a_lock_dies_with_its_process_and_leaves_no_file_when_it_is_let_go(corpus, tmp_path):
