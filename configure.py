@@ -167,8 +167,6 @@ SETTINGS = settings_of(Config)
 MAY_CHANGE_ON_RESUME = frozenset([*SETTINGS][[*SETTINGS].index("steps"):])
 
 
-OWN_MODULES = {"configure", "parametrization", "model", "train", "data", "training", "scaling"}
-
 # What older versions did before a setting existed, where that is not its default now
 BEFORE_IT_EXISTED = {"norm": "layer", "qk_norm": False, "mlp": "gelu"}
 
@@ -233,6 +231,9 @@ def parse_value(name, text):
         return text
 
 
+OWN_MODULES = {"configure", "parametrization", "model", "train", "data", "training", "scaling"}
+
+
 def read_settings(source):
     """{setting: value} of a config file or a run directory. Raises UserError."""
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
@@ -253,12 +254,14 @@ def forget_imports():
     """After the block, configurations that it imported are not in memory: the next to import them reads them
     anew, as they may be edited while a notebook lives. What is installed or belongs to the project stays."""
     before = set(sys.modules)
-    yield
-    installed = tuple(os.path.abspath(path) for path in {sys.prefix, sys.base_prefix})
-    for name in set(sys.modules) - before:
-        path = os.path.abspath(getattr(sys.modules[name], "__file__", None) or sys.prefix)
-        if not path.startswith(installed) and name.partition(".")[0] not in OWN_MODULES:
-            del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - before:
+            path = os.path.abspath(getattr(sys.modules[name], "__file__", None) or sys.prefix)
+            installed = path.startswith((sys.prefix, sys.base_prefix)) or "-packages" in path
+            if not installed and name.partition(".")[0] not in OWN_MODULES:
+                del sys.modules[name]
 
 
 def is_assignment(name, value):

@@ -192,10 +192,10 @@ def test_evaluation_takes_no_more_rows_than_a_pass_of_training_and_counts_as_mem
     monkeypatch.setattr(GPT, "forward", watched_forward)
     run(corpus, micro_batch=2, sample_tokens=0)
     assert shapes == {1, 2} or shapes == {2}
-    big = {"vocab_size": 2**20, "width": 16, "head_dim": 16}
-    monkeypatch.setattr("training.device.total_memory", lambda device: 8 * 2**30)
+    big = {"vocab_size": 2**16, "width": 16, "head_dim": 16}
+    monkeypatch.setattr("training.device.total_memory", lambda device: 2**30)
     with pytest.raises(UserError, match="^micro_batch: 4 sequences .* takes --micro_batch=4$"):
-        run(corpus, **big)  # 512 windows at once would be 64 GiB of logits
+        run(corpus, **big)  # 512 windows at once would be 4 GiB of logits
     assert run(corpus, **big, micro_batch=4, steps=0).val_loss > 0
 
 
