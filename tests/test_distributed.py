@@ -30,11 +30,14 @@ def interrupt_torchrun(settings, folder, number):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interrupted_by(corpus, tmp_path_factory):
+def interrupted_by(corpus, tmp_path_factory, request):
     """{signal: (run directory, future of interrupt_torchrun)}: they start while the other tests run."""
     with ThreadPoolExecutor() as threads:
         runs = {}
-        for number in (signal.SIGKILL, signal.SIGTERM):
+        numbers = [signal.SIGKILL]  # ranks that are forks are tested with both; these import torch anew
+        if request.config.getoption("--long"):
+            numbers.append(signal.SIGTERM)
+        for number in numbers:
             folder = tmp_path_factory.mktemp("torchrun") / "run"
             runs[number] = folder, threads.submit(interrupt_torchrun, corpus, folder, number)
         yield runs
@@ -109,6 +112,8 @@ def test_a_process_that_ends_ends_the_run_with_one_line_and_a_good_checkpoint(co
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_torchrun_ends_a_run_that_lost_a_process(interrupted_by, number):
+    if number not in interrupted_by:
+        pytest.skip("takes --long")
     folder, future = interrupted_by[number]
     code, output = future.result()
     assert code != 0

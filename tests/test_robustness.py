@@ -404,7 +404,7 @@ def grow_folder(root, choose):
 
 def test_any_data_folder_is_read_once_or_rejected_in_a_line(tmp_path, request):
     choose, read = random.Random(0), 0
-    for i in range(200 if request.config.getoption("--long") else 5):
+    for i in range(200 if request.config.getoption("--long") else 2):
         root = tmp_path / str(i)
         root.mkdir()
         grow_folder(root, choose)
