@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
+import huggingface
+
 # Each type of setting: (Python type, whether a value is accepted, what is accepted, for people)
 Count = Annotated[int, lambda x: x >= 1, "a whole number, 1 or more"]
 Whole = Annotated[int, lambda x: 0 <= x < 2**31, "a whole number from 0 to below 2**31"]
@@ -57,7 +59,10 @@ class Config:
     position: one_of("learned", "rotary") = "rotary"  # how a token knows its position
     norm: one_of("layer", "rms") = "rms"  # LayerNorm, or RMSNorm, which neither centers nor has a bias
     qk_norm: Flag = True  # RMS-normalize queries and keys, each with a gain
-    mlp: one_of("gelu", "relu2", "swiglu") = "swiglu"  # all of nearly the same number of parameters
+    mlp: one_of("gelu", "gelu_tanh", "relu2", "swiglu") = "swiglu"  # of nearly equal numbers of parameters
+    mlp_ratio: Positive | None = None  # hidden units of the MLP / width; None: 4, for swiglu near 8/3
+    rotary_base: Positive = 10000.0  # tokens, / 2 pi, in a turn of the slowest channels, with position=rotary
+    norm_eps: Positive | None = None  # added to variances; None: 1e-5 for norm=layer, 1e-6 for rms
     tied: Flag = False  # one matrix for embedding and readout; it takes the embedding's rules
     bias: Flag = False  # biases in the blocks' linear layers and in every LayerNorm
     dropout: Fraction = 0.0  # probability; draws differ with the number of devices, passes, train() threads
@@ -102,7 +107,7 @@ class Config:
     text_field: Text = "text"  # column that holds the text of .csv, .jsonl, .parquet and hub rows
     max_tokens: Count | None = None  # tokens to prepare; None: all
     val_fraction: Fraction = 0.05  # fraction of the documents held out, chosen by a fixed hash of their text
-    init_from: Text | None = None  # weights to start from: a run directory, or a checkpoint in one
+    init_from: Text | None = None  # weights to start from: a run, its checkpoint, or a Hugging Face model
     seed: Whole = 0  # of initialization, batches and dropout
     # Run (what a resumed run may change; nothing above)
     steps: Whole = 1000  # optimizer steps
@@ -119,8 +124,9 @@ class Config:
     shard: Flag = False  # split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
     log_roles: Flag = False  # per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv
     wandb: Flag = False  # log to Weights & Biases too, offline without a login
-    prompt: AnyText = ""  # what the sample at the end continues
-    sample_tokens: Whole = 200  # tokens in the sample
+    prompt: AnyText = ""  # what the sample at the end continues; of a RUN_DIR, -: each line of standard input
+    samples: Count = 1  # how many texts to sample
+    sample_tokens: Whole = 200  # tokens in a sample, at most: it ends at an end of text
     temperature: NotNegative = 0.8  # x 1/temperature on the logits; 0: always the likeliest token
     top_k: Count | None = 50  # tokens to choose among; None: all
 
@@ -233,9 +239,9 @@ def parse_value(name, text):
 
 
 # Settings that say which function a model's weights compute: who starts from weights takes these with them
-FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp tied bias vocab_size
-    base_width base_depth base_head_dim parametrization depth_alpha embedding_mult logit_mult attention_mult
-    """.split())
+FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp mlp_ratio rotary_base
+    norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization depth_alpha
+    embedding_mult logit_mult attention_mult""".split())
 # How a run's weights were stepped: those that start from them are stepped in the same way, more gently
 OPTIMIZER_SETTINGS = tuple("""optimizer embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1
     beta2 eps momentum grad_clip""".split())
@@ -247,23 +253,41 @@ def run_of(source):
     return os.path.dirname(source) or "." if source.endswith(".pt") else source
 
 
-def settings_to_start_from(source):
-    """What a run that starts from the weights of the run `source` takes from it where nothing else is given.
-    Raises UserError.
+def is_from_run(source):
+    """Whether weights of `source` are those of a run; else they are of a Hugging Face model."""
+    if source.endswith(".pt"):
+        return True
+    try:
+        return "base_width" in json.loads(Path(source, "config.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
-    Besides what the weights need to mean the same, its tokenizer, and its optimizer at a tenth of its lr.
-    """
-    run = run_of(source)
-    if not os.path.isdir(run):
-        raise UserError(f"init_from: got {source}, takes a run directory, or a checkpoint in one")
-    settings = read_settings(run)
+
+def settings_to_start_from(source):
+    """What a run that starts from the weights of `source` takes from it where nothing else is given: what
+    they need to mean the same, its tokenizer, and how to step them. Raises UserError."""
+    if not is_from_run(source):
+        return settings_of_huggingface(source)
+    settings, run = read_settings(run_of(source)), run_of(source)
     taken = {name: settings[name] for name in (*FUNCTION_SETTINGS, *OPTIMIZER_SETTINGS, "tokenizer")}
     if re.match(r"bpe:|.*[/\\]", settings["tokenizer"]) or os.path.isdir(settings["tokenizer"]):
         taken["tokenizer"] = run  # which keeps it: another text would make another
     return taken | {"lr": INIT_LR * settings["lr"]}
 
 
-OWN_MODULES = {"configure", "parametrization", "model", "train", "data", "training", "scaling"}
+def settings_of_huggingface(source):
+    """The same for a Hugging Face model, whose training knew none of our rules. Raises UserError."""
+    try:
+        settings = huggingface.settings_of(source)
+        tokenizer = huggingface.tokenizer_of(source)
+    except ValueError as error:
+        raise UserError(f"init_from: {error}") from None
+    if tokenizer is not None:
+        settings["tokenizer"] = tokenizer
+    return settings | {"lr": huggingface.LR}
+
+
+OWN_MODULES = {"configure", "huggingface", "parametrization", "model", "train", "data", "training", "scaling"}
 
 
 def read_settings(source):
@@ -303,18 +327,15 @@ def is_assignment(name, value):
     return not (name.startswith("_") or inspect.ismodule(value) or callable(value))
 
 
-def configure(argv):
-    """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits."""
-    if "-h" in argv or "--help" in argv:
-        print(help_text())
-        sys.exit()
-    words, layers, flags = iter(argv), [], {}
+def split_words(argv):
+    """(config files and run directories, {setting: value} of the --name=value words). Raises UserError."""
+    words, sources, flags = iter(argv), [], {}
     for word in words:
         if not word.startswith("-"):
             name, equals, _ = word.partition("=")
             if equals and name in SETTINGS:
                 raise UserError(f"{name}: got {word}, takes --{word}")
-            layers.append((f"{word}: ", read_settings(word)))
+            sources.append(word)
             continue
         name, equals, text = word.lstrip("-").partition("=")
         if name in SETTINGS and not equals:  # --name value
@@ -322,6 +343,16 @@ def configure(argv):
             if text.startswith("--"):
                 raise UserError(f"{name}: got no value, takes --{name}=VALUE")
         flags[name] = parse_value(name, text)
+    return sources, flags
+
+
+def configure(argv):
+    """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        sys.exit()
+    sources, flags = split_words(argv)
+    layers = [(f"{source}: ", read_settings(source)) for source in sources]
     layers.append(("", flags))
     given = {name: value for _, values in layers for name, value in values.items()}
     if given.get("init_from") and not SETTINGS.keys() <= given.keys():  # a run that resumes has them all

@@ -4,8 +4,8 @@ Tensor names carry their shape: B batch, T tokens, C channels (width), H heads, 
 V vocabulary. Initial weights and the factors of the forward pass come from parametrization.py.
 """
 
-import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configure import UserError
+from generate import generate
 from parametrization import forward_multipliers, hyperparameters, role_of
 
 
@@ -42,8 +43,8 @@ class Linear(nn.Linear):
 class HeadNorm(nn.RMSNorm):
     """RMSNorm over the channels of a head, gains times `factor`."""
 
-    def __init__(self, head_dim, factor=1.0):
-        super().__init__(head_dim, eps=1e-6)
+    def __init__(self, head_dim, eps, factor=1.0):
+        super().__init__(head_dim, eps=eps)
         self.factor = constant(factor)
 
     def forward(self, x_BHTD):
@@ -53,14 +54,14 @@ class HeadNorm(nn.RMSNorm):
 def make_norm(config):
     """The norm at the start of each residual branch and before the readout."""
     if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=1e-6)
-    return nn.LayerNorm(config.width, bias=config.bias)
+        return nn.RMSNorm(config.width, eps=config.norm_eps or 1e-6)
+    return nn.LayerNorm(config.width, eps=config.norm_eps or 1e-5, bias=config.bias)
 
 
 def rotary_table(config):
     """(cosines, sines), each (context, D/2), of the angle by which each position turns each pair of channels
     (rotary position embedding, arXiv 2104.09864)."""
-    frequencies = 1e4 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    frequencies = config.rotary_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     angles = torch.outer(torch.arange(config.context), frequencies)
     return angles.cos(), angles.sin()
 
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
     With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine. The 1/D keeps
     the logits of queries and keys that agree the same over head_dim; those of random ones go with D^-1/2.
-    `cache`, if given, is a list of the keys and values of all earlier tokens; the new ones are appended.
+    `cache`, if given, has the keys and values of all earlier tokens; the new ones are added.
     """
 
     def __init__(self, config):
@@ -90,8 +91,9 @@ class Attention(nn.Module):
         qkv_factor[:C] = factors["attention"]
         if config.qk_norm:
             qkv_factor = 1.0
-            self.q_norm = HeadNorm(config.head_dim, factors["attention"])
-            self.k_norm = HeadNorm(config.head_dim)
+            eps = config.norm_eps or 1e-6
+            self.q_norm = HeadNorm(config.head_dim, eps, factors["attention"])
+            self.k_norm = HeadNorm(config.head_dim, eps)
         self.qkv = Linear(C, 3 * C, config.bias, qkv_factor)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
@@ -103,27 +105,27 @@ class Attention(nn.Module):
             q_BHTD, k_BHTD = self.q_norm(q_BHTD), self.k_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotate(q_BHTD, rotary), rotate(k_BHTD, rotary)
-        mask_TS = None
+        mask = None
         if cache is not None:
-            if cache:
-                k_BHTD, v_BHTD = torch.cat((cache[0], k_BHTD), 2), torch.cat((cache[1], v_BHTD), 2)
-                S = k_BHTD.size(2)  # tokens seen so far, these T included
-                mask_TS = x_BTC.new_ones(T, S, dtype=torch.bool).tril(S - T)
-            cache[:] = k_BHTD, v_BHTD
+            k_BHTD, v_BHTD, mask = cache.extend(self, k_BHTD, v_BHTD)
         dropout = self.dropout if self.training else 0.0
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_TS, dropout_p=dropout,
-                                                is_causal=mask_TS is None, scale=1.0)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout,
+                                                is_causal=cache is None, scale=1.0)
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
 def mlp_width(config):
     """Hidden units of the MLP. SwiGLU has three matrices in place of two, so it gets 2/3 of 4 * width, as a
     multiple of 64 where that changes the parameters by at most 1%, else of 8."""
-    if config.mlp != "swiglu":
-        return 4 * config.width
+    if config.mlp_ratio is not None or config.mlp != "swiglu":
+        return max(1, round((config.mlp_ratio or 4) * config.width))
     exact = 8 * config.width / 3
     by_64 = 64 * round(exact / 64)
     return by_64 if abs(by_64 / exact - 1) <= 0.01 else 8 * round(exact / 8)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
+               "relu2": lambda x: F.relu(x).square(), "swiglu": F.silu}
 
 
 class MLP(nn.Module):
@@ -140,11 +142,11 @@ class MLP(nn.Module):
         self.down = Linear(hidden, C, config.bias, forward_multipliers(config)["branch"])
 
     def forward(self, x_BTC):
+        activate = ACTIVATIONS[self.activation]
         if self.activation == "swiglu":
             gate, up = self.gate_up(x_BTC).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
-        hidden = self.up(x_BTC)
-        return self.down(F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden).square())
+            return self.down(activate(gate) * up)
+        return self.down(activate(self.up(x_BTC)))
 
 
 class Block(nn.Module):
@@ -210,25 +212,26 @@ class GPT(nn.Module):
                 p[:config.width].zero_()
 
     def forward(self, tokens_BT, targets_BT=None, cache=None):
-        """logits_BTV or, given targets, their mean cross-entropy in nats. `cache`: one list per block, empty
-        at first, to continue token by token; the logits are the same with and without it."""
-        past = cache[0][0].size(2) if cache and cache[0] else 0
+        """logits_BTV or, given targets, their mean cross-entropy in nats. `cache`: a generate.Cache, to go on
+        from the tokens that were read before; the logits are the same with and without it."""
         T = tokens_BT.size(1)
-        if past + T > self.config.context:
-            raise UserError(f"context: got {past + T} tokens, takes at most {self.config.context}")
-        positions_T = torch.arange(past, past + T, device=tokens_BT.device)
-        x_BTC, rotary = self.embed(tokens_BT, positions_T), None
+        if T > self.config.context:
+            raise UserError(f"context: got {T} tokens, takes at most {self.config.context}")
+        positions = torch.arange(T, device=tokens_BT.device) if cache is None else cache.advance(T)  # T or BT
+        x_BTC, rotary = self.embed(tokens_BT, positions), None
         if self.config.position == "rotary":
-            rotary = self.rotary_cos[past:past + T], self.rotary_sin[past:past + T]
-        for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, rotary, None if cache is None else cache[i])
+            rotary = self.rotary_cos[:T], self.rotary_sin[:T]
+            if cache is not None:  # rows may be at different positions; all heads are at the same
+                rotary = self.rotary_cos[positions][:, None], self.rotary_sin[positions][:, None]
+        for block in self.blocks:
+            x_BTC = block(x_BTC, rotary, cache)
         return self.read_out(x_BTC, targets_BT)
 
-    def embed(self, tokens_BT, positions_T):
+    def embed(self, tokens_BT, positions):
         """The residual stream x_BTC that enters the first block; in autocast's type, if any: fewer bytes."""
         x_BTC = self.token_embedding(tokens_BT)
         if self.config.position == "learned":
-            x_BTC = x_BTC + self.position_embedding(positions_T)
+            x_BTC = x_BTC + self.position_embedding(positions)
         x_BTC = self.dropout(self.embedding_mult * x_BTC)
         device_type = x_BTC.device.type
         if torch.is_autocast_enabled(device_type):
@@ -256,33 +259,7 @@ class GPT(nn.Module):
         hidden = [p for name, p in self.named_parameters() if role_of(name) == "hidden"]
         return sum(max(p.shape) for p in hidden) + self.config.vocab_size
 
-    @torch.no_grad()
-    def generate(self, tokens_BT, n, temperature=1.0, top_k=None, seed=0):
-        """`n` tokens after `tokens_BT`, as (B, T + n). temperature 0 takes the likeliest token; top_k None
-        chooses among all. When the context is full, the last half of it is kept and read again."""
-        training, generator = self.training, torch.Generator(tokens_BT.device).manual_seed(seed)
-        self.eval()
-        context, cache = self.config.context, [[] for _ in self.blocks]
-        unread_BT = tokens_BT[:, -context:]
-        for _ in range(n):
-            logits_BV = self(unread_BT, cache=cache)[:, -1].float()
-            unread_BT = choose_token(logits_BV, temperature, top_k, generator)
-            tokens_BT = torch.cat((tokens_BT, unread_BT), dim=1)
-            if cache[0][0].size(2) == context:
-                cache, unread_BT = [[] for _ in self.blocks], tokens_BT[:, -max(1, context // 2):]
-        self.train(training)
-        return tokens_BT
-
-
-def choose_token(logits_BV, temperature, top_k, generator):
-    """The next token of each row, (B, 1): the likeliest at temperature 0, else drawn."""
-    if temperature == 0:
-        return logits_BV.argmax(-1, keepdim=True)
-    if top_k is not None and top_k < logits_BV.size(-1):
-        smallest_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -math.inf)
-    logits_BV = (logits_BV - logits_BV.amax()) / max(temperature, 1e-6)  # never overflows
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+    generate = generate  # yields tokens after prompts
 
 
 class ModelSize(NamedTuple):

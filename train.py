@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from configure import Config, UserError, configure, run_cli
+from configure import Config, UserError, configure, run_cli, split_words
 from data.datasets import would_read
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import find_prepared, is_prepared, prepare
@@ -32,13 +32,14 @@ from training.device import (
     select_device,
 )
 from training.distributed import any_rank, init_distributed, local_rank0_first, parallelize, rank, world_size
-from training.evaluate import evaluate, generate_sample
+from training.evaluate import evaluate
 from training.folder import OWN_FILES
 from training.logger import RunLogger, own_run_dir
 from training.metrics import MetricsBuffer, is_finite
 from training.monitor import LossSpikeDetector, build_observers, divergence_message
 from training.optimizer import build_optimizer, choose_update
-from training.pretrained import check_same_function, load_pretrained, read_pretrained
+from training.pretrained import check_same_function, load, load_pretrained, read_pretrained  # noqa: F401
+from training.sample import BETWEEN, sample, sampling_config, write_samples
 from training.step import TrainStep
 
 READ_SECONDS = 0.5  # between two reads of the metrics, at the most
@@ -96,7 +97,7 @@ def set_up(config, say):
     if config.init_from and checkpoint is None:
         pretrained = read_pretrained(config.init_from)
         check_same_function(config, pretrained)
-        say(f"{pretrained.path}: its weights are where this run starts")
+        say(f"{pretrained.source}: its weights are where this run starts")
     with local_rank0_first():
         dataset = open_dataset(config, checkpoint, say)
     dataset.check_fills_batch(config.context, config.batch)
@@ -370,14 +371,24 @@ def finish(run, result, metrics):
     result.tokens_per_second = metrics.median_speed()
     result.peak_memory = peak_memory(run.device)
     if not (result.stopped or result.diverged):
-        result.sample = generate_sample(run.model, run.dataset, run.config, run.device)
+        # Sharded models need every rank in each pass: no rank may end before the others
+        stop = None if run.config.shard else run.dataset.eot
+        result.sample = BETWEEN.join(write_samples(run.model, run.dataset.tokenizer, run.config, stop))
         run.logger.write_text("sample.txt", result.sample + "\n")
 
 
 def main(argv):
+    if asked := sampling_config(argv):
+        sample(*asked)
+        return 0
     config = configure(argv)
     init_distributed()
     reuse_freed_memory()
+    for source in split_words(argv)[0]:
+        starts_anew = os.path.isdir(source) and config.out != source and config.init_from is None
+        if starts_anew and rank() == 0:
+            print(f"{config.out}: a new run with the settings of {source}; --init_from={source} starts from "
+                  "its weights")
     with chosen_run_dir(config, argv) as config, errors_in_one_line(config):
         result = train(config)
     if result.diverged:

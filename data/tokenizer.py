@@ -1,6 +1,7 @@
 """Tokenizers: built, kept with prepared data and in run directories, loaded; each is a tiktoken.Encoding."""
 
 import base64
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -13,10 +14,10 @@ import tiktoken
 
 from configure import UserError, closest
 from data.files import atomic_file, write_text
+from data.tokenizer_json import END_OF_TEXT, bytes_to_unicode, ranks_of_bpe, read_tokenizer_json
 
 TOKENIZER_FILE = "tokenizer.tiktoken"
 RUN_META = "tokenizer.meta.json"  # beside TOKENIZER_FILE in a run directory: what load_encoding() needs
-END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split into pieces, without possessive quantifiers, which `tokenizers` reads differently
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -72,6 +73,15 @@ class Tokenizer:
         """Text of token ids; ids without a token, such as a padded vocabulary's, are skipped."""
         tokens = (self._bytes_of_id.get(int(token_id), b"") for token_id in ids)
         return b"".join(tokens).decode("utf-8", "replace")
+
+    def stream(self, ids):
+        """Yields the text of token ids as they come: a character when all of its bytes are there."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in ids:
+            if text := decoder.decode(self._bytes_of_id.get(int(token_id), b"")):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
 
 
 def check_tokenizer_name(name):
@@ -149,29 +159,21 @@ def train_bpe(vocab_size, texts):
     return bpe
 
 
-def bytes_to_unicode():
-    """{byte: character} by which byte-level BPE writes bytes as text: a printable byte stands for its own
-    character, the others for the characters 256, 257, ... The same table as in GPT-2's encoder.py."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    for i, byte in enumerate(others):
-        table[byte] = chr(256 + i)
-    return table
+def ranks_content(encoding):
+    """The ranks of `encoding` in tiktoken's format, bytes."""
+    by_rank = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
 
 
-def ranks_of_bpe(bpe):
-    """{token's bytes: rank} of a byte-level tokenizers.Tokenizer, the form that tiktoken takes."""
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    return {bytes(byte_of[character] for character in token): rank
-            for token, rank in bpe.get_vocab().items()}
+def ranks_sha256(encoding):
+    """What tells the tokens of `encoding` from those of another."""
+    return hashlib.sha256(ranks_content(encoding)).hexdigest()
 
 
 def save_encoding(encoding, file):
     """Write the ranks into the binary `file` in tiktoken's format. Returns what else load_encoding needs, a
     dict for meta.json."""
-    by_rank = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+    content = ranks_content(encoding)
     file.write(content)
     return {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens,
             "sha256": hashlib.sha256(content).hexdigest()}
@@ -211,11 +213,14 @@ def keep_tokenizer(tokenizer, folder):
 
 
 def load_kept(folder):
-    """The Tokenizer that a run directory or a folder of prepared data holds. Raises UserError."""
+    """The Tokenizer of a run directory, of prepared data or of a Hugging Face model. Raises UserError."""
     for name in (RUN_META, "meta.json"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return load_described(folder, path)
+    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+        encoding = read_tokenizer_json(folder)
+        return Tokenizer(encoding, encoding.n_vocab)
     raise UserError(f"tokenizer: {folder} holds none; takes a folder of prepared data or a run directory "
                     f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
 

@@ -84,6 +84,10 @@ def plain_gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
+def plain_gelu_tanh(x):
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))) / 2
+
+
 def plain_relu2(x):
     return torch.where(x > 0, x * x, 0)
 
@@ -98,7 +102,8 @@ def plain_rotary(x_BTD):
 
 
 PLAIN_NORMS = {"rms": plain_rms_norm, "layer": plain_layer_norm}
-PLAIN_MLPS = {"swiglu": plain_swiglu, "relu2": plain_mlp(plain_relu2), "gelu": plain_mlp(plain_gelu)}
+PLAIN_MLPS = {"swiglu": plain_swiglu, "relu2": plain_mlp(plain_relu2), "gelu": plain_mlp(plain_gelu),
+              "gelu_tanh": plain_mlp(plain_gelu_tanh)}
 
 
 def plain_attention(weight, name, x, config, factor):

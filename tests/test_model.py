@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configure import Config, UserError
+from generate import Cache
 from model import GPT, model_size
 from parametrization import hyperparameters, param_groups
 from training.optimizer import build_optimizer
@@ -18,8 +19,8 @@ VARIANTS = BLOCKS | {
     "tied": {"tied": True}, "bias": {"bias": True}, "tied bias": {"tied": True, "bias": True},
     "gpt2 tied bias": GPT2_BLOCK | {"tied": True, "bias": True}, "gpt2 bias": GPT2_BLOCK | {"bias": True},
     "tied rotary bias": GPT2_BLOCK | {"tied": True, "position": "rotary", "bias": True},
-    "sp": {"parametrization": "sp"}, "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0,
-                                                     "attention_mult": 2.0, "embedding_std": 1.0}}
+    "gelu_tanh": {"mlp": "gelu_tanh"}, "sp": {"parametrization": "sp"},
+    "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0, "attention_mult": 2.0, "embedding_std": 1.0}}
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -57,10 +58,12 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_logits_that_generation_uses(s
 def test_logits_read_in_pieces_through_the_cache_are_those_of_one_pass(settings, cuts):
     model = lively(**settings)
     x_BT, _ = tokens(model.config)
-    cache = [[] for _ in model.blocks]
-    pieces = [model(piece_BT, cache=cache) for piece_BT in x_BT.split(cuts, dim=1)]
-    # rotary angles are computed in float32, but both ways use the same ones
-    assert (torch.cat(pieces, 1) - model(x_BT)).abs().max() < 1e-11
+    in_one_pass = model(x_BT)
+    for static in (False, True):
+        cache = Cache(model.config.context, torch.zeros(4, dtype=torch.long), static)
+        pieces = [model(piece_BT, cache=cache) for piece_BT in x_BT.split(cuts, dim=1)]
+        # rotary angles are computed in float32, but both ways use the same ones
+        assert (torch.cat(pieces, 1) - in_one_pass).abs().max() < 1e-11
 
 
 @variants
@@ -150,7 +153,7 @@ def test_more_tokens_than_the_context_are_rejected(read):
     x_BT, _ = tokens(model.config, length=read)
     with pytest.raises(UserError, match=f"context: got {read} tokens, takes at most 16"):
         model(x_BT)
-    cache = [[] for _ in model.blocks]
+    cache = Cache(16, torch.zeros(4, dtype=torch.long))
     model(x_BT[:, :16], cache=cache)
     with pytest.raises(UserError, match="context: got 17 tokens"):
         model(x_BT[:, :1], cache=cache)
@@ -227,11 +230,17 @@ def test_the_initial_weights_depend_on_the_config_alone():
     assert not any(torch.equal(first[name], other[name]) for name in first if "norm" not in name)
 
 
+def write(model, x_BT, n, *arguments, **options):
+    """x_BT and what `model` writes after it, (B, T + n)."""
+    written = [*model.generate(x_BT, n, *arguments, **options)]
+    return torch.cat((x_BT, torch.tensor(written, dtype=torch.long).view(-1, len(x_BT)).T), 1)
+
+
 @variants
 def test_generation_at_temperature_0_writes_the_likeliest_tokens_of_the_full_forward_pass(settings):
     model = lively(**settings)
     x_BT, _ = tokens(model.config, length=3)
-    written = model.generate(x_BT, 13, temperature=0)
+    written = write(model, x_BT, 13, temperature=0)
     assert written.shape == (4, 16) and torch.equal(written[:, :3], x_BT)
     for t in range(3, 16):
         assert torch.equal(written[:, t], model(written[:, :t])[:, -1].argmax(-1))
@@ -240,27 +249,27 @@ def test_generation_at_temperature_0_writes_the_likeliest_tokens_of_the_full_for
 def test_generation_depends_on_its_seed_and_no_other_random_state():
     model = lively()
     x_BT, _ = tokens(model.config, length=3)
-    first = model.generate(x_BT, 12, seed=5)
+    first = write(model, x_BT, 12, seed=5)
     state = torch.get_rng_state()
     torch.manual_seed(7)
-    assert torch.equal(first, model.generate(x_BT, 12, seed=5))
-    assert not torch.equal(first, model.generate(x_BT, 12, seed=6))
+    assert torch.equal(first, write(model, x_BT, 12, seed=5))
+    assert not torch.equal(first, write(model, x_BT, 12, seed=6))
     torch.set_rng_state(state)
-    model.generate(x_BT, 3, seed=9)
+    write(model, x_BT, 3, seed=9)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_top_k_of_1_takes_the_likeliest_token():
     model = lively()
     x_BT, _ = tokens(model.config, length=3)
-    assert torch.equal(model.generate(x_BT, 12, top_k=1), model.generate(x_BT, 12, temperature=0))
+    assert torch.equal(write(model, x_BT, 12, top_k=1), write(model, x_BT, 12, temperature=0))
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (1.0, 3), (2.0, 500)])
 def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_k(temperature, top_k):
     model = lively(vocab_size=8, logit_mult=0.5)
     x_BT = tokens(model.config, batch=1, length=3)[0].expand(4000, -1)
-    drawn = model.generate(x_BT, 1, temperature, top_k)[:, -1].bincount(minlength=8) / 4000
+    drawn = write(model, x_BT, 1, temperature, top_k)[:, -1].bincount(minlength=8) / 4000
     logits_V = model(x_BT[:1])[0, -1] / temperature
     if top_k and top_k < 8:
         logits_V[logits_V < logits_V.sort().values[-top_k]] = -math.inf
@@ -278,29 +287,67 @@ def test_generation_continues_past_the_context_from_its_last_half(context, posit
         logits_BTV = model(expected[:, -read:])
         expected = torch.cat((expected, logits_BTV[:, -1:].argmax(-1)), 1)
         read = read + 1 if read < context else max(1, context // 2)
-    assert torch.equal(model.generate(x_BT, 40, temperature=0), expected)
+    assert torch.equal(write(model, x_BT, 40, temperature=0), expected)
 
 
 def test_a_prompt_longer_than_the_context_is_kept_and_its_end_is_read():
     model = lively()
     x_BT, _ = tokens(model.config, length=50)
-    written = model.generate(x_BT, 5, temperature=0)
+    written = write(model, x_BT, 5, temperature=0)
     assert torch.equal(written[:, :50], x_BT)
-    assert torch.equal(written[:, 50:], model.generate(x_BT[:, -16:], 5, temperature=0)[:, 16:])
+    assert torch.equal(written[:, 50:], write(model, x_BT[:, -16:], 5, temperature=0)[:, 16:])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_uses_no_dropout_and_leaves_the_training_mode_unchanged(training):
     model = lively(dropout=0.5).train(training)
     x_BT, _ = tokens(model.config, length=3)
-    assert torch.equal(model.generate(x_BT, 8, temperature=0), lively().generate(x_BT, 8, temperature=0))
+    assert torch.equal(write(model, x_BT, 8, temperature=0), write(lively(), x_BT, 8, temperature=0))
     assert model.training is model.blocks[0].dropout.training is training
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_a_prompt_gets_what_it_gets_alone_whatever_the_lengths_of_the_others(position):
+    model = lively(position=position)
+    prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+    together = [*zip(*model.generate(prompts, 11, temperature=0), strict=True)]
+    assert together == [tuple(model.generate(prompt, 11, temperature=0)) for prompt in prompts]
+
+
+def test_a_text_ends_where_the_stop_is_drawn_and_the_others_go_on():
+    model = lively()
+    prompts = [[1, 2, 3], [6], [7, 8]]
+    free = [*zip(*model.generate(prompts, 12, temperature=0), strict=True)]
+    stop = free[1][3]
+    written = [*zip(*model.generate(prompts, 12, temperature=0, stop=stop), strict=True)]
+    for row, unstopped in zip(written, free, strict=True):
+        end = unstopped.index(stop) if stop in unstopped else 12
+        assert row[:end] == unstopped[:end] and set(row[end:]) <= {stop}
+    assert [*model.generate(prompts[1], 12, temperature=0, stop=stop)] == [*free[1][:free[1].index(stop)]]
+
+
+def test_tokens_are_yielded_as_they_are_drawn(monkeypatch):
+    model, read = lively(), []
+    monkeypatch.setattr(GPT, "read_out", lambda *arguments, original=GPT.read_out: (
+        read.append(1), original(*arguments))[1])
+    writing = model.generate([1, 2], 10)
+    assert read == [] and isinstance(next(writing), int) and len(read) == 1
+    next(writing)
+    assert len(read) == 2
+    writing.close()
+    assert all(layer.scaled is None for layer in model.modules() if hasattr(layer, "scaled"))
+
+
+def test_a_prompt_without_tokens_is_rejected():
+    for prompts in ([], [[1], []]):
+        with pytest.raises(UserError, match="prompt: got no tokens"):
+            next(lively().generate(prompts, 1))
 
 
 def test_generating_no_tokens_returns_the_prompt():
     model = lively()
     x_BT, _ = tokens(model.config)
-    assert torch.equal(model.generate(x_BT, 0), x_BT)
+    assert torch.equal(write(model, x_BT, 0), x_BT)
 
 
 @pytest.mark.parametrize(("change", "line"), [

@@ -68,7 +68,7 @@ def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_a_tenth_of_
     ("--depth=1", r"depth: got 1, but .* with 2"), ("--mlp=gelu", r"mlp: got gelu, but .* with swiglu"),
     ("--logit_mult=1", r"logit_mult: got 1.0, but .* with 1.5"),
     ("--base_width=32", r"base_width: got 32, but .* with 16"),
-    ("--vocab_size=512", r"vocab_size: got 512, but .*best.pt has 280 rows"),
+    ("--vocab_size=512", r"vocab_size: got 512, takes the 280 rows that .*best.pt has"),
     ("--tokenizer=bytes", r"tokenizer: got bytes, whose tokens .*; takes --tokenizer=.*run$"),
     ("--tokenizer=bpe:280", r"tokenizer: got bpe:280, whose tokens are not those")])
 def test_what_does_not_fit_the_weights_is_rejected_by_name(corpus, pretrained, other_text, change, line):

@@ -15,21 +15,24 @@ LONGEST_LINE = 110  # characters
 
 # Each part of the house, and what of the house it may import besides itself
 MAY_IMPORT = {
-    "configure": set(),
+    "huggingface": set(),
+    "configure": {"huggingface"},
     "parametrization": {"configure"},
-    "model": {"configure", "parametrization"},
+    "generate": {"configure"},
+    "model": {"configure", "generate", "parametrization"},
     "data": {"configure"},
-    "training": {"configure", "parametrization", "model", "data"},
+    "training": {"configure", "huggingface", "parametrization", "model", "data"},
     "train": {"configure", "parametrization", "model", "data", "training"},
     "scaling": {"configure", "parametrization", "model", "data", "training", "train"},
     "config": {"config"},
 }
 # Commands on top of train.py. They lie in the package that they are about, and nothing imports them
-COMMANDS = {"training.bench": MAY_IMPORT["scaling"]}
+COMMANDS = {"training.bench": MAY_IMPORT["scaling"], "training.export": MAY_IMPORT["training"]}
 
 # What a part must not import, beyond the house. Of `data`: the loader returns tensors, and needs torch itself
 MUST_NOT_IMPORT = {
     "configure": {"torch", "numpy"},
+    "huggingface": {"torch", "numpy", "transformers"},
     "parametrization": {"torch", "numpy"},
     "data": {"torch.distributed", "torch.optim", "torch.cuda", "torch.nn"},
     "data.files": {"torch", "numpy"},

@@ -25,7 +25,8 @@ from parametrization import format_table
 from training import logger
 from training.checkpoint import write_checkpoint
 from training.device import select_device
-from training.evaluate import evaluate, generate_sample
+from training.evaluate import evaluate
+from training.sample import write_samples
 from training.schedule import lr_factor
 
 HARD = GPT2_BLOCK | {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
@@ -248,6 +249,8 @@ SETTINGS = {
     "width": (64, "shapes"), "depth": (3, "shapes"), "batch": (8, "losses"), "context": (8, "losses"),
     "head_dim": (8, "first loss"), "position": ("learned", "shapes"), "norm": ("layer", "first loss"),
     "qk_norm": (False, "shapes"), "mlp": ("relu2", "shapes"), "tied": (True, "shapes"),
+    "mlp_ratio": (2.0, "shapes"), "rotary_base": (10.0, "first loss", {"embedding_std": 1.0}),
+    "norm_eps": (0.1, "first loss"),
     "optimizer": ("muon", "losses"), "momentum": (0.5, "losses", {"optimizer": "muon"}),
     "bias": (True, "shapes"), "dropout": (0.5, "first loss"), "vocab_size": (300, "shapes"),
     "base_width": (32, "first loss"), "base_depth": (2, "first loss"), "base_head_dim": (16, "first loss"),
@@ -272,7 +275,8 @@ SETTINGS = {
     "out": ("TMP/run", "files"), "device": ("cuda:99", "error"), "precision": ("bf16", "losses"),
     "compile": ("model", "compiled"), "graph": (True, "error"), "shard": (True, "error"),
     "log_roles": (True, "columns"), "wandb": (True, "logged"), "prompt": ("of the", "sample"),
-    "sample_tokens": (9, "sample"), "temperature": (2.0, "sample", {"seed": 3, "sample_tokens": 50}),
+    "samples": (2, "sample"), "sample_tokens": (9, "sample"),
+    "temperature": (2.0, "sample", {"seed": 3, "sample_tokens": 50}),
     "top_k": (2, "sample", {"sample_tokens": 50})}
 
 
@@ -382,7 +386,7 @@ def test_the_seed_draws_weights_batches_dropout_and_sample_and_each_step_draws_a
         assert len(every) == 8 and all(every.count(thing) == 1 for thing in every)
     config = Config(**corpus | {"sample_tokens": 50})
     dataset = TokenDataset(prepare(config))
-    samples = [generate_sample(result.model, dataset, dataclasses.replace(config, seed=seed), "cpu")
+    samples = [write_samples(result.model, dataset.tokenizer, dataclasses.replace(config, seed=seed))
                for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
 

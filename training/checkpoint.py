@@ -85,8 +85,8 @@ def check_same_settings(config, path, checkpoint):
             continue
         if name == "dataset" and is_prepared(value):
             continue
-        raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings[name]!r}; "
-                        "takes the same, or another --out")
+        raise UserError(f"{name}: got {value!r}, but {path} was trained with {settings[name]!r}; takes the "
+                        f"same, or another --out, for a run that may start --init_from={config.out}")
     if checkpoint["step"] > config.steps:
         raise UserError(f"steps: got {config.steps}, takes at least the {checkpoint['step']} that {path} has "
                         "done")

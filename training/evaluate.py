@@ -1,4 +1,4 @@
-"""Validation loss on fixed windows, and a sample of what the model writes."""
+"""Validation loss on fixed windows."""
 
 import math
 
@@ -57,11 +57,3 @@ def window_losses(model, windows_BT, autocast):
     with autocast:
         logits_BVT = model(windows_BT[:, :-1]).float().transpose(1, 2)
     return F.cross_entropy(logits_BVT, windows_BT[:, 1:], reduction="none").mean(1)
-
-
-def generate_sample(model, dataset, config, device):
-    """config.prompt and what the model writes after it."""
-    prompt_ids = dataset.tokenizer.encode(config.prompt) or [dataset.eot]
-    tokens_BT = model.generate(torch.tensor([prompt_ids], device=device), config.sample_tokens,
-                               config.temperature, config.top_k, config.seed)
-    return config.prompt + dataset.tokenizer.decode(tokens_BT[0, len(prompt_ids):].tolist())

@@ -1,63 +1,131 @@
-"""Weights to start from, which another run has trained: `init_from`."""
+"""Trained weights to start from or to use: those of a run of ours, or of a Hugging Face model."""
 
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
-from configure import FUNCTION_SETTINGS, UserError, run_of
-from training.checkpoint import load_weights, read_checkpoint, settings_of_checkpoint
+from configure import (
+    FUNCTION_SETTINGS,
+    SETTINGS,
+    Config,
+    UserError,
+    is_from_run,
+    run_of,
+    settings_of_huggingface,
+)
+from data.loader import TokenDataset
+from data.prepare import find_prepared
+from data.tokenizer import (
+    RUN_META,
+    Tokenizer,
+    build_encoding,
+    check_tokenizer_name,
+    load_kept,
+    ranks_sha256,
+)
+from model import GPT
+from training.checkpoint import folders_of, load_weights, read_checkpoint, settings_of_checkpoint
+from training.exchange import read_huggingface
 
 
 class Pretrained(NamedTuple):
     """The weights of a model, and what they mean."""
-    path: str  # of the file they are from
-    settings: dict  # {setting: value}: FUNCTION_SETTINGS, at the least
-    weights: dict  # {parameter name: tensor}
-    tokenizer: str  # the sha256 of its ranks
+    source: str  # the file they are from, or the Hugging Face model
+    settings: dict  # {setting: value}: what the weights need to mean the same, at the least
+    weights: dict  # {our parameter: tensor}
+    checkpoint: dict | None  # of a run
 
 
 def checkpoint_path(source):
     """The checkpoint that `source` stands for: itself; or of a run directory the one of the lowest validation
     loss, or the newest. Raises UserError."""
     if source.endswith(".pt"):
+        if not os.path.exists(source):
+            raise UserError(f"{source}: No such file; takes a checkpoint, such as {run_of(source)}/last.pt")
         return source
     for name in ("best.pt", "last.pt"):
         path = os.path.join(source, name)
         if os.path.exists(path):
             return path
-    raise UserError(f"init_from: {source} holds no best.pt and no last.pt; takes a run that has saved one")
+    raise UserError(f"{source} holds no best.pt and no last.pt; takes a run that has saved one")
 
 
 def read_pretrained(source):
-    """The Pretrained of a run directory, or of a checkpoint in one. Raises UserError."""
+    """The Pretrained of a run directory, a checkpoint in one, or a Hugging Face model. Raises UserError."""
+    if not is_from_run(source):
+        settings, weights = read_huggingface(source)
+        return Pretrained(source, settings, weights, None)
     path = checkpoint_path(source)
-    if not os.path.exists(path):
-        raise UserError(f"init_from: got {source}, takes a checkpoint, such as {run_of(source)}/last.pt")
     checkpoint = read_checkpoint(path)
-    return Pretrained(path, settings_of_checkpoint(checkpoint), checkpoint["model"],
-                      checkpoint["tokens"]["tokenizer"])
+    return Pretrained(path, settings_of_checkpoint(checkpoint), checkpoint["model"], checkpoint)
 
 
 def check_same_function(config, pretrained):
     """Raises UserError where weights of `pretrained` would compute something else in a model of `config`."""
     for name in FUNCTION_SETTINGS:
-        wanted, actual = getattr(config, name), pretrained.settings[name]
+        wanted, actual = getattr(config, name), pretrained.settings.get(name, getattr(config, name))
         if wanted == actual or name == "vocab_size":  # which may be left to the tokenizer: load() compares
             continue
         if name == "context" and (config.position == "rotary" or wanted < actual):
             continue
-        raise UserError(f"{name}: got {wanted}, but {pretrained.path} was trained with {actual}; "
-                        "takes the same with init_from")
+        raise UserError(f"{name}: got {wanted}, but {pretrained.source} was trained with {actual}; takes the "
+                        "same with init_from")
+
+
+def check_same_tokenizer(config, dataset, pretrained):
+    """Raises UserError where the tokens of `dataset` are not those that the weights were trained on."""
+    if pretrained.checkpoint is not None:
+        expected, advice = pretrained.checkpoint["tokens"]["tokenizer"], run_of(config.init_from)
+    else:
+        advice = settings_of_huggingface(config.init_from).get("tokenizer")
+        if advice in (None, config.tokenizer):
+            return
+        expected = ranks_sha256(build_encoding(advice, None))
+    if dataset.hashes["tokenizer"] != expected:
+        raise UserError(f"tokenizer: got {config.tokenizer}, whose tokens are not those that "
+                        f"{pretrained.source} was trained on; takes --tokenizer={advice}")
 
 
 def load_pretrained(pretrained, config, dataset, model):
     """Copy the weights into `model`, which is to be trained on `dataset`. Raises UserError."""
-    path, weights = pretrained.path, dict(pretrained.weights)
-    if dataset.hashes["tokenizer"] != pretrained.tokenizer:
-        raise UserError(f"tokenizer: got {config.tokenizer}, whose tokens are not those that {path} was "
-                        f"trained on; takes --tokenizer={run_of(config.init_from)}")
-    rows = len(weights["token_embedding.weight"])
+    check_same_tokenizer(config, dataset, pretrained)
+    weights, rows = dict(pretrained.weights), len(pretrained.weights["token_embedding.weight"])
     if model.config.vocab_size != rows:
-        raise UserError(f"vocab_size: got {model.config.vocab_size}, but {path} has {rows} rows; takes those")
+        raise UserError(f"vocab_size: got {model.config.vocab_size}, takes the {rows} rows that "
+                        f"{pretrained.source} has")
     if "position_embedding.weight" in weights:
         weights["position_embedding.weight"] = weights["position_embedding.weight"][:config.context]
-    load_weights(path, {"model": weights}, model)
+    load_weights(pretrained.source, {"model": weights}, model)
+
+
+def build_pretrained(pretrained, device="cpu"):
+    """The model of `pretrained`, for use, on `device`. Raises UserError."""
+    rows = len(pretrained.weights["token_embedding.weight"])
+    settings = {name: value for name, value in pretrained.settings.items() if name in SETTINGS}
+    model = GPT(replace(Config(**settings), vocab_size=rows))
+    load_weights(pretrained.source, {"model": pretrained.weights}, model)
+    return model.eval().to(device)
+
+
+def tokenizer_of(source, pretrained):
+    """The Tokenizer of what read_pretrained(source) returned. Raises UserError."""
+    if pretrained.checkpoint is None:
+        name = settings_of_huggingface(source).get("tokenizer")
+        if name is None:
+            raise UserError(f"tokenizer: {source} holds no tokenizer.json")
+        check_tokenizer_name(name)
+        encoding = build_encoding(name, None)
+        return Tokenizer(encoding, encoding.n_vocab)
+    run, checkpoint = run_of(source), pretrained.checkpoint
+    if not os.path.exists(os.path.join(run, RUN_META)):  # a run of an older version
+        folder = find_prepared(checkpoint["tokens"], folders_of(Config(**pretrained.settings), checkpoint))
+        if folder is not None:
+            return TokenDataset(folder).tokenizer
+    return load_kept(run)
+
+
+def load(source, device="cpu"):
+    """(model, tokenizer) of a run directory (its best weights), a checkpoint in one, or a Hugging Face model:
+    for use, not for training. `model.generate` writes, `tokenizer` encodes and decodes. Raises UserError."""
+    pretrained = read_pretrained(source)
+    return build_pretrained(pretrained, device), tokenizer_of(source, pretrained)

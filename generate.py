@@ -1,0 +1,150 @@
+"""How a GPT writes: the cache of what it has read, the choice of the next token, and the loop.
+
+Names of dimensions as in model.py; S is the number of tokens that a cache has room for.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from configure import UserError
+
+
+class Cache:
+    """Keys and values of the tokens that a model has read, so that it can go on from there.
+
+    size: how many tokens there is room for. pad_B: how many at the start of each row stand for nothing, where
+    rows differ in length. static: the same memory and shapes at every step, as a CUDA graph needs them.
+    """
+
+    def __init__(self, size, pad_B, static=False):
+        self.size, self.static = size, static
+        self.kept = {}  # {attention layer: (keys_BHSD, values_BHSD)}
+        self.slot_S = torch.arange(size, device=pad_B.device)
+        self.next = torch.zeros((), dtype=torch.long, device=pad_B.device)  # the next token's slot
+        self.pad_B1 = pad_B[:, None].clone()
+        self.restart(pad_B)
+
+    def restart(self, pad_B):
+        """Forget what was read."""
+        self.read = 0  # tokens, as the CPU knows it; when a CUDA graph runs, only `next` counts on
+        self.is_padded = bool(pad_B.any())
+        self.next.zero_()
+        self.pad_B1.copy_(pad_B[:, None])
+
+    def advance(self, T):
+        """Make room for the next T tokens. Returns their positions in the text, (B, T)."""
+        self.read += T
+        if self.read > self.size:
+            raise UserError(f"context: got {self.read} tokens, takes at most {self.size}")
+        self.slot_T = self.next + self.slot_S[:T]
+        self.next += T
+        self.end = self.size if self.static else self.read
+        self.mask = None
+        if T > 1 or self.static or self.is_padded:
+            slot_S, slot_T1 = self.slot_S[:self.end], self.slot_T[:, None]
+            earlier_BTS = (slot_S <= slot_T1) & (slot_S >= self.pad_B1[:, None])
+            self.mask = (earlier_BTS | (slot_S == slot_T1))[:, None]  # padding sees itself, lest it be NaN
+        return (self.slot_T - self.pad_B1).clamp(min=0)
+
+    def extend(self, layer, k_BHTD, v_BHTD):
+        """Add the keys and values of the new tokens. Returns those of all, and which of them each new token
+        sees, (B, 1, T, S) (None: all)."""
+        if layer not in self.kept:
+            B, H, _, D = k_BHTD.shape
+            self.kept[layer] = k_BHTD.new_zeros(B, H, self.size, D), v_BHTD.new_zeros(B, H, self.size, D)
+        keys, values = self.kept[layer]
+        keys.index_copy_(2, self.slot_T, k_BHTD)
+        values.index_copy_(2, self.slot_T, v_BHTD)
+        return keys[:, :, :self.end], values[:, :, :self.end], self.mask
+
+
+def choose_token(logits_BV, temperature, top_k, generator):
+    """The next token of each row, (B, 1): the likeliest at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    if top_k is not None and top_k < logits_BV.size(-1):
+        smallest_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -math.inf)
+    logits_BV = (logits_BV - logits_BV.amax()) / max(temperature, 1e-6)  # never overflows
+    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+
+
+@contextlib.contextmanager
+def ready_to_write(model):
+    """Within, the model is in evaluation mode, and its layers need not scale their weights for each token."""
+    training, layers = model.training, []
+    model.eval()
+    for layer in model.modules():
+        sharded = hasattr(getattr(layer, "weight", None), "full_tensor")
+        if getattr(layer, "scaled", layer) is None and not sharded:
+            scaled = layer.factor * layer.weight
+            if torch.is_autocast_enabled(scaled.device.type):
+                scaled = scaled.to(torch.get_autocast_dtype(scaled.device.type))
+            layer.scaled = scaled
+            layers.append(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.scaled = None
+        model.train(training)
+
+
+def pad_rows(rows, device):
+    """(tokens_BT, pad_B) of lists of ids: shorter rows get padding in front."""
+    longest = max(map(len, rows))
+    pads = [longest - len(row) for row in rows]
+    tokens = [[0] * pad + row for pad, row in zip(pads, rows, strict=True)]
+    return torch.tensor(tokens, device=device), torch.tensor(pads, device=device)
+
+
+def as_rows(prompts):
+    """(the prompts as lists of ids, whether it is one prompt). Raises UserError for one without tokens."""
+    is_single = len(prompts) == 0 or not hasattr(prompts[0], "__getitem__") or getattr(prompts, "ndim", 2) < 2
+    rows = [[int(token) for token in row] for row in ([prompts] if is_single else prompts)]
+    if not all(rows):
+        raise UserError("prompt: got no tokens, takes at least one: the end of text begins a new one")
+    return rows, is_single
+
+
+@torch.no_grad()
+def generate(model, prompts, n, temperature=1.0, top_k=None, seed=0, stop=None, graphed=None):
+    """Yields what `model` writes after `prompts`, token by token, up to `n`: each time a list of ids, one for
+    each prompt; after a single prompt, which is a list of ids, just the id.
+
+    prompts: lists of token ids, of any lengths. temperature 0 takes the likeliest token; top_k None chooses
+    among all. stop: the id that ends a text; a text that has ended goes on with it until all have. When the
+    longest text fills the context, the last half of that is kept and read again. graphed: makes a function of
+    one tensor faster that is called again and again (training/compile.py: CudaGraphed). Raises UserError for
+    a prompt without tokens.
+    """
+    rows, is_single = as_rows(prompts)
+    context, device = model.config.context, model.token_embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    unread_BT, pad_B = pad_rows([row[-context:] for row in rows], device)
+    cache = Cache(min(context, unread_BT.size(1) + n), pad_B, static=graphed is not None)
+
+    def read(tokens_BT):
+        return model(tokens_BT, cache=cache)[:, -1]
+
+    read_next, used, ended = graphed(read) if graphed else read, 0, [False] * len(rows)
+    with ready_to_write(model):
+        for _ in range(n):
+            if used == context:
+                unread_BT, pad_B = pad_rows([row[-max(1, context // 2):] for row in rows], device)
+                cache.restart(pad_B)
+                used = 0
+            is_first = used == 0
+            used += unread_BT.size(1)
+            logits_BV = read(unread_BT) if is_first else read_next(unread_BT)
+            unread_BT = choose_token(logits_BV.float(), temperature, top_k, generator)
+            tokens = unread_BT.flatten().tolist()
+            ended = [was or token == stop for was, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
+            tokens = [stop if has else token for has, token in zip(ended, tokens, strict=True)]
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
+            yield tokens[0] if is_single else tokens
