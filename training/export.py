@@ -12,8 +12,6 @@ import os
 import shutil
 import sys
 
-import torch
-
 import huggingface
 from configure import UserError, is_from_run, run_cli, run_of
 from data.files import write_text
@@ -118,7 +116,6 @@ def main(argv):
     [source], [folder] = sources, folders
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"to: got {folder}, which exists; takes a new or empty folder")
-    torch.set_grad_enabled(False)
     architecture = export(source, folder)
     print(f"{folder}: {architecture}, for transformers' AutoModelForCausalLM and AutoTokenizer")
 

@@ -1,0 +1,361 @@
+"""In and out: models of Hugging Face become ours and ours theirs, and compute the same; or are refused."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import BLOCKS, GPT2_BLOCK, column, run, tiny, tokens
+
+import huggingface
+import train
+from configure import Config, UserError, configure
+from data.tokenizer import build_encoding, load_kept
+from data.tokenizer_json import SAMPLE, write_tokenizer_json
+from model import GPT, mlp_width
+from parametrization import ROLES, forward_multipliers, hyperparameters
+from training.exchange import WEIGHTS, read_huggingface, to_huggingface
+from training.export import export
+from training.export import main as export_main
+from training.pretrained import load
+
+safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors, an optional package")
+TEXT = ["the model learns; a teacher reads, that river moves over one gradient and into the next. " * 40]
+MULTIPLIERS = {"embedding_mult": 1.7, "logit_mult": 0.6, "attention_mult": 1.3, "depth_alpha": 0.7}
+SHAPES = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 280}
+LLAMA_SHAPES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 280,
+                "max_position_embeddings": 32, "intermediate_size": 40}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    library = pytest.importorskip("transformers", reason="needs transformers, an optional package")
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+def lively(**settings):
+    """A model in which every part matters: large random weights, gains and biases too."""
+    model = GPT(tiny(**{"embedding_std": 0.7, "hidden_std": 1.4, "readout_std": 2.0, **settings})).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def write_model(model, folder):
+    """The model as a Hugging Face folder, without tokenizer. Raises UserError."""
+    family, config, tensors = to_huggingface(model.config, dict(model.named_parameters()))
+    os.makedirs(folder)
+    fields = huggingface.config_fields(config, family, mlp_width(config), eot=0)
+    with open(f"{folder}/config.json", "w") as file:
+        json.dump(fields, file)
+    safetensors.save_file(tensors, f"{folder}/{WEIGHTS}", metadata={"format": "pt"})
+    return family
+
+
+# What none of the classes holds: a learned position beside anything that is not GPT-2's
+NOT_HELD = {"learned": "position", "gpt2 rms": "norm", "gpt2 qk_norm": "qk_norm", "gpt2 swiglu": "mlp"}
+HELD = {name: block for name, block in BLOCKS.items() if name not in NOT_HELD}
+EXPORTED = [
+    *[(block, MULTIPLIERS) for block in HELD.values()],
+    *[(block, MULTIPLIERS | {"tied": True, "parametrization": "sp"}) for block in HELD.values()],
+    (BLOCKS["no qk_norm"], {"bias": True}), (GPT2_BLOCK, MULTIPLIERS | {"bias": True, "tied": True}),
+    ({}, {"width": 64, "head_dim": 8}), ({}, {"depth": 5}), (GPT2_BLOCK, {"mlp": "gelu_tanh"}),
+    ({}, {"rotary_base": 500.0, "mlp_ratio": 1.25, "norm_eps": 1e-3})]
+
+
+def test_an_exported_model_computes_the_same_in_transformers_and_comes_back(transformers, tmp_path):
+    for i, (block, settings) in enumerate(EXPORTED):
+        model, folder = lively(**block | settings), str(tmp_path / str(i))
+        write_model(model, folder)
+        theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(loading.values()), loading
+        x_BT, _ = tokens(model.config)
+        with torch.no_grad():
+            difference = (model(x_BT) - theirs.eval()(x_BT).logits).abs().max()
+        assert difference < 1e-4, (block, settings)
+        if i < len(HELD):
+            greedy = theirs.generate(x_BT[:1, :4], max_new_tokens=12, do_sample=False, eos_token_id=None,
+                                     attention_mask=torch.ones(1, 4), pad_token_id=0)
+            assert greedy[0, 4:].tolist() == [*model.generate(x_BT[0, :4].tolist(), 12, temperature=0)]
+        settings, weights = read_huggingface(folder)
+        back = GPT(Config(**settings))
+        back.load_state_dict(weights)
+        with torch.no_grad():
+            assert (model(x_BT) - back.eval()(x_BT)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "setting"), NOT_HELD.items(), ids=NOT_HELD)
+def test_what_no_class_holds_is_refused_by_the_setting_that_stands_in_the_way(tmp_path, name, setting):
+    with pytest.raises(UserError, match=rf"^{setting}: got .*; the nearest, \w+, takes {setting}="):
+        write_model(GPT(tiny(**BLOCKS[name])), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="^bias|^qk_norm|^norm"):
+        write_model(GPT(tiny(bias=True)), str(tmp_path / "out"))
+
+
+def save_theirs(transformers, kind, folder, **changes):
+    """A random model of transformers, saved as they save it, with a tokenizer of 280 tokens."""
+    configs = {"gpt2": ("GPT2Config", SHAPES),
+               "llama": ("LlamaConfig", LLAMA_SHAPES | {"rms_norm_eps": 1e-5}),
+               "qwen3": ("Qwen3Config", LLAMA_SHAPES | {"head_dim": 16, "num_key_value_heads": 2})}
+    name, shapes = configs[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**shapes | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    write_tokenizer_json(build_encoding("bpe:280", lambda: TEXT), folder, 32)
+    return model
+
+
+def start(source, corpus, *more):
+    """The Config of a run that starts from `source`, on the corpus."""
+    names = "dataset val_fraction data_dir eval_tokens sample_tokens device".split()
+    words = [f"--{name}={corpus[name]}" for name in names]
+    return configure([*words, f"--init_from={source}", "--batch=4", *more])
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("gpt2", {}), ("gpt2", {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 48}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"tie_word_embeddings": True}),
+    ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})], ids=str)
+def test_their_weights_come_back_from_a_run_of_ours_bit_for_bit(
+        transformers, corpus, tmp_path, kind, changes):
+    theirs = save_theirs(transformers, kind, str(tmp_path / "in"), **changes)
+    config = start(tmp_path / "in", corpus, "--steps=0", f"--out={tmp_path}/run")
+    model = train.train(config, quiet=True).model.eval()
+    x_BT, _ = tokens(model.config)
+    with torch.no_grad():
+        assert (model(x_BT) - theirs(x_BT).logits).abs().max() < 1e-4
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    before = safetensors.load_file(tmp_path / "in" / WEIGHTS)
+    after = safetensors.load_file(tmp_path / "out" / WEIGHTS)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    again = transformers.AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert {name: again[name] for name in changes} == changes
+
+
+def test_a_model_from_elsewhere_is_trained_with_plain_adamw(corpus, tmp_path):
+    write_model(lively(**GPT2_BLOCK, vocab_size=280), str(tmp_path / "in"))
+    write_tokenizer_json(build_encoding("bpe:280", lambda: TEXT), str(tmp_path / "in"), 16)
+    config = start(tmp_path / "in", corpus)
+    for role in ROLES:
+        assert hyperparameters(config, role)["lr"] == config.lr == huggingface.LR
+        assert hyperparameters(config, role)["eps"] == config.eps
+    assert forward_multipliers(config) == {"branch": 1, "logits": 1, "attention": config.head_dim ** -0.5}
+    config = start(tmp_path / "in", corpus, "--steps=20", "--lr=1e-3", "--eval_every=20")
+    result = train.train(config, quiet=True)
+    assert column(result, "val_loss")[-1] < column(result, "val_loss")[0]
+
+
+FIELDS = {"n_head": (3, "n_head: got 3, takes a divisor of 32"),
+          "activation_function": ("relu", "activation_function: got relu, takes gelu or"),
+          "scale_attn_by_inverse_layer_idx": (True, "scale_attn_by_inverse_layer_idx: got True, takes False"),
+          "model_type": ("bert", "model_type: got 'bert'"), "n_embd": ("wide", "holds no sizes")}
+LLAMA_FIELDS = {"num_key_value_heads": (1, "num_key_value_heads: got 1, takes 2"),
+                "head_dim": (32, "head_dim: got 32, takes 16"),
+                "hidden_act": ("gelu", "hidden_act: got gelu, takes silu"),
+                "rope_scaling": ({"rope_type": "llama3", "factor": 8.0}, "rope_type: got llama3"),
+                "partial_rotary_factor": (0.5, "partial_rotary_factor: got 0.5"),
+                "mlp_bias": (True, "mlp_bias: got True"), "use_sliding_window": (True, "use_sliding_window")}
+
+
+@pytest.mark.parametrize(("block", "field", "value", "line"), [
+    *[("gpt2", field, *case) for field, case in FIELDS.items()],
+    *[("no qk_norm", field, *case) for field, case in LLAMA_FIELDS.items()]])
+def test_what_our_block_cannot_hold_is_refused_by_the_field(tmp_path, block, field, value, line):
+    folder = str(tmp_path / "in")
+    write_model(GPT(tiny(**BLOCKS[block])), folder)
+    with open(f"{folder}/config.json") as file:
+        fields = json.load(file)
+    for name in ("rope_parameters", "rope_theta") if field == "rope_scaling" else ():
+        del fields[name]
+    with open(f"{folder}/config.json", "w") as file:
+        json.dump(fields | {field: value}, file)
+    with pytest.raises(UserError, match=f"^init_from: .*{line}"):
+        configure([f"--init_from={folder}"])
+
+
+def change_tensors(change):
+    def damage(folder):
+        tensors = safetensors.load_file(folder / WEIGHTS)
+        change(tensors)
+        safetensors.save_file(tensors, folder / WEIGHTS)
+    return damage
+
+
+def cut(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:len(content) // 2])
+
+
+def only_pickle(folder):
+    (folder / WEIGHTS).unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+WRONG = {
+    "truncated": (cut, f"{WEIGHTS} is damaged"), "pickle": (only_pickle, "a pickle, which can run code"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
+    "a part missing": (lambda folder: (folder / WEIGHTS).unlink() or (
+        folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}'),
+        "lacks part.safetensors"),
+    "a tensor missing": (change_tensors(lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.weight")),
+                         "lacks transformer.h.1.mlp.c_fc.weight"),
+    "a tensor too many": (change_tensors(lambda tensors: tensors.update(adapter=torch.zeros(1))),
+                          "holds transformer.adapter|holds adapter, for which"),
+    "another shape": (change_tensors(lambda tensors: tensors.update(
+        {"transformer.ln_f.weight": torch.zeros(5)})), r"transformer.ln_f.weight has the shape \(5,\)"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "half a config": (lambda folder: (folder / "config.json").write_text('{"model_'), "cannot be read")}
+
+
+@pytest.mark.parametrize(("damage", "line"), WRONG.values(), ids=WRONG)
+def test_a_wrong_folder_is_one_line_and_nothing_runs(corpus, tmp_path, damage, line, monkeypatch):
+    folder = tmp_path / "in"
+    write_model(lively(**GPT2_BLOCK, vocab_size=280), str(folder))
+    write_tokenizer_json(build_encoding("bpe:280", lambda: TEXT), str(folder), 16)
+    damage(folder)
+    monkeypatch.setattr("train.open_dataset", None)  # it fails before it needs the data
+    with pytest.raises(UserError, match=f"^init_from: .*({line})"):
+        train.train(start(folder, corpus, f"--out={tmp_path}/out"), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_in_several_files_and_without_their_first_names_are_read(tmp_path):
+    model = lively(**GPT2_BLOCK)
+    write_model(model, str(tmp_path / "in"))
+    _, expected = read_huggingface(str(tmp_path / "in"))
+    tensors = safetensors.load_file(tmp_path / "in" / WEIGHTS)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # the mask that old versions saved
+    names, weight_map = sorted(tensors), {}
+    for i in range(2):
+        part = {name: tensors[name] for name in names[i::2]}
+        safetensors.save_file(part, tmp_path / "in" / f"part{i}.safetensors")
+        weight_map |= {name: f"part{i}.safetensors" for name in part}
+    (tmp_path / "in" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "in" / WEIGHTS).unlink()
+    _, weights = read_huggingface(str(tmp_path / "in"))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def proxy(corpus, tmp_path_factory):
+    """A trained run of ours with a BPE, and its export."""
+    folder = tmp_path_factory.mktemp("proxy")
+    run(corpus, out=str(folder / "run"), tokenizer="bpe:280", steps=30, lr=0.01, context=32, **MULTIPLIERS)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        export_main([str(folder / "run"), f"--to={folder}/hf"])
+    assert "Qwen3ForCausalLM" in printed.getvalue()
+    return folder
+
+
+def test_an_exported_run_loads_by_auto_classes_with_its_tokenizer_and_card(transformers, proxy):
+    model, tokenizer = load(str(proxy / "run"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(proxy / "hf").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(proxy / "hf")
+    ids = tokenizer.encode(SAMPLE)
+    assert their_tokenizer(SAMPLE)["input_ids"] == ids and their_tokenizer.decode(ids) == SAMPLE
+    assert their_tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.eot
+    x_BT = torch.tensor([ids[:32]])
+    with torch.no_grad():
+        assert (model(x_BT) - theirs(x_BT).logits).abs().max() < 1e-4
+    card = (proxy / "hf/README.md").read_text()
+    checkpoint = torch.load(proxy / "run/best.pt", weights_only=True)
+    assert f"{checkpoint['past'][1]:.4f} nats per token" in card and '"steps": 30' in card
+
+
+def test_an_exported_run_is_finetuned_by_the_preset_on_other_text_and_resumes(proxy, corpus, tmp_path):
+    text = tmp_path / "numbers.txt"
+    text.write_text("\n\n".join(f"Numbers such as {i} and {i * i} are no words. " * 40 for i in range(60)))
+    shared = ["config/finetune.py", f"--init_from={proxy}/hf", f"--dataset={text}", "--device=cpu",
+              f"--data_dir={corpus['data_dir']}", "--val_fraction=0.2", "--batch=4", "--eval_tokens=512",
+              "--lr=0.003", "--sample_tokens=5"]
+    whole = train.train(configure([*shared, "--steps=12"]), quiet=True)
+    before, *_, after = column(whole, "val_loss")
+    assert after < before - 0.1
+    out = str(tmp_path / "out")
+    train.train(configure([*shared, "--steps=12", f"--out={out}", "--checkpoint_every=5"]), quiet=True)
+    shutil.move(f"{out}/previous.pt", f"{out}/last.pt")  # as if it had been killed after step 10
+    resumed = train.train(configure([out]), quiet=True)
+    assert column(resumed) == column(whole)
+
+
+def test_an_export_into_what_exists_or_of_no_run_writes_nothing(proxy, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    for words, line in (([f"{proxy}/run", f"--to={tmp_path}/full"], "^to: got .*full, which exists"),
+                        ([f"{proxy}/hf", f"--to={tmp_path}/new"], "which holds no run"),
+                        ([f"{proxy}/nothing", f"--to={tmp_path}/new"], "which holds no run"),
+                        ([f"{proxy}/run"], "takes RUN_DIR --to=DIR"),
+                        ([f"{proxy}/run", f"--to={tmp_path}/new", "--half"], "takes RUN_DIR --to=DIR")):
+        with pytest.raises(UserError, match=line):
+            export_main(words)
+    assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["mine.txt"]
+
+
+def test_without_the_optional_package_a_line_says_what_to_install(proxy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        export(str(proxy / "run"), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="pip install safetensors"):
+        load(str(proxy / "hf"))
+
+
+# Tokenizers
+
+
+def bpe_json(folder, name="bpe:280"):
+    folder.mkdir()
+    write_tokenizer_json(build_encoding(name, lambda: TEXT), str(folder), 16)
+    return json.loads((folder / "tokenizer.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["bpe:280", "bpe:300", "bytes"])
+def test_a_tokenizer_comes_back_as_it_went(tmp_path, name):
+    encoding = build_encoding(name, lambda: TEXT)
+    bpe_json(tmp_path / "in", name)
+    back = load_kept(str(tmp_path / "in"))
+    assert back.encoding._mergeable_ranks == encoding._mergeable_ranks and back.eot == encoding.eot_token
+    for text in (SAMPLE, TEXT[0], "\n\n  x"):
+        assert back.encode(text) == encoding.encode_ordinary(text)
+
+
+def test_gpt2s_way_to_split_text_is_read(tmp_path):
+    spec = bpe_json(tmp_path / "in")
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    spec["added_tokens"][0]["content"] = "</s>"
+    (tmp_path / "in/tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "in/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_kept(str(tmp_path / "in"))
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE and tokenizer.eot == 279
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    (lambda spec: spec.update(normalizer={"type": "NFC"}), "it normalizes text"),
+    (lambda spec: spec["model"].update(byte_fallback=True), "byte_fallback True"),
+    (lambda spec: spec["model"]["merges"].reverse(), "not in the order of its merges"),
+    (lambda spec: spec["model"]["merges"].pop(0), "its merges do not lead to"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(
+        0, {"type": "Digits", "individual_digits": True}), "a step Digits"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][-1].update(use_regex=True), "splits text twice"),
+    (lambda spec: spec["added_tokens"].clear(), "FileNotFoundError|its end of text is")])
+def test_a_tokenizer_that_does_more_than_an_encoding_is_rejected(tmp_path, change, line):
+    spec = bpe_json(tmp_path / "in")
+    change(spec)
+    (tmp_path / "in/tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=f"^tokenizer: .*cannot be used exactly .*{line}"):
+        load_kept(str(tmp_path / "in"))
