@@ -1,21 +1,33 @@
 """Measure how fast a configuration trains: python -m training.bench CONFIG [--name=value ...]
+or how fast a trained model writes: python -m training.bench --sample=RUN_DIR [--name=value ...]
 
-Under torchrun, on all processes together. Prints tokens per second (median over windows of half a second, and
-their range), milliseconds a step, the share of the device's peak (MFU), memory, the time to a first step.
+The first, under torchrun on all processes together, prints tokens per second (median over windows of half a
+second, and their range), milliseconds a step, the share of the device's peak (MFU), memory, the time to a
+first step. The second takes a run or a Hugging Face model, and compares with transformers, where that is
+installed, on the same weights: --sample_tokens tokens, the likeliest each time, after each of --samples
+prompts of 8 tokens.
 """
 
 # A command on top of train.py: nothing imports it
 
+import importlib.util
 import sys
+import tempfile
 import time
 from dataclasses import replace
 
-from configure import configure, run_cli
+import torch
+
+from configure import UserError, configure, is_from_run, run_cli
 from train import train
-from training.device import GIB, peak_flops, select_device
+from training.device import GIB, peak_flops, precision_name, select_device
 from training.distributed import init_distributed, rank
+from training.exchange import write_model
+from training.pretrained import load
+from training.sample import faster_on_gpu
 
 SECONDS = 8  # of steps that are timed
+PROMPT_TOKENS = 8
 ROUGH_STEPS = 13  # of a first run that says how many steps that is
 
 
@@ -48,10 +60,67 @@ def summarize(config, result, first_step_seconds):
             "MFU": mfu, "GiB": memory, "first step, s": f"{first_step_seconds:.1f}"}
 
 
+def bench_sampling(source, config):
+    """Yields (what writes, tokens per second in all texts together) for the model `source`."""
+    device, autocast = select_device(config)
+    model, tokenizer = load(source, device)
+    n = min(config.sample_tokens, model.config.context - PROMPT_TOKENS)
+    generator = torch.Generator().manual_seed(config.seed)
+    prompts_BT = torch.randint(tokenizer.eot, (config.samples, PROMPT_TOKENS), generator=generator)
+
+    def ours(graphed):
+        with autocast:
+            for _ in model.generate(prompts_BT, n, temperature=0, graphed=graphed):
+                pass
+
+    yield f"this, {precision_name(autocast)}", texts_per_second(lambda: ours(None), device) * n
+    if graphed := faster_on_gpu(device):
+        yield "this, a CUDA graph", texts_per_second(lambda: ours(graphed), device) * n
+    if importlib.util.find_spec("transformers") is None:
+        return
+    import transformers
+    with tempfile.TemporaryDirectory() as folder:
+        if is_from_run(source):
+            write_model(model, folder, tokenizer.eot)
+        dtype = torch.bfloat16 if autocast._enabled else torch.float32
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder if is_from_run(source) else source, dtype=dtype).to(device).eval()
+    prompts_BT = prompts_BT.to(device)
+    for cache in (None, "static") if device.type == "cuda" else (None,):
+        speed = texts_per_second(lambda: theirs.generate(
+            prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=False, max_new_tokens=n,
+            min_new_tokens=n, pad_token_id=0, cache_implementation=cache), device)  # noqa: B023
+        yield f"transformers, {cache or 'dynamic'} cache", speed * n
+
+
+def texts_per_second(write, device):
+    """Of `write`, the best of 3 after a first that warms up."""
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        write()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1 / min(seconds[1:])
+
+
+def main_of_sampling(source, argv):
+    if not source:
+        raise UserError("sample: got nothing, takes --sample=RUN_DIR, or a Hugging Face model")
+    config = configure(argv)
+    for name, speed in bench_sampling(source, config):
+        print(f"{name:32}{speed * config.samples:>12,.0f} tokens/s")
+
+
 def main(argv):
     if "-h" in argv or "--help" in argv:
         print(__doc__)
         sys.exit()
+    sources = [word for word in argv if word.startswith("--sample=")]
+    if sources:
+        words = [word for word in argv if word not in sources]
+        return main_of_sampling(sources[-1].removeprefix("--sample="), words)
     config = configure(argv)
     init_distributed()
     numbers = bench(config)

@@ -6,6 +6,7 @@ forward pass multiplies by is put into them.
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ import torch
 
 import huggingface
 from configure import Config, UserError
-from model import GPT
+from data.files import write_text
+from model import GPT, mlp_width
 from parametrization import forward_multipliers
 
 WEIGHTS = "model.safetensors"
@@ -188,3 +190,15 @@ def to_huggingface(config, weights):
     if family is huggingface.GPT2 and not config.bias:
         config, weights = with_biases(config, weights)
     return family, config, to_theirs(family, {name: p.float() for name, p in weights.items()})
+
+
+def write_model(model, folder, eot):
+    """Write config.json and the weights of `model` into `folder`. Returns (Family, the Config of what is
+    written). eot: the id of the end of text. Raises UserError, and OSError."""
+    safetensors = import_safetensors()
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    family, config, tensors = to_huggingface(model.config, weights)
+    fields = huggingface.config_fields(config, family, mlp_width(config), eot)
+    write_text(os.path.join(folder, "config.json"), json.dumps(fields, indent=1))
+    safetensors.torch.save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    return family, config

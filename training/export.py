@@ -12,12 +12,10 @@ import os
 import shutil
 import sys
 
-import huggingface
 from configure import UserError, is_from_run, run_cli, run_of
 from data.files import write_text
 from data.tokenizer_json import write_tokenizer_json
-from model import mlp_width
-from training.exchange import WEIGHTS, import_safetensors, to_huggingface
+from training.exchange import import_safetensors, write_model
 from training.folder import claim_folder
 from training.pretrained import build_pretrained, read_pretrained, tokenizer_of
 
@@ -78,25 +76,20 @@ def card(name, checkpoint, settings, vocab_size, parameters, architecture):
 def export(source, folder):
     """Write the Hugging Face model of the run `source` into `folder`, which is new or empty. Returns the name
     of its class. Raises UserError, and then leaves nothing."""
-    safetensors = import_safetensors()
+    import_safetensors()
     if not is_from_run(source):
         raise UserError(f"export: got {source}, which holds no run; takes a run directory")
     pretrained = read_pretrained(source)
-    tokenizer = tokenizer_of(source, pretrained)
-    model = build_pretrained(pretrained)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    family, config, tensors = to_huggingface(model.config, weights)
+    tokenizer, model = tokenizer_of(source, pretrained), build_pretrained(pretrained)
     name = os.path.basename(os.path.abspath(run_of(source)))
     parameters = sum(p.numel() for p in model.parameters())
     unfinished, _ = claim_folder(f"{folder.rstrip(os.sep)}.unfinished")
     try:
-        fields = huggingface.config_fields(config, family, mlp_width(config), tokenizer.eot)
-        write_text(os.path.join(unfinished, "config.json"), json.dumps(fields, indent=1))
+        family, config = write_model(model, unfinished, tokenizer.eot)
         write_tokenizer_json(tokenizer.encoding, unfinished, config.context)
         text = card(name, pretrained.checkpoint, pretrained.settings, config.vocab_size, parameters,
                     family.architecture)
         write_text(os.path.join(unfinished, "README.md"), text)
-        safetensors.torch.save_file(tensors, os.path.join(unfinished, WEIGHTS), metadata={"format": "pt"})
         os.rename(unfinished, folder)
     except OSError as error:
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from None
