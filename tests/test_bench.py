@@ -32,3 +32,22 @@ def test_a_slip_is_one_line_and_nothing_is_trained(monkeypatch):
     monkeypatch.setattr(bench, "train", None)
     with pytest.raises(UserError, match="^width: got width=64, takes --width=64"):
         bench.main(["width=64"])
+
+
+def test_the_cost_of_a_loss_is_what_a_run_spent_until_then(corpus):
+    config = Config(**corpus | {"steps": 6, "eval_every": 2, "lr": 2**-6})
+    history = train.train(config, quiet=True).history
+    by_step = {row["step"]: row for row in history if "val_loss" in row}
+    assert by_step[4]["val_loss"] < by_step[2]["val_loss"]
+    numbers = bench.cost_of_loss(config, (by_step[2]["val_loss"] + by_step[4]["val_loss"]) / 2)
+    assert numbers["step"] == "4" and numbers["tokens"] == f"{by_step[4]['tokens']:,}"
+    assert numbers["loss"] == f"{by_step[4]['val_loss']:.4f}" and 0 < float(numbers["seconds"]) < 60
+    tokens, flops = by_step[4]["tokens"], float(numbers["FLOPs"])
+    assert flops == pytest.approx(tokens * train.train(config, quiet=True).model.flops_per_token(), rel=0.01)
+
+
+def test_a_loss_that_is_not_reached_is_one_line_with_the_lowest(corpus):
+    with pytest.raises(UserError, match=r"^loss: got 0.1, but the lowest of 2 steps was \d\.\d+; takes"):
+        bench.cost_of_loss(Config(**corpus | {"steps": 2}), 0.1)
+    with pytest.raises(UserError, match="^loss: got low, takes nats per token"):
+        bench.main(["--loss=low"])

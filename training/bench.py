@@ -1,16 +1,20 @@
 """Measure how fast a configuration trains: python -m training.bench CONFIG [--name=value ...]
+what it costs to reach a validation loss: python -m training.bench CONFIG --loss=NATS [--name=value ...]
 or how fast a trained model writes: python -m training.bench --sample=RUN_DIR [--name=value ...]
 
 The first, under torchrun on all processes together, prints tokens per second (median over windows of half a
 second, and their range), milliseconds a step, the share of the device's peak (MFU), memory, the time to a
-first step. The second takes a run or a Hugging Face model, and compares with transformers, where that is
-installed, on the same weights: --sample_tokens tokens, the likeliest each time, after each of --samples
-prompts of 8 tokens.
+first step. The second trains CONFIG and prints the seconds, tokens and FLOPs until an evaluation (each
+--eval_every steps, by default 20 in a run) finds that loss or less: seconds from the start of set-up,
+compiling included, evaluations left out. The third takes a run or a Hugging Face model, and compares with
+transformers, where that is installed, on the same weights: --sample_tokens tokens, the likeliest each time,
+after each of --samples prompts of 8 tokens.
 """
 
 # A command on top of train.py: nothing imports it
 
 import importlib.util
+import math
 import sys
 import tempfile
 import time
@@ -27,6 +31,7 @@ from training.pretrained import load
 from training.sample import faster_on_gpu
 
 SECONDS = 8  # of steps that are timed
+EVALUATIONS = 20  # in a run to a loss
 PROMPT_TOKENS = 8
 ROUGH_STEPS = 13  # of a first run that says how many steps that is
 
@@ -58,6 +63,30 @@ def summarize(config, result, first_step_seconds):
     return {"tokens/s": f"{speed:,.0f}", "from": f"{speeds[0]:,}", "to": f"{speeds[-1]:,}",
             "ms/step": f"{1000 * config.batch * config.context / speed:.2f}",
             "MFU": mfu, "GiB": memory, "first step, s": f"{first_step_seconds:.1f}"}
+
+
+def cost_of_loss(config, loss):
+    """{name: text}: what a run of `config` spent until an evaluation found `loss`, in nats, or less. Raises
+    UserError where none did, with the lowest."""
+    config = replace(config, eval_every=config.eval_every or max(1, config.steps // EVALUATIONS),
+                     checkpoint_every=None, out=None, sample_tokens=0, wandb=False)
+    start, clock = time.perf_counter(), []
+
+    def read_clock(losses):
+        clock.append(time.perf_counter() - start)
+
+    result = train(config, quiet=True, stop_early={1: read_clock})
+    seconds, before = clock[0], None
+    for row in result.history:
+        if before is not None and before["step"]:  # the first step is in the clock
+            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+        before = row
+        if row.get("val_loss", math.inf) <= loss:
+            flops = row["tokens"] * result.model.flops_per_token()
+            return {"seconds": f"{seconds:.1f}", "step": f"{row['step']:,}", "tokens": f"{row['tokens']:,}",
+                    "FLOPs": f"{flops:.2e}", "loss": f"{row['val_loss']:.4f}"}
+    raise UserError(f"loss: got {loss:g}, but the lowest of {config.steps} steps was "
+                    f"{result.best_val_loss:.4f}; takes more steps or a higher loss")
 
 
 def bench_sampling(source, config):
@@ -113,6 +142,18 @@ def main_of_sampling(source, argv):
         print(f"{name:32}{speed * config.samples:>12,.0f} tokens/s")
 
 
+def parse_loss(word):
+    """The number in --loss=NUMBER. Raises UserError."""
+    text = word.removeprefix("--loss=")
+    try:
+        loss = float(text)
+    except ValueError:
+        loss = math.nan
+    if not 0 < loss < math.inf:
+        raise UserError(f"loss: got {text or 'nothing'}, takes nats per token, such as --loss=3.5")
+    return loss
+
+
 def main(argv):
     if "-h" in argv or "--help" in argv:
         print(__doc__)
@@ -121,9 +162,10 @@ def main(argv):
     if sources:
         words = [word for word in argv if word not in sources]
         return main_of_sampling(sources[-1].removeprefix("--sample="), words)
-    config = configure(argv)
+    losses = [word for word in argv if word.startswith("--loss=")]
+    config = configure([word for word in argv if word not in losses])
     init_distributed()
-    numbers = bench(config)
+    numbers = cost_of_loss(config, parse_loss(losses[-1])) if losses else bench(config)
     if rank() == 0:
         print("".join(f"{name:>15}" for name in numbers))
         print("".join(f"{number:>15}" for number in numbers.values()))
