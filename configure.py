@@ -54,6 +54,7 @@ class Config:
     batch: Count = 32  # sequences per optimizer step, over all devices and accumulation
     context: Count = 256  # tokens per sequence
     head_dim: Count = 64  # channels per attention head
+    window: Count | None = None  # latest tokens that every other block attends to; None: all, in all blocks
     position: one_of("learned", "rotary") = "rotary"  # how a token knows its position
     norm: one_of("layer", "rms") = "rms"  # LayerNorm, or RMSNorm, which neither centers nor has a bias
     qk_norm: Flag = True  # RMS-normalize queries and keys, each with a gain
@@ -131,6 +132,14 @@ class Config:
             if divisor is not None and value % divisor:
                 above = value + divisor - value % divisor
                 raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
+        self.check_acts()
+
+    def check_acts(self):
+        """Raises UserError for a setting that would do nothing beside the others."""
+        if self.window is not None and self.depth == 1:
+            raise UserError(f"window: got {self.window}, takes none with depth=1: the first block sees all")
+        if self.window is not None and self.window >= self.context:
+            raise UserError(f"window: got {self.window}, takes less than context={self.context}, or none")
 
     @property
     def width_mult(self):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configure import UserError
 from parametrization import forward_multipliers, hyperparameters, role_of
@@ -78,6 +79,7 @@ class Attention(nn.Module):
     With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine. The 1/D keeps
     the logits of queries and keys that agree the same over head_dim; those of random ones go with D^-1/2.
     `cache`, if given, is a list of the keys and values of all earlier tokens; the new ones are appended.
+    mask_TS: which of these S tokens each of the T sees, a tensor or FlexAttention's BlockMask; None: all.
     """
 
     def __init__(self, config):
@@ -95,7 +97,7 @@ class Attention(nn.Module):
         self.qkv = Linear(C, 3 * C, config.bias, qkv_factor)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
-    def forward(self, x_BTC, rotary=None, cache=None):
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
         B, T, C = x_BTC.shape
         qkv_BTHD = self.qkv(x_BTC).view(B, T, 3, C // self.head_dim, self.head_dim).unbind(2)
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
@@ -103,16 +105,16 @@ class Attention(nn.Module):
             q_BHTD, k_BHTD = self.q_norm(q_BHTD), self.k_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotate(q_BHTD, rotary), rotate(k_BHTD, rotary)
-        mask_TS = None
         if cache is not None:
             if cache:
                 k_BHTD, v_BHTD = torch.cat((cache[0], k_BHTD), 2), torch.cat((cache[1], v_BHTD), 2)
-                S = k_BHTD.size(2)  # tokens seen so far, these T included
-                mask_TS = x_BTC.new_ones(T, S, dtype=torch.bool).tril(S - T)
             cache[:] = k_BHTD, v_BHTD
-        dropout = self.dropout if self.training else 0.0
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_TS, dropout_p=dropout,
-                                                is_causal=mask_TS is None, scale=1.0)
+        if isinstance(mask_TS, BlockMask):
+            y_BHTD = flex_attention(q_BHTD, k_BHTD, v_BHTD, block_mask=mask_TS, scale=1.0)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_TS, scale=1.0,
+                                                    dropout_p=dropout, is_causal=mask_TS is None)
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -156,8 +158,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, rotary=None, cache=None):
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache))
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache, mask_TS))
         return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
 
 
@@ -181,6 +183,7 @@ class GPT(nn.Module):
             self.rotary_sin = nn.Buffer(sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.block_mask = None  # of a window, for all tokens, where training/compile.py sets it
         self.final_norm = make_norm(config)
         if not config.tied:
             self.readout = Linear(config.width, config.vocab_size, bias=False)
@@ -220,9 +223,22 @@ class GPT(nn.Module):
         x_BTC, rotary = self.embed(tokens_BT, positions_T), None
         if self.config.position == "rotary":
             rotary = self.rotary_cos[past:past + T], self.rotary_sin[past:past + T]
+        masks = self.attention_masks(past, T, tokens_BT.device)
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, rotary, None if cache is None else cache[i])
+            x_BTC = block(x_BTC, rotary, None if cache is None else cache[i], masks[i % 2])
         return self.read_out(x_BTC, targets_BT)
+
+    def attention_masks(self, past, T, device):
+        """What T tokens after `past` others see, in the first of two blocks and in the second: all, or with a
+        window the latest (GPT-3, arXiv 2005.14165, section 2.1). None: all, as fused kernels have it."""
+        window = self.config.window
+        if window is None and not past:
+            return None, None
+        if self.block_mask is not None and torch.is_grad_enabled() and T == self.config.context:
+            return None, self.block_mask
+        causal_TS = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+        banded_TS = causal_TS if window is None else causal_TS.triu(past - window + 1)
+        return causal_TS if past else None, banded_TS
 
     def embed(self, tokens_BT, positions_T):
         """The residual stream x_BTC that enters the first block; in autocast's type, if any: fewer bytes."""
@@ -245,10 +261,10 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations per trained token, forward and backward: 6 per weight in a matrix product
-        and 12 * depth * width * context for attention (PaLM, arXiv 2204.02311, appendix B)."""
+        (PaLM, arXiv 2204.02311, appendix B), and what attention takes."""
         c = self.config
         hidden = sum(p.numel() for name, p in self.named_parameters() if role_of(name) == "hidden")
-        return 6 * (hidden + c.width * c.vocab_size) + 12 * c.depth * c.width * c.context
+        return 6 * (hidden + c.width * c.vocab_size) + attention_flops(c)
 
     def activations_per_token(self):
         """Numbers per token that the backward pass reads, at the least: of each matrix product the wider of
@@ -285,6 +301,15 @@ def choose_token(logits_BV, temperature, top_k, generator):
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
 
 
+def attention_flops(config):
+    """Of flops_per_token(): 12 * width * context in each block (PaLM), which counts the whole square of
+    queries and keys, twice what is seen; so with a window, too, twice the band."""
+    T = config.context
+    w = config.window or T
+    banded = config.depth // 2
+    return 12 * config.width * ((config.depth - banded) * T + banded * (2 * w * T - w * w) // T)
+
+
 class ModelSize(NamedTuple):
     parameters: int
     flops_per_token: int
@@ -296,12 +321,14 @@ def model_size(config):
     block of a model without weights adds. Raises UserError for a shape that no tensor can have."""
     try:
         with torch.device("meta"):
-            one, two = (GPT(replace(config, depth=depth)) for depth in (1, 2))
+            one, two = (GPT(replace(config, depth=depth, window=None)) for depth in (1, 2))
     except RuntimeError:  # more elements than torch can count
         raise UserError(f"width: got {config.width}, which with vocab_size={config.vocab_size} and context="
                         f"{config.context} makes a larger tensor than torch can count; takes a smaller model"
                         ) from None
     sizes = [(sum(p.numel() for p in model.parameters()), model.flops_per_token(),
               model.activations_per_token()) for model in (one, two)]
-    return ModelSize(*(first + (config.depth - 1) * (second - first)
+    size = ModelSize(*(first + (config.depth - 1) * (second - first)
                        for first, second in zip(*sizes, strict=True)))
+    saved = attention_flops(replace(config, window=None)) - attention_flops(config)
+    return size._replace(flops_per_token=size.flops_per_token - saved)

@@ -18,6 +18,7 @@ VARIANTS = BLOCKS | {
     "tied": {"tied": True}, "bias": {"bias": True}, "tied bias": {"tied": True, "bias": True},
     "gpt2 tied bias": GPT2_BLOCK | {"tied": True, "bias": True}, "gpt2 bias": GPT2_BLOCK | {"bias": True},
     "tied rotary bias": GPT2_BLOCK | {"tied": True, "position": "rotary", "bias": True},
+    "window": {"window": 5}, "gpt2 window": GPT2_BLOCK | {"window": 3},
     "sp": {"parametrization": "sp"}, "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0,
                                                      "attention_mult": 2.0, "embedding_std": 1.0}}
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)

@@ -95,7 +95,8 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_pa
         assert a["step"] == b["step"] and all(map(torch.equal, a["model"].values(), b["model"].values()))
 
 
-YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum")
+YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum",
+                    "window")
 
 
 def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(corpus, tmp_path, monkeypatch):
@@ -246,6 +247,7 @@ def other_files(corpus, tmp_path_factory):
 # setting: (a changed value, what must then differ, settings of both); ROWS, OTHER and TMP stand for paths.
 SETTINGS = {
     "width": (64, "shapes"), "depth": (3, "shapes"), "batch": (8, "losses"), "context": (8, "losses"),
+    "window": (3, "losses"),
     "head_dim": (8, "first loss"), "position": ("learned", "shapes"), "norm": ("layer", "first loss"),
     "qk_norm": (False, "shapes"), "mlp": ("relu2", "shapes"), "tied": (True, "shapes"),
     "optimizer": ("muon", "losses"), "momentum": (0.5, "losses", {"optimizer": "muon"}),
@@ -496,7 +498,7 @@ def test_a_checkpoint_of_broken_weights_is_never_saved(corpus, tmp_path):
 REJECTED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed": 1, "schedule": "linear",
            "batch": 8, "context": 8, "tied": True, "dropout": 0.1, "base_width": 32, "tokenizer": "bpe:260",
            "weight_decay": 0.1, "steps": 5, "position": "learned", "norm": "layer", "qk_norm": False,
-           "mlp": "gelu", "optimizer": "muon", "momentum": 0.9}
+           "mlp": "gelu", "optimizer": "muon", "momentum": 0.9, "window": 9}
 
 
 @pytest.fixture(scope="module")

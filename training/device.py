@@ -92,7 +92,8 @@ def check_memory(config, device, autocast):
 def least_memory(config, size, autocast, micro_batch):
     """The least bytes that training takes, or evaluation if that takes more: weights, gradients and Adam's
     moments in fp32, and for each token the activations that the backward pass reads; in evaluation no
-    gradients, and of the activations the logits and their log-probabilities."""
+    gradients, and of the activations the logits and their log-probabilities. A window takes a mask of all
+    pairs of tokens, if only to find FlexAttention's blocks in it."""
     bytes_per_number = 2 if autocast._enabled else 4
     rows = micro_batch or config.batch // world_size()
     shards = world_size() if config.shard else 1
@@ -100,7 +101,8 @@ def least_memory(config, size, autocast, micro_batch):
     training += rows * config.context * bytes_per_number * size.activations_per_token
     logits = piece_rows(config, micro_batch) * config.context * config.vocab_size
     evaluation = 12 * size.parameters / shards + logits * (bytes_per_number + 4)
-    return max(training, evaluation)
+    mask = config.context ** 2 if config.window is not None else 0
+    return max(training, evaluation) + mask
 
 
 def batches_on_device(chunks, device):
