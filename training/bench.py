@@ -13,7 +13,7 @@ from dataclasses import replace
 from configure import configure, run_cli
 from train import train
 from training.device import GIB, peak_flops, select_device
-from training.distributed import init_distributed, rank
+from training.distributed import init_distributed, rank, world_size
 
 SECONDS = 8  # of steps that are timed
 ROUGH_STEPS = 13  # of a first run that says how many steps that is
@@ -23,6 +23,9 @@ def bench(config):
     """{name: text}: what a training run measures of its own speed. Losses are not looked at."""
     config = replace(config, eval_every=None, eval_tokens=config.context, checkpoint_every=None, out=None,
                      sample_tokens=0, wandb=False)
+    if config.batch_start is not None:  # the whole batch, in the passes that it is ramped up in
+        config = replace(config, micro_batch=config.pass_batch(world_size()), batch_start=None,
+                         batch_ramp_tokens=None)
     start = time.perf_counter()
     train(replace(config, steps=1), quiet=True)
     first_step_seconds = time.perf_counter() - start

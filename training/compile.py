@@ -94,7 +94,7 @@ def restore(model, methods):
 
 def try_one_pass(model, parallel_model, config, device, autocast):
     """Compile, by a forward and backward pass that changes nothing. Returns the exception that it ends in."""
-    rows = config.micro_batch or config.batch // world_size()
+    rows = config.pass_batch(world_size())
     tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
 
     def pass_once():
@@ -132,30 +132,42 @@ class CudaGraphed:
 
     The first two calls run plainly, as they compile kernels and allocate memory, which a graph cannot
     contain. The third is captured; from then on a call copies its argument into the graph's and replays.
+    An argument of another shape, as where the batch ramps up, begins this anew and frees the graph before.
     on_failure(error) is called when the capture fails; the function then stays plain.
     """
 
     def __init__(self, function, enabled, on_failure):
-        self.function, self.on_failure = function, on_failure
-        self.calls = 0
-        self.graph = torch.cuda.CUDAGraph() if enabled else None
+        self.function, self.enabled, self.on_failure = function, enabled, on_failure
+        self.calls = 0  # with arguments of this shape
+        self.shape = self.graph = self.input = self.output = None
 
     def __call__(self, x):
+        if x.shape != self.shape:
+            self.forget()
+            self.calls, self.shape = 0, x.shape
         self.calls += 1
-        if self.graph is not None and self.calls == 3:
+        if self.enabled and self.calls == 3:
             self.capture(x)
-        if self.graph is None or self.calls < 3:
+        if self.graph is None:
             return self.function(x)
         self.input.copy_(x)
         self.graph.replay()
         return self.output.clone()  # the next replay overwrites it
 
+    def forget(self):
+        """Free the graph, if there is one, and its memory."""
+        if self.graph is not None:
+            torch.cuda.synchronize()  # it may be running
+            self.graph = self.input = self.output = None
+            torch.cuda.empty_cache()
+
     def capture(self, x):
-        self.input = torch.empty_like(x)
+        self.input, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
         try:
             # thread_local: the thread that prefetches batches may pin memory meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.output = self.function(self.input)
+            self.graph = graph
         except RuntimeError as error:
             self.on_failure(error)
-            self.graph = None
+            self.enabled = False
