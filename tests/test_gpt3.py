@@ -1,7 +1,9 @@
-"""GPT-3's recipe: a batch that ramps up, schedules in tokens, and windows of attention."""
+"""GPT-3's recipe: a batch that ramps up, schedules in tokens, windows of attention, and its eight sizes."""
 
 import dataclasses
+import glob
 import math
+import os
 import warnings
 from itertools import accumulate, pairwise
 
@@ -11,10 +13,11 @@ import torch
 from conftest import column, cuda, run, tiny
 
 import training.compile
-from configure import Config, UserError
+from configure import Config, UserError, configure
 from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
 from model import GPT, attention_flops, model_size
+from scaling import lr_table
 from scaling.coordinate_check import short_run
 from scaling.stack import check_stackable
 from scaling.sweep import trial_configs
@@ -23,6 +26,8 @@ from training.bench import bench
 from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
 from training.schedule import lr_factor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # From 4 to 16 sequences of 10 tokens over 1,000 tokens. It rises by 4 where a third and two thirds of them
 # are done, at the first step that finds them done: after 9 steps of 40 (360 tokens), 4 of 80 (680), 3 of 120
@@ -331,6 +336,46 @@ def test_the_benchmark_measures_the_full_batch_in_the_passes_of_the_ramp(corpus,
     with pytest.raises(ZeroDivisionError):
         bench(Config(**corpus | RECIPE))
     assert (seen[0].batch, seen[0].micro_batch, seen[0].batch_ramp_tokens) == (16, 4, None)
+
+
+# The sizes
+
+TABLE = {  # arXiv 2005.14165, Table 2.1: parameters, layers, channels, channels of a head, tokens a step, lr
+    "small": (125e6, 12, 768, 64, 0.5e6, 6e-4), "medium": (350e6, 24, 1024, 64, 0.5e6, 3e-4),
+    "large": (760e6, 24, 1536, 96, 0.5e6, 2.5e-4), "xl": (1.3e9, 24, 2048, 128, 1e6, 2e-4),
+    "2.7b": (2.7e9, 32, 2560, 80, 1e6, 1.6e-4), "6.7b": (6.7e9, 32, 4096, 128, 2e6, 1.2e-4),
+    "13b": (13e9, 40, 5120, 128, 2e6, 1e-4), "175b": (175e9, 96, 12288, 128, 3.2e6, 0.6e-4)}
+
+
+def test_every_size_has_its_file():
+    names = {os.path.basename(path) for path in glob.glob(f"{ROOT}/config/gpt3/*.py")}
+    assert names == {f"{name}.py" for name in [*TABLE, "mini"]}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_size_of_gpt3_is_that_of_its_table(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = configure([f"config/gpt3/{name}.py"])
+    parameters, depth, width, head_dim, step_tokens, lr = TABLE[name]
+    assert (config.depth, config.width, config.head_dim, config.lr) == (depth, width, head_dim, lr)
+    assert model_size(config).parameters == pytest.approx(parameters, rel=0.025)
+    assert config.batch * config.context == pytest.approx(step_tokens, rel=0.05)
+    assert config.stage(0).batch * config.context == pytest.approx(32e3, rel=0.03)
+    assert config.tokens_before(config.steps) == pytest.approx(300e9, rel=1e-5)
+    assert 4e9 <= config.batch_ramp_tokens <= 12e9 and lr_factor(config, config.steps - 1) == 0.1
+    assert lr_factor(config, config.steps_for(375e6 / 2)) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_table_of_rates_shows_what_mup_takes_from_the_proxy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "proxy.py").write_text("width, depth, batch, context, steps = 256, 8, 8, 128, 1000\n"
+                                       "lr, depth_alpha, base_width = 2**-8, 0.5, 64\n")
+    lr_table.main(["config/gpt3/xl.py", "config/gpt3/small.py", f"--proxy={tmp_path / 'proxy.py'}"])
+    header, small, xl = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert [small[0], xl[0]] == ["gpt3/small.py", "gpt3/xl.py"], "by size"
+    by_mup = 2**-8 / (2048 / 256) * (24 / 8) ** -0.5
+    rules = math.sqrt(512 * 2048 / (8 * 128)) * (300e9 / (8 * 128 * 1000)) ** -0.32
+    assert [float(x) for x in xl[-3:]] == pytest.approx([2e-4, by_mup, by_mup * rules], rel=0.005)
 
 
 # On a GPU
