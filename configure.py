@@ -5,9 +5,11 @@ This module imports no torch: a command that only reads tables starts at once.
 """
 
 import ast
+import bisect
 import contextlib
 import difflib
 import errno
+import functools
 import inspect
 import json
 import math
@@ -54,8 +56,11 @@ class Config:
     width: Count = 128  # residual channels, d_model; a multiple of head_dim
     depth: Count = 4  # transformer blocks
     batch: Count = 32  # sequences per optimizer step, over all devices and accumulation
+    batch_start: Count | None = None  # sequences of the first step, and of each rise; a divisor of batch
+    batch_ramp_tokens: Count | None = None  # tokens over which batch_start rises to batch; None: fixed
     context: Count = 256  # tokens per sequence
     head_dim: Count = 64  # channels per attention head
+    window: Count | None = None  # latest tokens that every other block attends to; None: all, in all blocks
     position: one_of("learned", "rotary") = "rotary"  # how a token knows its position
     norm: one_of("layer", "rms") = "rms"  # LayerNorm, or RMSNorm, which neither centers nor has a bias
     qk_norm: Flag = True  # RMS-normalize queries and keys, each with a gain
@@ -96,9 +101,11 @@ class Config:
     momentum: Fraction = 0.95  # Muon's, with Nesterov's correction
     grad_clip: NotNegative = 1.0  # largest global gradient norm; 0: no clipping
     warmup: Fraction = 0.1  # fraction of the steps, linear
+    warmup_tokens: Count | None = None  # its length in tokens; None: by warmup
     schedule: one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt", "step") = "cosine"  # after warmup
     final_lr: Share = 0.1  # fraction of the peak that the schedule ends at, or never goes under
     decay_fraction: Share = 0.2  # wsd (warmup, stable, decay): last fraction of the steps, linear decay
+    decay_tokens: Count | None = None  # tokens until the schedule is at final_lr; None: all of the run's
     # Data
     dataset: Text = "stdlib"  # stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name
     tokenizer: Text = "bpe:2048"  # bpe:N, trained on the data; bytes; a tiktoken name; a folder with one
@@ -133,11 +140,35 @@ class Config:
     def __post_init__(self):
         for name in SETTINGS:
             object.__setattr__(self, name, check_setting(name, getattr(self, name)))
-        for name, unit in ("width", "head_dim"), ("base_width", "base_head_dim"), ("batch", "micro_batch"):
+        for name, unit in MULTIPLES:
             value, divisor = getattr(self, name), getattr(self, unit)
-            if divisor is not None and value % divisor:
+            if None not in (value, divisor) and value % divisor:
                 above = value + divisor - value % divisor
                 raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
+        self.check_ramp()
+        self.check_acts()
+
+    def check_ramp(self):
+        """Raises UserError where the batch is to rise but cannot."""
+        if self.batch_ramp_tokens is None and self.batch_start is not None:
+            raise UserError(f"batch_start: got {self.batch_start}, takes none, or --batch_ramp_tokens too")
+        if self.batch_ramp_tokens is not None and self.batch_start in (None, self.batch):
+            raise UserError(f"batch_start: got {self.batch_start} with batch_ramp_tokens="
+                            f"{self.batch_ramp_tokens}, takes a smaller divisor of batch={self.batch}, or "
+                            "--batch_ramp_tokens=none")
+
+    def check_acts(self):
+        """Raises UserError for a setting that would do nothing beside the others."""
+        if self.window is not None and self.depth == 1:
+            raise UserError(f"window: got {self.window}, takes none with depth=1: the first block sees all")
+        if self.window is not None and self.window >= self.context:
+            raise UserError(f"window: got {self.window}, takes less than context={self.context}, or none")
+        if self.decay_tokens is not None and self.schedule in ("constant", "inverse_sqrt"):
+            raise UserError(f"decay_tokens: got {self.decay_tokens}, takes none with schedule="
+                            f"{self.schedule}, which has no end")
+        if self.decay_tokens is not None and self.decay_tokens <= (self.warmup_tokens or 0):
+            raise UserError(f"decay_tokens: got {self.decay_tokens}, takes more than warmup_tokens="
+                            f"{self.warmup_tokens}, as it counts from the first token")
 
     @property
     def width_mult(self):
@@ -146,6 +177,67 @@ class Config:
     @property
     def depth_mult(self):
         return self.depth / self.base_depth
+
+    def stages(self):
+        """The Stages of the batch ramp; one, where there is none."""
+        return batch_stages(self.batch, self.batch_start, self.batch_ramp_tokens, self.context)
+
+    def stage(self, step):
+        """The Stage that `step`, counted from 0, belongs to."""
+        stages = self.stages()
+        return stages[bisect.bisect_right(stages, step, key=lambda stage: stage.first_step) - 1]
+
+    def tokens_before(self, step):
+        """Tokens that all steps before `step` train on together."""
+        stage = self.stage(step)
+        return (stage.first_sequence + (step - stage.first_step) * stage.batch) * self.context
+
+    def steps_for(self, tokens):
+        """How many steps train on this many tokens, to the nearest."""
+        sequences = tokens / self.context
+        stages = self.stages()
+        stage = stages[bisect.bisect_right(stages, sequences, key=lambda stage: stage.first_sequence) - 1]
+        return stage.first_step + round((sequences - stage.first_sequence) / stage.batch)
+
+    def pass_batch(self, world_size=1):
+        """Sequences in a forward pass of one of `world_size` processes, the same in every step."""
+        return self.micro_batch or max(1, (self.batch_start or self.batch) // world_size)
+
+
+# (a setting, what it takes multiples of)
+MULTIPLES = (("width", "head_dim"), ("base_width", "base_head_dim"), ("batch", "micro_batch"),
+             ("batch", "batch_start"), ("batch_start", "micro_batch"))
+
+
+class Stage(NamedTuple):
+    """Steps that follow each other with one batch."""
+    first_step: int
+    end_step: int | float  # of the next stage; infinite for the last
+    first_sequence: int  # sequences in all steps before it
+    batch: int  # sequences in each of its steps
+
+
+@functools.lru_cache(maxsize=256)
+def batch_stages(batch, start, ramp_tokens, context):
+    """[Stage] of a batch that rises from `start` to `batch`, in multiples of `start`, over the first
+    `ramp_tokens` tokens (arXiv 2005.14165, appendix B): after n tokens it is start + (batch - start) * n /
+    ramp_tokens, rounded down. In integers, so that each step's batch is the same on every machine."""
+    if start is None:
+        return [Stage(0, math.inf, 0, batch)]
+    stages, rises = [], batch // start - 1
+    step = sequence = done = 0
+    while done < rises:  # rises that are done
+        size = (1 + done) * start
+        next_rise = ceil_div((1 + done) * ramp_tokens, rises * context)  # sequences before it
+        steps = ceil_div(next_rise - sequence, size)
+        stages.append(Stage(step, step + steps, sequence, size))
+        step, sequence = step + steps, sequence + steps * size
+        done = min(rises, rises * sequence * context // ramp_tokens)
+    return [*stages, Stage(step, math.inf, sequence, batch)]
+
+
+def ceil_div(a, b):
+    return -(-a // b)
 
 
 class Setting(NamedTuple):
@@ -301,7 +393,7 @@ def read_settings(source):
         return {name: value for name, value in assigned.items() if is_assignment(name, value)}
     except (Exception, SystemExit) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        advice = closest(path, map(str, Path("config").glob("*.py")))
+        advice = closest(path, map(str, Path("config").rglob("*.py")))
         raise UserError(f"{path}: {reason}{advice}") from None
 
 

@@ -15,11 +15,12 @@ class Cache:
     """Keys and values of the tokens that a model has read, so that it can go on from there.
 
     size: how many tokens there is room for. pad_B: how many at the start of each row stand for nothing, where
-    rows differ in length. static: the same memory and shapes at every step, as a CUDA graph needs them.
+    rows differ in length. window: the model's. static: the same memory and shapes at every step, as a CUDA
+    graph needs them.
     """
 
-    def __init__(self, size, pad_B, static=False):
-        self.size, self.static = size, static
+    def __init__(self, size, pad_B, static=False, window=None):
+        self.size, self.window, self.static = size, window, static
         self.kept = {}  # {attention layer: (keys_BHSD, values_BHSD)}
         self.slot_S = torch.arange(size, device=pad_B.device)
         self.next = torch.zeros((), dtype=torch.long, device=pad_B.device)  # the next token's slot
@@ -41,23 +42,31 @@ class Cache:
         self.slot_T = self.next + self.slot_S[:T]
         self.next += T
         self.end = self.size if self.static else self.read
-        self.mask = None
-        if T > 1 or self.static or self.is_padded:
-            slot_S, slot_T1 = self.slot_S[:self.end], self.slot_T[:, None]
-            earlier_BTS = (slot_S <= slot_T1) & (slot_S >= self.pad_B1[:, None])
-            self.mask = (earlier_BTS | (slot_S == slot_T1))[:, None]  # padding sees itself, lest it be NaN
+        self.masks = self.see(T)
         return (self.slot_T - self.pad_B1).clamp(min=0)
 
+    def see(self, T):
+        """What each of the new T tokens sees of all S, (B, 1, T, S): in a block that sees all that are
+        earlier, and in one with a window. None: all S."""
+        sees_all = T == 1 and not self.static and not self.is_padded
+        if sees_all and self.window is None:
+            return None, None
+        slot_S, slot_T1 = self.slot_S[:self.end], self.slot_T[:, None]
+        earlier_BTS = (slot_S <= slot_T1) & (slot_S >= self.pad_B1[:, None])
+        seen_B1TS = (earlier_BTS | (slot_S == slot_T1))[:, None]  # padding sees itself, lest it be NaN
+        if self.window is None:
+            return seen_B1TS, seen_B1TS
+        return None if sees_all else seen_B1TS, seen_B1TS & (slot_S > slot_T1 - self.window)
+
     def extend(self, layer, k_BHTD, v_BHTD):
-        """Add the keys and values of the new tokens. Returns those of all, and which of them each new token
-        sees, (B, 1, T, S) (None: all)."""
+        """Add the keys and values of the new tokens. Returns those of all."""
         if layer not in self.kept:
             B, H, _, D = k_BHTD.shape
             self.kept[layer] = k_BHTD.new_zeros(B, H, self.size, D), v_BHTD.new_zeros(B, H, self.size, D)
         keys, values = self.kept[layer]
         keys.index_copy_(2, self.slot_T, k_BHTD)
         values.index_copy_(2, self.slot_T, v_BHTD)
-        return keys[:, :, :self.end], values[:, :, :self.end], self.mask
+        return keys[:, :, :self.end], values[:, :, :self.end]
 
 
 def choose_token(logits_BV, temperature, top_k, generator):
@@ -124,7 +133,8 @@ def generate(model, prompts, n, temperature=1.0, top_k=None, seed=0, stop=None, 
     context, device = model.config.context, model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     unread_BT, pad_B = pad_rows([row[-context:] for row in rows], device)
-    cache = Cache(min(context, unread_BT.size(1) + n), pad_B, static=graphed is not None)
+    cache = Cache(min(context, unread_BT.size(1) + n), pad_B, graphed is not None,
+                  model.config.window)
 
     def read(tokens_BT):
         return model(tokens_BT, cache=cache)[:, -1]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configure import UserError
 from generate import generate
@@ -78,7 +79,8 @@ class Attention(nn.Module):
 
     With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine. The 1/D keeps
     the logits of queries and keys that agree the same over head_dim; those of random ones go with D^-1/2.
-    `cache`, if given, has the keys and values of all earlier tokens; the new ones are added.
+    `cache`, if given, has the keys and values of all earlier tokens; the new ones are added. mask_TS: which
+    of these S tokens each of the T sees, a tensor or FlexAttention's BlockMask; None: all that are earlier.
     """
 
     def __init__(self, config):
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         self.qkv = Linear(C, 3 * C, config.bias, qkv_factor)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
-    def forward(self, x_BTC, rotary=None, cache=None):
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
         B, T, C = x_BTC.shape
         qkv_BTHD = self.qkv(x_BTC).view(B, T, 3, C // self.head_dim, self.head_dim).unbind(2)
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
@@ -105,12 +107,14 @@ class Attention(nn.Module):
             q_BHTD, k_BHTD = self.q_norm(q_BHTD), self.k_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotate(q_BHTD, rotary), rotate(k_BHTD, rotary)
-        mask = None
         if cache is not None:
-            k_BHTD, v_BHTD, mask = cache.extend(self, k_BHTD, v_BHTD)
-        dropout = self.dropout if self.training else 0.0
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout,
-                                                is_causal=cache is None, scale=1.0)
+            k_BHTD, v_BHTD = cache.extend(self, k_BHTD, v_BHTD)
+        if isinstance(mask_TS, BlockMask):
+            y_BHTD = flex_attention(q_BHTD, k_BHTD, v_BHTD, block_mask=mask_TS, scale=1.0)
+        else:
+            dropout, is_causal = self.dropout if self.training else 0.0, mask_TS is None and cache is None
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_TS, scale=1.0,
+                                                    dropout_p=dropout, is_causal=is_causal)
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -158,8 +162,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, rotary=None, cache=None):
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache))
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache, mask_TS))
         return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
 
 
@@ -183,6 +187,7 @@ class GPT(nn.Module):
             self.rotary_sin = nn.Buffer(sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.block_mask = None  # of a window, for all tokens, where training/compile.py sets it
         self.final_norm = make_norm(config)
         if not config.tied:
             self.readout = Linear(config.width, config.vocab_size, bias=False)
@@ -223,9 +228,20 @@ class GPT(nn.Module):
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
             if cache is not None:  # rows may be at different positions; all heads are at the same
                 rotary = self.rotary_cos[positions][:, None], self.rotary_sin[positions][:, None]
-        for block in self.blocks:
-            x_BTC = block(x_BTC, rotary, cache)
+        masks = self.attention_masks(T, tokens_BT.device) if cache is None else cache.masks
+        for i, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, rotary, cache, masks[i % 2])
         return self.read_out(x_BTC, targets_BT)
+
+    def attention_masks(self, T, device):
+        """What T tokens see of each other, in the first of two blocks and in the second: all that are earlier
+        (None), or with a window the latest of them (GPT-3, arXiv 2005.14165, section 2.1)."""
+        window = self.config.window
+        if window is None:
+            return None, None
+        if self.block_mask is not None and torch.is_grad_enabled() and T == self.config.context:
+            return None, self.block_mask
+        return None, torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
 
     def embed(self, tokens_BT, positions):
         """The residual stream x_BTC that enters the first block; in autocast's type, if any: fewer bytes."""
@@ -248,10 +264,10 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations per trained token, forward and backward: 6 per weight in a matrix product
-        and 12 * depth * width * context for attention (PaLM, arXiv 2204.02311, appendix B)."""
+        (PaLM, arXiv 2204.02311, appendix B), and what attention takes."""
         c = self.config
         hidden = sum(p.numel() for name, p in self.named_parameters() if role_of(name) == "hidden")
-        return 6 * (hidden + c.width * c.vocab_size) + 12 * c.depth * c.width * c.context
+        return 6 * (hidden + c.width * c.vocab_size) + attention_flops(c)
 
     def activations_per_token(self):
         """Numbers per token that the backward pass reads, at the least: of each matrix product the wider of
@@ -260,6 +276,15 @@ class GPT(nn.Module):
         return sum(max(p.shape) for p in hidden) + self.config.vocab_size
 
     generate = generate  # yields tokens after prompts
+
+
+def attention_flops(config):
+    """Of flops_per_token(): 12 * width * context in each block (PaLM), which counts the whole square of
+    queries and keys, twice what is seen; so with a window, too, twice the band."""
+    T = config.context
+    w = config.window or T
+    banded = config.depth // 2
+    return 12 * config.width * ((config.depth - banded) * T + banded * (2 * w * T - w * w) // T)
 
 
 class ModelSize(NamedTuple):
@@ -273,12 +298,14 @@ def model_size(config):
     block of a model without weights adds. Raises UserError for a shape that no tensor can have."""
     try:
         with torch.device("meta"):
-            one, two = (GPT(replace(config, depth=depth)) for depth in (1, 2))
+            one, two = (GPT(replace(config, depth=depth, window=None)) for depth in (1, 2))
     except RuntimeError:  # more elements than torch can count
         raise UserError(f"width: got {config.width}, which with vocab_size={config.vocab_size} and context="
                         f"{config.context} makes a larger tensor than torch can count; takes a smaller model"
                         ) from None
     sizes = [(sum(p.numel() for p in model.parameters()), model.flops_per_token(),
               model.activations_per_token()) for model in (one, two)]
-    return ModelSize(*(first + (config.depth - 1) * (second - first)
+    size = ModelSize(*(first + (config.depth - 1) * (second - first)
                        for first, second in zip(*sizes, strict=True)))
+    saved = attention_flops(replace(config, window=None)) - attention_flops(config)
+    return size._replace(flops_per_token=size.flops_per_token - saved)

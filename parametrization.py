@@ -146,7 +146,7 @@ def base_lr_mult(config, role):
 
 def horizon_rule(config):
     """Factor on lr for training tokens: (tokens / base_tokens)^-0.32 (arXiv 2409.19913)."""
-    tokens = max(config.steps, 1) * config.batch * config.context
+    tokens = config.tokens_before(max(config.steps, 1))
     return (tokens / (config.base_tokens or tokens)) ** -0.32
 
 

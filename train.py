@@ -147,7 +147,7 @@ def open_dataset(config, checkpoint, say):
 def describe(run):
     """What is about to be trained, for people."""
     config, dataset = run.config, run.dataset
-    tokens = config.steps * config.batch * config.context
+    tokens = config.tokens_before(config.steps)
     parameters = sum(p.numel() for p in run.model.parameters())
     modes = f"{run.device}"
     if run.autocast._enabled:
@@ -155,9 +155,23 @@ def describe(run):
     if use_cuda_graph(config, run.device):
         modes += ", one CUDA graph a step"
     return (f"{dataset.folder}: {len(dataset.train):,} training tokens, vocabulary {dataset.vocab_size:,}\n"
-            f"{parameters:,} parameters on {modes}; {config.steps:,} steps of "
-            f"{config.batch * config.context:,} tokens: {tokens / len(dataset.train):.2f} epochs, "
-            f"{run.model.flops_per_token() * tokens:.2e} FLOPs\n{format_table(run.model)}")
+            f"{parameters:,} parameters on {modes}; {describe_steps(config)}: "
+            f"{tokens / len(dataset.train):.2f} epochs, {run.model.flops_per_token() * tokens:.2e} FLOPs\n"
+            f"{format_table(run.model)}")
+
+
+def describe_steps(config):
+    """How many steps of how many tokens, and which settings in tokens reach beyond them."""
+    first, last = (config.stage(step).batch * config.context for step in (0, max(0, config.steps - 1)))
+    text = f"{config.steps:,} steps of {first:,} tokens"
+    if config.batch_ramp_tokens is not None:
+        text = f"{config.steps:,} steps of {first:,} to {last:,} tokens"
+    total = config.tokens_before(config.steps)
+    lengths = {name: getattr(config, name) for name in ("batch_ramp_tokens", "warmup_tokens", "decay_tokens")}
+    longer = [f"{name}={length:,}" for name, length in lengths.items() if (length or 0) > total]
+    if longer:
+        text += f" (they end at {total:,} tokens, before {', '.join(longer)})"
+    return text
 
 
 def is_due(every, step):
@@ -262,7 +276,7 @@ def train_run(run, result, quiet):
           compiled_training(run.model, run.parallel_model, config, run.device, run.autocast, run.say)):
         train_step = TrainStep(run.parallel_model, run.optimizer, config, run.autocast,
                                use_cuda_graph(config, run.device), run.say, update, observers)
-        metrics = MetricsBuffer(config.batch * config.context, len([*run.model.parameters()]), columns)
+        metrics = MetricsBuffer(config.tokens_before, len([*run.model.parameters()]), columns)
         with (catch_signals() as signals,
               tqdm(total=config.steps, initial=run.start, disable=quiet) as progress):
             before_the_first_step(run, result, metrics)
@@ -331,7 +345,7 @@ def before_the_first_step(run, result, metrics):
     is_new = run.checkpoint is None
     evaluating = finished or is_new and is_due(config.eval_every, 0)
     saving = finished or is_new and is_due(config.checkpoint_every, 0)
-    row = {"step": step, "tokens": step * config.batch * config.context}
+    row = {"step": step, "tokens": config.tokens_before(step)}
     if evaluating and is_new:
         result.history.append(row)
     bad_row = find_divergence(run, [row], evaluating or saving)

@@ -138,27 +138,27 @@ class TokenDataset:
                             f"there are {available}: takes --batch={fitting_batch} "
                             f"--context={fitting_context}, or more text")
 
-    def batch(self, seed, step, batch, context, rows=slice(None)):
+    def batch(self, seed, step, batch, context, rows=slice(None), first=0):
         """(tokens_BT, targets_BT), int64, of optimizer step `step`: a pure function of the arguments.
 
-        The training stream is a list of sequences; step s has numbers s * batch to (s + 1) * batch - 1, and
-        `rows`, a slice, selects some of these. An epoch of the stream is every window of `context` tokens
-        once, in an order and from a first token that are drawn from (seed, epoch). A range of steps in place
-        of `step` adds a leading dimension. Raises UserError for tokens outside the vocabulary.
+        The training stream is a list of sequences; step s has `batch` of them, from number first + s * batch
+        on, and `rows`, a slice, selects some of these. An epoch of the stream is every window of `context`
+        tokens once, in an order and from a first token that are drawn from (seed, epoch). A range of steps in
+        place of `step` adds a leading dimension. Raises UserError for tokens outside the vocabulary.
         """
-        starts = self._window_starts(seed, step, batch, context, rows)
+        starts = self._window_starts(seed, step, batch, context, rows, first)
         offsets = np.arange(context + 1)  # one more than context: targets are the next tokens
         windows = self._check_tokens(self.train[starts[..., None] + offsets]).astype(np.int64)
         if isinstance(self.train.base, mmap.mmap):  # else the process comes to hold the whole file in memory
             self.train.base.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(windows[..., :-1].copy()), torch.from_numpy(windows[..., 1:].copy())
 
-    def _window_starts(self, seed, step, batch, context, rows):
+    def _window_starts(self, seed, step, batch, context, rows, first):
         """The first token's place of each window that `batch` returns, int64, (B,) or (steps, B)."""
         length = len(self.train)
         windows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the first token can vary
         phases = min(context, length - windows * context)
-        sequences = np.expand_dims(step, -1) * batch + np.arange(batch)[rows]  # numbers in the stream
+        sequences = first + np.expand_dims(step, -1) * batch + np.arange(batch)[rows]  # numbers in the stream
         epochs, positions = np.divmod(sequences, windows)
         starts = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -198,36 +198,49 @@ def with_vocab_size(config, dataset):
 
 def prefetch_batches(dataset, config, start, rank=0, world_size=1, pin_memory=False):
     """Yields the batches of the steps from `start` on, in chunks of steps: int64 (steps, 2, passes, B, T) on
-    the CPU, tokens and targets in passes of B sequences. A thread gathers the next chunk meanwhile.
+    the CPU, tokens and targets in passes of B sequences. A thread gathers the next chunk meanwhile. While
+    config's batch ramps up, the passes become more; all steps of a chunk have the same.
 
     rank, world_size: which part of each batch to return. pin_memory: put chunks in page-locked memory, from
     which copies to a GPU are asynchronous. Raises UserError, at the call, when the batch cannot be divided.
     """
-    rank_batch = config.batch // world_size  # sequences of this rank in a step
-    pass_batch = config.micro_batch or max(1, rank_batch)
-    divisor = world_size * pass_batch
-    if config.batch % divisor != 0:
-        raise UserError(f"batch: got {config.batch}, takes a multiple of {divisor}: {pass_batch} sequences "
-                        f"in a pass, {world_size} processes")
-    rows = slice(rank * rank_batch, (rank + 1) * rank_batch)
-    chunk_steps = max(1, PREFETCH_TOKENS // (rank_batch * config.context))
+    pass_batch = config.pass_batch(world_size)
+    check_divides(config, pass_batch, world_size)
 
-    def gather(first_step):
-        steps = range(first_step, min(first_step + chunk_steps, config.steps))
-        tokens, targets = dataset.batch(config.seed, steps, config.batch, config.context, rows)
+    def chunk_of(first_step):
+        """The steps from first_step on that are gathered at once."""
+        stage = config.stage(first_step)
+        steps = max(1, PREFETCH_TOKENS // (stage.batch // world_size * config.context))
+        return range(first_step, min(first_step + steps, stage.end_step, config.steps))
+
+    def gather(steps):
+        stage = config.stage(steps.start)
+        rank_batch = stage.batch // world_size  # sequences of this rank in a step
+        rows = slice(rank * rank_batch, (rank + 1) * rank_batch)
+        in_stage = range(steps.start - stage.first_step, steps.stop - stage.first_step)
+        tokens, targets = dataset.batch(config.seed, in_stage, stage.batch, config.context, rows,
+                                        stage.first_sequence)
         chunk = torch.stack((tokens, targets), 1).view(len(steps), 2, -1, pass_batch, config.context)
-        if pin_memory:
-            return chunk.pin_memory()
-        return chunk
+        return chunk.pin_memory() if pin_memory else chunk
 
     def chunks():
         with ThreadPoolExecutor(1) as thread:
-            future = thread.submit(gather, start)
-            for first_step in range(start, config.steps, chunk_steps):
+            steps = chunk_of(start)
+            future = thread.submit(gather, steps) if steps else None
+            while steps:
                 chunk = future.result()
-                next_step = first_step + chunk_steps
-                if next_step < config.steps:
-                    future = thread.submit(gather, next_step)
+                steps = chunk_of(steps.stop)
+                if steps:
+                    future = thread.submit(gather, steps)
                 yield chunk
 
     return chunks()
+
+
+def check_divides(config, pass_batch, world_size):
+    """Raises UserError when a step of `config` is not whole passes on each of `world_size` processes."""
+    name = "batch" if config.batch_start is None else "batch_start"
+    sequences, divisor = getattr(config, name), world_size * pass_batch
+    if sequences % divisor != 0:
+        raise UserError(f"{name}: got {sequences}, takes a multiple of {divisor}: {pass_batch} sequences "
+                        f"in a pass, {world_size} processes")

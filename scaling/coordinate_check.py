@@ -105,10 +105,12 @@ def measure_run(config, dataset, steps):
 
 
 def short_run(config, steps):
-    """`config` for a few small and slow steps, whose number, batch and context do not scale any setting."""
+    """`config` for a few small and slow steps, whose number, batch and context do not scale any setting. No
+    window: it would be longer than the context, and scales with no size."""
     return replace(config, batch=BATCH, context=min(CONTEXT, config.context), micro_batch=None, dropout=0.0,
                    steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0, base_batch=None,
-                   base_tokens=None)
+                   base_tokens=None, batch_start=None, batch_ramp_tokens=None, warmup_tokens=None,
+                   decay_tokens=None, window=None)
 
 
 def coordinate_check(config, axis="width", sizes=(64, 128, 256, 512), steps=5, seeds=3):

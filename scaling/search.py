@@ -271,6 +271,9 @@ def check_search(config, space, options):
         raise UserError(f"sampler: got {options['sampler']}, takes {' or '.join(SAMPLERS)}")
     if options["stack"] > 1:
         check_stackable([config])
+    if "warmup" in space and config.warmup_tokens is not None:
+        raise UserError(f"space: got warmup, which warmup_tokens={config.warmup_tokens} overrides; takes a "
+                        "space without it, or --warmup_tokens=none")
     points = all_points(space)
     if points is not None and options["trials"] > len(points):
         raise UserError(f"trials: got {options['trials']}, takes {len(points)} or fewer with this space")
@@ -327,7 +330,7 @@ def spent_flops(rows):
 def training_flops(config):
     """FLOPs of one training run of `config`."""
     size = model_size(with_vocab_size(config, TokenDataset(prepare(config))))
-    return size.flops_per_token * config.batch * config.context * config.steps
+    return size.flops_per_token * config.tokens_before(config.steps)
 
 
 def format_cost(rows, config, target_name, target):

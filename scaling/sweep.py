@@ -41,10 +41,10 @@ def trial_configs(config, axes, hold="steps"):
     configs = []
     for values in product(*axes.values()):
         trial = replace(config, **dict(zip(axes, values, strict=True)))
-        adapted = HOLDS[hold]
-        if adapted is not None:
-            ratio = config.batch * config.context / (trial.batch * trial.context)
-            trial = replace(trial, **{adapted: round(getattr(config, adapted) * ratio)})
+        if hold == "tokens":
+            trial = replace(trial, steps=trial.steps_for(config.tokens_before(config.steps)))
+        elif hold == "step_tokens":
+            trial = replace(trial, batch=round(config.batch * config.context / trial.context))
         configs.append(trial)
     return configs
 
@@ -69,7 +69,7 @@ def flops_per_token(shape):
 
 def estimate_flops(config):
     """Training FLOPs of a trial, for the order of the trials and the time left."""
-    return flops_per_token(shape_of(config)) * config.batch * config.context * config.steps
+    return flops_per_token(shape_of(config)) * config.tokens_before(config.steps)
 
 
 def group_flops(configs):

@@ -41,7 +41,7 @@ def trial_row(config, result, seconds):
     row["train_loss"] = curve[-1] if curve else math.nan
     row["curve"] = " ".join(f"{loss:.4f}" for loss in curve)
     row["parameters"] = sum(p.numel() for p in result.model.parameters())
-    row["flops"] = result.model.flops_per_token() * config.batch * config.context * len(losses)
+    row["flops"] = result.model.flops_per_token() * config.tokens_before(len(losses))
     row["diverged"] = result.diverged
     if result.stopped_early:
         row["failure"] = f"stopped early, after {len(losses)} of {config.steps} steps"

@@ -106,10 +106,11 @@ PLAIN_MLPS = {"swiglu": plain_swiglu, "relu2": plain_mlp(plain_relu2), "gelu": p
               "gelu_tanh": plain_mlp(plain_gelu_tanh)}
 
 
-def plain_attention(weight, name, x, config, factor):
-    """Causal self-attention, one head after the other; attention logits are q . k times `factor`."""
+def plain_attention(weight, name, x, config, factor, window):
+    """Causal self-attention, one head after the other; attention logits are q . k times `factor`. A token
+    sees the latest `window` tokens, itself included."""
     T, C, D = x.size(1), config.width, config.head_dim
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    unseen = torch.tensor([[not 0 <= t - s < window for s in range(T)] for t in range(T)])
     qkv, outputs = plain_linear(weight, f"{name}.qkv", x), []
     for start in range(0, C, D):
         q, k, v = (qkv[..., part * C + start:][..., :D] for part in range(3))
@@ -117,7 +118,7 @@ def plain_attention(weight, name, x, config, factor):
             q, k = plain_rms_norm(weight, f"{name}.q_norm", q), plain_rms_norm(weight, f"{name}.k_norm", k)
         if config.position == "rotary":
             q, k = plain_rotary(q), plain_rotary(k)
-        scores = (factor * q @ k.transpose(1, 2)).masked_fill(future, -math.inf)
+        scores = (factor * q @ k.transpose(1, 2)).masked_fill(unseen, -math.inf)
         outputs.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ v)
     return plain_linear(weight, f"{name}.out", torch.cat(outputs, -1))
 
@@ -134,7 +135,8 @@ def plain_logits(model, tokens_BT, branch, logits, attention):
     for i in range(config.depth):
         block = f"blocks.{i}"
         normed = norm(weight, f"{block}.attention_norm", x)
-        x = x + branch * plain_attention(weight, f"{block}.attention", normed, config, attention)
+        window = config.window if config.window and i % 2 else config.context
+        x = x + branch * plain_attention(weight, f"{block}.attention", normed, config, attention, window)
         x = x + branch * mlp(weight, f"{block}.mlp", norm(weight, f"{block}.mlp_norm", x))
     readout = weight["token_embedding.weight" if config.tied else "readout.weight"]
     return logits * norm(weight, "final_norm", x) @ readout.T

@@ -16,7 +16,7 @@ from training.schedule import AFTER_WARMUP
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
-FILES = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/config/*.py"))
+FILES = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/config/**/*.py", recursive=True))
 
 
 def write(path, text):

@@ -13,7 +13,8 @@ from processes import TIMEOUT, finish, start_command, start_ranks, wait_for_rows
 
 DEEP = {"steps": 20, "micro_batch": 2, "batch": 16, "weight_decay": 0.1, "zero_residual_out": True,
         "eval_every": 10, "checkpoint_every": 10, "embedding_lr_mult": 8.0}
-SETTINGS = {"mup": {}, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True}}
+GPT3 = {"batch_start": 8, "batch_ramp_tokens": 1400, "warmup_tokens": 300, "decay_tokens": 3000, "window": 5}
+SETTINGS = {"gpt3": GPT3, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True}}
 FLOAT_COLUMNS = ("train_loss", "val_loss", "grad_norm")
 
 
@@ -51,7 +52,7 @@ def read_columns(folder, names=FLOAT_COLUMNS):
 
 
 @pytest.mark.parametrize(("name", "world_size", "shard"),
-                         [("mup", 2, False), ("sp", 2, True), ("mup", 4, True)])
+                         [("gpt3", 2, False), ("sp", 2, True), ("gpt3", 4, True)])
 def test_any_number_of_processes_gives_the_numbers_of_one(corpus, tmp_path, name, world_size, shard):
     settings, one, many = corpus | DEEP | SETTINGS[name], tmp_path / "one", tmp_path / "many"
     ranks = start_ranks(world_size, settings, out=many, shard=shard)

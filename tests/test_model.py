@@ -19,8 +19,9 @@ VARIANTS = BLOCKS | {
     "tied": {"tied": True}, "bias": {"bias": True}, "tied bias": {"tied": True, "bias": True},
     "gpt2 tied bias": GPT2_BLOCK | {"tied": True, "bias": True}, "gpt2 bias": GPT2_BLOCK | {"bias": True},
     "tied rotary bias": GPT2_BLOCK | {"tied": True, "position": "rotary", "bias": True},
-    "gelu_tanh": {"mlp": "gelu_tanh"}, "sp": {"parametrization": "sp"},
-    "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0, "attention_mult": 2.0, "embedding_std": 1.0}}
+    "gelu_tanh": {"mlp": "gelu_tanh"}, "window": {"window": 5}, "gpt2 window": GPT2_BLOCK | {"window": 3},
+    "sp": {"parametrization": "sp"}, "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0,
+                                                      "attention_mult": 2.0, "embedding_std": 1.0}}
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -60,7 +61,7 @@ def test_logits_read_in_pieces_through_the_cache_are_those_of_one_pass(settings,
     x_BT, _ = tokens(model.config)
     in_one_pass = model(x_BT)
     for static in (False, True):
-        cache = Cache(model.config.context, torch.zeros(4, dtype=torch.long), static)
+        cache = Cache(model.config.context, torch.zeros(4, dtype=torch.long), static, model.config.window)
         pieces = [model(piece_BT, cache=cache) for piece_BT in x_BT.split(cuts, dim=1)]
         # rotary angles are computed in float32, but both ways use the same ones
         assert (torch.cat(pieces, 1) - in_one_pass).abs().max() < 1e-11

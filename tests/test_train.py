@@ -31,6 +31,9 @@ from training.schedule import lr_factor
 
 HARD = GPT2_BLOCK | {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True,
                      "weight_decay": 0.1}
+# GPT-3's recipe: 4 sequences a step, after 9 steps (576 tokens) 8, after 13 (1,088 tokens) 12
+GPT3 = {"batch": 16, "batch_start": 4, "batch_ramp_tokens": 1600, "warmup_tokens": 300, "decay_tokens": 900,
+        "window": 5}
 MUON = {"optimizer": "muon", "micro_batch": 2, "weight_decay": 0.1, "zero_query": True}
 
 
@@ -81,8 +84,9 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(corpus, settings):
     assert same(first, run(corpus, **settings)) and len(set(column(first))) == 6
 
 
-@pytest.mark.parametrize("settings", [{}, HARD, MUON, {"parametrization": "sp", "schedule": "inverse_sqrt"}],
-                         ids=["plain", "hard", "muon", "sp"])
+@pytest.mark.parametrize("settings", [
+    {}, HARD, MUON, GPT3, {"parametrization": "sp", "schedule": "inverse_sqrt"}],
+    ids=["plain", "hard", "muon", "gpt3", "sp"])
 def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_path, monkeypatch, settings):
     settings = corpus | settings | {"steps": 13, "checkpoint_every": 4, "eval_every": 3}
     uninterrupted = run(settings)
@@ -96,7 +100,8 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpus, tmp_pa
         assert a["step"] == b["step"] and all(map(torch.equal, a["model"].values(), b["model"].values()))
 
 
-YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum")
+YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum",
+                    "window", "batch_start", "batch_ramp_tokens", "warmup_tokens", "decay_tokens")
 
 
 def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(corpus, tmp_path, monkeypatch):
@@ -247,6 +252,9 @@ def other_files(corpus, tmp_path_factory):
 # setting: (a changed value, what must then differ, settings of both); ROWS, OTHER and TMP stand for paths.
 SETTINGS = {
     "width": (64, "shapes"), "depth": (3, "shapes"), "batch": (8, "losses"), "context": (8, "losses"),
+    "batch_start": (2, "losses", {"batch_start": 1, "batch_ramp_tokens": 100}),
+    "batch_ramp_tokens": (200, "losses", {"batch_start": 1, "batch_ramp_tokens": 100}),
+    "window": (3, "losses"), "warmup_tokens": (99, "lrs"), "decay_tokens": (200, "lrs"),
     "head_dim": (8, "first loss"), "position": ("learned", "shapes"), "norm": ("layer", "first loss"),
     "qk_norm": (False, "shapes"), "mlp": ("relu2", "shapes"), "tied": (True, "shapes"),
     "mlp_ratio": (2.0, "shapes"), "rotary_base": (10.0, "first loss", {"embedding_std": 1.0}),
@@ -502,7 +510,8 @@ def test_a_checkpoint_of_broken_weights_is_never_saved(corpus, tmp_path):
 REJECTED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed": 1, "schedule": "linear",
            "batch": 8, "context": 8, "tied": True, "dropout": 0.1, "base_width": 32, "tokenizer": "bpe:260",
            "weight_decay": 0.1, "steps": 5, "position": "learned", "norm": "layer", "qk_norm": False,
-           "mlp": "gelu", "optimizer": "muon", "momentum": 0.9}
+           "mlp": "gelu", "optimizer": "muon", "momentum": 0.9, "window": 9, "warmup_tokens": 99,
+           "decay_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -626,7 +635,7 @@ def test_cuda_in_fp32_gives_the_numbers_of_the_cpu(corpus):
 
 
 @cuda
-@pytest.mark.parametrize("settings", [{}, HARD, MUON], ids=["plain", "hard", "muon"])
+@pytest.mark.parametrize("settings", [{}, HARD, MUON, GPT3], ids=["plain", "hard", "muon", "gpt3"])
 def test_on_cuda_a_run_resumes_from_its_checkpoint(corpus, tmp_path, settings):
     settings = corpus | settings | {"device": "cuda", "compile": False, "precision": "fp32", "steps": 8}
     uninterrupted = run(settings)

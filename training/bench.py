@@ -25,7 +25,7 @@ import torch
 from configure import UserError, configure, is_from_run, run_cli
 from train import train
 from training.device import GIB, peak_flops, precision_name, select_device
-from training.distributed import init_distributed, rank
+from training.distributed import init_distributed, rank, world_size
 from training.exchange import write_model
 from training.pretrained import load
 from training.sample import faster_on_gpu
@@ -40,6 +40,9 @@ def bench(config):
     """{name: text}: what a training run measures of its own speed. Losses are not looked at."""
     config = replace(config, eval_every=None, eval_tokens=config.context, checkpoint_every=None, out=None,
                      sample_tokens=0, wandb=False)
+    if config.batch_start is not None:  # the whole batch, in the passes that it is ramped up in
+        config = replace(config, micro_batch=config.pass_batch(world_size()), batch_start=None,
+                         batch_ramp_tokens=None)
     start = time.perf_counter()
     train(replace(config, steps=1), quiet=True)
     first_step_seconds = time.perf_counter() - start

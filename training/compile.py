@@ -1,8 +1,10 @@
 """Faster code for the same numbers: torch.compile, and optimizer steps replayed as CUDA graphs."""
 
 import contextlib
+import functools
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from configure import UserError
 from training.distributed import world_size
@@ -43,28 +45,48 @@ def compile_for_training(method):
 def compiled_training(model, parallel_model, config, device, autocast, say):
     """Within, training of `model` goes through torch.compile, where config.compile asks for it and it works.
 
-    All blocks share one compiled code. "model" compiles the whole pass as one: it takes longer, for a faster
-    step. parallel_model: `model`, or what distributed.parallelize() made of it. Raises UserError.
+    All blocks share one compiled code, or with a window two. "model" compiles the whole pass as one: it takes
+    longer, for a faster step. parallel_model: `model`, or what distributed.parallelize() made of it. Raises
+    UserError.
     """
     # Compiled code is kept for every shape that a sweep trains
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 10_000
     methods = methods_to_compile(model, config, device)
+    if methods and can_use_flex(config, device):
+        model.block_mask = band_mask(config.window, config.context, device)
     try:
         for module, name in methods:
             setattr(module, name, compile_for_training(getattr(module, name)))
         if methods:
             error = try_one_pass(model, parallel_model, config, device, autocast)
             if error is not None:
-                restore(methods)
+                restore(model, methods)
                 fall_back_or_raise("compile", config, error, say)
         yield
     finally:
-        restore(methods)
+        restore(model, methods)
 
 
-def restore(methods):
+def can_use_flex(config, device):
+    """Whether blocks with a window go through FlexAttention (arXiv 2412.05496), which skips what lies outside
+    of it. It is code that torch.compile makes for a GPU; it knows no dropout and no smaller heads."""
+    return (config.window is not None and device.type == "cuda" and config.dropout == 0
+            and config.head_dim >= 16)
+
+
+@functools.lru_cache(maxsize=8)  # the same object for each trial of a shape: another would be compiled anew
+def band_mask(window, context, device):
+    """The BlockMask of the blocks that attend to the latest `window` tokens."""
+    def is_seen(b, h, query, key):
+        return (query >= key) & (query - key < window)
+
+    return create_block_mask(is_seen, None, None, context, context, device=device)
+
+
+def restore(model, methods):
     """Take the compiled methods off their modules again, as they hide the class's own."""
+    model.block_mask = None
     while methods:
         module, name = methods.pop()
         module.__dict__.pop(name, None)
@@ -72,7 +94,7 @@ def restore(methods):
 
 def try_one_pass(model, parallel_model, config, device, autocast):
     """Compile, by a forward and backward pass that changes nothing. Returns the exception that it ends in."""
-    rows = config.micro_batch or config.batch // world_size()
+    rows = config.pass_batch(world_size())
     tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
 
     def pass_once():
@@ -110,30 +132,42 @@ class CudaGraphed:
 
     The first two calls run plainly, as they compile kernels and allocate memory, which a graph cannot
     contain. The third is captured; from then on a call copies its argument into the graph's and replays.
+    An argument of another shape, as where the batch ramps up, begins this anew and frees the graph before.
     on_failure(error) is called when the capture fails; the function then stays plain.
     """
 
     def __init__(self, function, enabled, on_failure):
-        self.function, self.on_failure = function, on_failure
-        self.calls = 0
-        self.graph = torch.cuda.CUDAGraph() if enabled else None
+        self.function, self.enabled, self.on_failure = function, enabled, on_failure
+        self.calls = 0  # with arguments of this shape
+        self.shape = self.graph = self.input = self.output = None
 
     def __call__(self, x):
+        if x.shape != self.shape:
+            self.forget()
+            self.calls, self.shape = 0, x.shape
         self.calls += 1
-        if self.graph is not None and self.calls == 3:
+        if self.enabled and self.calls == 3:
             self.capture(x)
-        if self.graph is None or self.calls < 3:
+        if self.graph is None:
             return self.function(x)
         self.input.copy_(x)
         self.graph.replay()
         return self.output.clone()  # the next replay overwrites it
 
+    def forget(self):
+        """Free the graph, if there is one, and its memory."""
+        if self.graph is not None:
+            torch.cuda.synchronize()  # it may be running
+            self.graph = self.input = self.output = None
+            torch.cuda.empty_cache()
+
     def capture(self, x):
-        self.input = torch.empty_like(x)
+        self.input, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
         try:
             # thread_local: the thread that prefetches batches may pin memory meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.output = self.function(self.input)
+            self.graph = graph
         except RuntimeError as error:
             self.on_failure(error)
-            self.graph = None
+            self.enabled = False

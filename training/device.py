@@ -76,11 +76,11 @@ def total_memory(device):
 def check_memory(config, device, autocast):
     """Raises UserError when a run needs more memory than the device has."""
     size = model_size(config)
-    rows_per_rank = config.batch // world_size()
+    rows_per_rank = (config.batch_start or config.batch) // world_size()
     needed, available = least_memory(config, size, autocast, config.micro_batch), total_memory(device)
     if needed <= available:
         return
-    advice, rows = "a smaller model, or --shard=true on several devices", config.micro_batch or rows_per_rank
+    advice, rows = "a smaller model, or --shard=true on several devices", config.pass_batch(world_size())
     for fewer in range(rows, 0, -1):
         if rows_per_rank % fewer == 0 and least_memory(config, size, autocast, fewer) <= available:
             advice = f"--micro_batch={fewer}"
@@ -92,15 +92,17 @@ def check_memory(config, device, autocast):
 def least_memory(config, size, autocast, micro_batch):
     """The least bytes that training takes, or evaluation if that takes more: weights, gradients and Adam's
     moments in fp32, and for each token the activations that the backward pass reads; in evaluation no
-    gradients, and of the activations the logits and their log-probabilities."""
+    gradients, and of the activations the logits and their log-probabilities. A window takes a mask of all
+    pairs of tokens, if only to find FlexAttention's blocks in it."""
     bytes_per_number = 2 if autocast._enabled else 4
-    rows = micro_batch or config.batch // world_size()
+    rows = micro_batch or config.pass_batch(world_size())
     shards = world_size() if config.shard else 1
     training = 16 * size.parameters / shards
     training += rows * config.context * bytes_per_number * size.activations_per_token
     logits = piece_rows(config, micro_batch) * config.context * config.vocab_size
     evaluation = 12 * size.parameters / shards + logits * (bytes_per_number + 4)
-    return max(training, evaluation)
+    mask = config.context ** 2 if config.window is not None else 0
+    return max(training, evaluation) + mask
 
 
 def batches_on_device(chunks, device):

@@ -9,11 +9,12 @@ import torch
 class MetricsBuffer:
     """Keeps what the steps returned on the device until read() waits for it, and measures their speed.
 
-    columns: names of the observers' numbers. model_parameters: how many gradient norms a step returns.
+    tokens_before: Config's. columns: names of the observers' numbers. model_parameters: how many gradient
+    norms a step returns.
     """
 
-    def __init__(self, tokens_per_step, model_parameters, columns):
-        self.tokens_per_step, self.columns = tokens_per_step, columns
+    def __init__(self, tokens_before, model_parameters, columns):
+        self.tokens_before, self.columns = tokens_before, columns
         self.norms = slice(2, 2 + model_parameters)  # after loss and global gradient norm
         self.pending = []
         self.speeds = []  # tokens per second, one for each read
@@ -34,11 +35,13 @@ class MetricsBuffer:
     def read(self):
         """The rows of metrics.csv since the last read, as dicts. Waits for the device."""
         values = torch.stack([numbers for _, _, numbers in self.pending]).tolist()
-        self.speeds.append(len(values) * self.tokens_per_step / self.seconds_since_read())
+        first, last = self.pending[0][0] - 1, self.pending[-1][0]
+        tokens = self.tokens_before(last) - self.tokens_before(first)
+        self.speeds.append(tokens / self.seconds_since_read())
         rows = []
         for (step, lr, _), numbers in zip(self.pending, values, strict=True):
             loss, grad_norm = numbers[:2]
-            row = {"step": step, "tokens": step * self.tokens_per_step, "train_loss": loss,
+            row = {"step": step, "tokens": self.tokens_before(step), "train_loss": loss,
                    "grad_norm": grad_norm, "lr": lr, "tokens_per_second": round(self.speeds[-1])}
             row |= zip(self.columns, numbers[self.norms.stop:], strict=True)
             rows.append(row)

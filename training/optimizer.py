@@ -149,7 +149,7 @@ class FusedClipAndStep:
 def choose_update(model, optimizer, config, autocast):
     """What ends each step. FusedClipAndStep needs one pass a step, as bf16 gradients must not be summed up,
     and the optimizer that build_optimizer() makes: any other is torch's to step."""
-    one_pass = world_size() == 1 and not config.shard and config.micro_batch in (None, config.batch)
+    one_pass = world_size() == 1 and not config.shard and config.pass_batch() == config.batch
     groups = optimizer.param_groups
     plain_adamw = type(optimizer) is torch.optim.AdamW and all(
         group["betas"] == groups[0]["betas"] and not group["amsgrad"] and not group["maximize"]

@@ -1,56 +1,95 @@
-"""The learning-rate schedule: a pure function of the step."""
+"""The learning-rate schedule: a pure function of the step.
+
+Its clock counts tokens, so that a batch that ramps up does not bend it; with a fixed batch that is the same
+as counting steps, to the last bit. Fractions of the steps are turned into the tokens of these steps.
+"""
 
 import math
+from typing import NamedTuple
+
+
+class Clock(NamedTuple):
+    """Where a step stands in its run, all in tokens."""
+    before: int  # of all earlier steps
+    done: int  # with its own
+    warmup: int  # length of the warmup
+    decay_start: int  # wsd: where the decay begins
+    end: int  # where the schedule has come to final_lr
+
+
+def read_clock(config, step):
+    """The Clock of `step`, counted from 0."""
+    warmup_steps = round(config.warmup * config.steps)
+    stable_steps = config.steps - round(config.decay_fraction * config.steps)
+    warmup, end = config.tokens_before(warmup_steps), config.tokens_before(config.steps)
+    decay_start = config.tokens_before(stable_steps)
+    if config.warmup_tokens is not None:
+        warmup = config.warmup_tokens
+    if config.decay_tokens is not None:
+        end = config.decay_tokens
+        decay_start = end - round(config.decay_fraction * end)
+    return Clock(config.tokens_before(step), config.tokens_before(step + 1), warmup,
+                 max(warmup, decay_start), end)
 
 
 def lr_factor(config, step):
     """The learning rate at `step`, counted from 0, as a fraction of each group's peak. It is never 0 at the
     first step; warmup is linear, and what follows is config.schedule."""
-    warmup_steps = round(config.warmup * config.steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step + 1 - warmup_steps) / (config.steps - warmup_steps)  # 1 at the last step
-    return AFTER_WARMUP[config.schedule](config, progress, step, warmup_steps)
+    clock = read_clock(config, step)
+    if clock.before < clock.warmup:
+        return min(1.0, clock.done / clock.warmup)
+    return AFTER_WARMUP[config.schedule](config, clock)
 
 
-def constant(config, progress, step, warmup_steps):
+def progress(clock):
+    """The share of the way from the warmup to the end: 1 at the last step, and after the end."""
+    if clock.done >= clock.end:
+        return 1.0
+    return (clock.done - clock.warmup) / (clock.end - clock.warmup)
+
+
+def constant(config, clock):
     return 1.0
 
 
-def linear(config, progress, step, warmup_steps):
-    return 1 - (1 - config.final_lr) * progress
+def linear(config, clock):
+    return 1 - (1 - config.final_lr) * progress(clock)
 
 
-def cosine(config, progress, step, warmup_steps):
+def cosine(config, clock):
     """Half a cosine, from 1 to final_lr."""
-    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress(clock))) / 2
 
 
-def wsd(config, progress, step, warmup_steps):
+def wsd(config, clock):
     """Warmup, stable, decay (arXiv 2404.06395): constant, then linear to final_lr over the last
-    decay_fraction of all steps. Between warmup and decay it is 1 for any number of steps: a checkpoint from
-    there can be resumed with more steps."""
-    decay_steps = min(round(config.decay_fraction * config.steps), config.steps - warmup_steps)
-    left = config.steps - (step + 1)  # 0 at the last step
-    if left >= decay_steps:
+    decay_fraction of all steps, or of decay_tokens. Between warmup and decay it is 1 for any number of steps:
+    a checkpoint from there can be resumed with more steps."""
+    if clock.done <= clock.decay_start:
         return 1.0
-    return config.final_lr + (1 - config.final_lr) * left / decay_steps
+    if clock.done >= clock.end:
+        return config.final_lr
+    step = clock.done - clock.before  # the unit: with a fixed batch `left` is whole, and no bit is lost
+    left = (clock.end - clock.done) / step
+    return config.final_lr + (1 - config.final_lr) * left / ((clock.end - clock.decay_start) / step)
 
 
-def inverse_sqrt(config, progress, step, warmup_steps):
+def inverse_sqrt(config, clock):
     """The square-root decay of arXiv 1706.03762, not below final_lr."""
-    return max(config.final_lr, math.sqrt((warmup_steps + 1) / (step + 1)))
+    first = config.steps_for(clock.warmup)  # step that is not of the warmup
+    if config.tokens_before(first) < clock.warmup:
+        first += 1
+    return max(config.final_lr, math.sqrt(config.tokens_before(first + 1) / clock.done))
 
 
-def step_decay(config, progress, step, warmup_steps):
+def step_decay(config, clock):
     """Two equal drops, after half and three quarters of the steps."""
-    if progress <= 0.5:
+    if progress(clock) <= 0.5:
         return 1.0
-    if progress <= 0.75:
+    if progress(clock) <= 0.75:
         return math.sqrt(config.final_lr)
     return config.final_lr
 
 
 AFTER_WARMUP = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd,
                 "inverse_sqrt": inverse_sqrt, "step": step_decay}
-

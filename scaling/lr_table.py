@@ -1,0 +1,66 @@
+"""The learning rate of some configurations beside what μP takes to their shape from a tuned proxy:
+
+    python -m scaling.lr_table config/gpt3/*.py [--proxy=config/proxy.py] [--name=value]
+
+muP: that of the hidden matrices, by width and depth alone (parametrization.py). "with rules": times both
+rules that are off by default, for the tokens of a batch, by the square root, and for those of the run, by the
+power of -0.32. These reach far beyond what was measured here. Settings apply to the proxy. Trains nothing.
+"""
+
+from dataclasses import replace
+
+from configure import UserError, configure, run_cli
+from model import model_size
+from parametrization import batch_rule, horizon_rule, hyperparameters
+from scaling.cli import parse_options
+from scaling.sweep import TYPICAL_VOCAB_SIZE
+
+COLUMNS = "config,parameters,width,depth,tokens a step,tokens,lr,muP,with rules".split(",")
+
+
+def hidden_lr(config):
+    return hyperparameters(config, "hidden")["lr"]
+
+
+def transferred(config, proxy):
+    """`proxy` at the width and depth of `config`, with its own shape as the base."""
+    return replace(proxy, width=config.width, depth=config.depth, head_dim=config.head_dim, window=None,
+                   parametrization="mup", base_width=proxy.width, base_depth=proxy.depth,
+                   base_head_dim=proxy.head_dim, base_batch=None, base_tokens=None)
+
+
+def both_rules(config, proxy):
+    """What the rules for a batch and for a run of other tokens than the proxy's multiply lr by."""
+    sequences = max(1, config.batch * config.context // proxy.context)  # base_batch counts the proxy's
+    by_batch, _, _ = batch_rule(replace(proxy, batch=sequences, base_batch=proxy.batch, micro_batch=None,
+                                        batch_start=None, batch_ramp_tokens=None))
+    return by_batch * horizon_rule(replace(config, base_tokens=proxy.tokens_before(max(1, proxy.steps))))
+
+
+def lr_row(name, config, proxy):
+    """{column: text}"""
+    parameters = model_size(replace(config, vocab_size=config.vocab_size or TYPICAL_VOCAB_SIZE)).parameters
+    by_mup = hidden_lr(transferred(config, proxy))
+    values = [name.removeprefix("config/"), f"{parameters:,}", f"{config.width}", f"{config.depth}",
+              f"{config.batch * config.context:,}", f"{config.tokens_before(config.steps):.2e}",
+              f"{hidden_lr(config):.2e}", f"{by_mup:.2e}", f"{by_mup * both_rules(config, proxy):.2e}"]
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def main(argv):
+    options, _, words = parse_options(argv, {"proxy": "config/proxy.py"}, __doc__)
+    files = [word for word in words if not word.startswith("-")]
+    proxy = configure([options["proxy"], *(word for word in words if word.startswith("-"))])
+    if not files:
+        raise UserError("lr_table: takes configurations, such as config/gpt3/*.py")
+    rows = [lr_row(name, configure([name]), proxy) for name in files]
+    rows.sort(key=lambda row: int(row["parameters"].replace(",", "")))
+    rows.insert(0, dict(zip(COLUMNS, COLUMNS, strict=True)))
+    widths = {name: max(len(row[name]) for row in rows) for name in COLUMNS}
+    for row in rows:
+        numbers = [f"{row[name]:>{widths[name]}}" for name in COLUMNS[1:]]
+        print(f"{row['config']:<{widths['config']}}", *numbers, sep="  ")
+
+
+if __name__ == "__main__":
+    run_cli(main)
