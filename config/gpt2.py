@@ -4,7 +4,7 @@ Width and depth are what the settings transfer over. Batch, context and the numb
 proxy's here, and over those nothing is proven: sweep lr around its value if the run is dear.
 """
 
-from config.proxy import *
+from config.gpt2_proxy import *
 
 width, depth = 768, 12  # 12 heads of 64
 context = 1024  # tokens

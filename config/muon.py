@@ -1,10 +1,12 @@
-"""config/modern.py with Muon on the hidden matrices. The best of 262 trials at this shape: 3.444 nats over 3
-seeds on a GPU, 0.12 below AdamW's best. Muon's rate has no power of the width (parametrization.py).
+"""The proxy with Muon on the hidden matrices. The best of 262 trials at 500 steps of 16 sequences: 3.444 nats
+over 3 seeds on a GPU. Muon's rate has no power of the width (parametrization.py).
 """
 
-from config.modern import *
+from config.proxy import *
 
 optimizer = "muon"
+batch, base_batch, steps = 16, None, 500
+eval_every = checkpoint_every = 100
 lr = 0.0206  # of orthogonal updates, so not AdamW's
 embedding_lr_mult = 16.0
 readout_lr_mult = 3.0
@@ -13,6 +15,9 @@ embedding_std = 0.2
 hidden_std = 0.125
 readout_std = 0.75
 logit_mult = 0.29
+attention_mult = 1.44
 weight_decay = 0.002
-beta1 = 0.7
+beta1, beta2 = 0.7, 0.99
 warmup = 0.05
+schedule, final_lr = "cosine", 0.1
+grad_clip = 0.5
