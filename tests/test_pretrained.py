@@ -53,12 +53,12 @@ def test_a_run_starts_from_the_best_or_the_named_weights_of_another_on_other_tex
     assert losses[-1] < losses[0]
 
 
-def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_a_tenth_of_its_lr(corpus, pretrained):
+def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_its_optimizer(corpus, pretrained):
     run_config = configure([pretrained[0]])
     config = configure([f"--init_from={pretrained[0]}"])
     assert all(getattr(config, name) == getattr(run_config, name) for name in FUNCTION_SETTINGS)
     assert config.tokenizer == pretrained[0] and config.embedding_lr_mult == 3.0
-    assert config.lr == pytest.approx(0.003) and config.out is None and config.steps != run_config.steps
+    assert config.lr == 0.03 and config.out is None and config.steps != run_config.steps
     given = configure([f"--init_from={pretrained[0]}", "--lr=1", "--tokenizer=bytes"])
     assert given.lr == 1 and given.tokenizer == "bytes", "what is given comes first"
 
