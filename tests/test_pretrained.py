@@ -1,14 +1,16 @@
 """Starting from trained weights: what comes along, and what cannot fit."""
 
+import json
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import column, run
 
 import train
-from configure import FUNCTION_SETTINGS, UserError, configure
+from configure import FUNCTION_SETTINGS, Config, UserError, configure
 from data.tokenizer import load_kept
 
 
@@ -91,8 +93,9 @@ def test_a_longer_context_is_taken_where_positions_are_rotary_and_a_shorter_one_
 
 @pytest.mark.parametrize(("make", "line"), [
     (lambda folder: None, "init_from: got .*, takes a run directory"),
-    (lambda folder: folder.mkdir(), "config.json: No such file"),
-    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"),
+    (lambda folder: folder.mkdir(), "init_from: .*holds no config.json"),
+    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"), "model_type: got None"),
+    (lambda folder: folder.mkdir() or (folder / "config.json").write_text(json.dumps(asdict(Config()))),
      "holds no best.pt and no last.pt")])
 def test_what_holds_no_run_is_rejected(corpus, tmp_path, make, line):
     make(tmp_path / "source")
