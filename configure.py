@@ -334,10 +334,9 @@ def parse_value(name, text):
 FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp mlp_ratio rotary_base
     norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization depth_alpha
     embedding_mult logit_mult attention_mult""".split())
-# How a run's weights were stepped: those that start from them are stepped in the same way, more gently
-OPTIMIZER_SETTINGS = tuple("""optimizer embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1
+# How a run's weights were stepped: those that start from them are stepped in the same way
+OPTIMIZER_SETTINGS = tuple("""optimizer lr embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1
     beta2 eps momentum grad_clip""".split())
-INIT_LR = 0.1  # x the lr of the run that `init_from` names, where no lr is given
 
 
 def run_of(source):
@@ -364,7 +363,7 @@ def settings_to_start_from(source):
     taken = {name: settings[name] for name in (*FUNCTION_SETTINGS, *OPTIMIZER_SETTINGS, "tokenizer")}
     if re.match(r"bpe:|.*[/\\]", settings["tokenizer"]) or os.path.isdir(settings["tokenizer"]):
         taken["tokenizer"] = run  # which keeps it: another text would make another
-    return taken | {"lr": INIT_LR * settings["lr"]}
+    return taken
 
 
 def settings_of_huggingface(source):

@@ -84,7 +84,7 @@ APERTUS = Family("apertus", "ApertusForCausalLM",
                                   "blocks.{i}.mlp_norm": "model.layers.{i}.feedforward_layernorm"})
 FAMILIES = (GPT2, QWEN3, LLAMA, ARCEE, APERTUS)
 
-# Where nothing else is given, a model of another's making is finetuned at this rate: it was made for no muP
+# The lr of who starts from such a model and gives none: usual for GPT-2's size, low for a model of a few MB
 LR = 5e-5
 HUB_TIMEOUT = 10  # seconds
 # Names without an owner that the hub knew first

@@ -64,6 +64,7 @@ EXPORTED = [
     *[(block, MULTIPLIERS) for block in HELD.values()],
     *[(block, MULTIPLIERS | {"tied": True, "parametrization": "sp"}) for block in HELD.values()],
     (BLOCKS["no qk_norm"], {"bias": True}), (GPT2_BLOCK, MULTIPLIERS | {"bias": True, "tied": True}),
+    (BLOCKS["layer"], {"embedding_std": 0.003}),  # where what is added to the variance matters
     ({}, {"width": 64, "head_dim": 8}), ({}, {"depth": 5}), (GPT2_BLOCK, {"mlp": "gelu_tanh"}),
     ({}, {"rotary_base": 500.0, "mlp_ratio": 1.25, "norm_eps": 1e-3})]
 

@@ -1,14 +1,16 @@
 """Starting from trained weights: what comes along, and what cannot fit."""
 
+import json
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import column, run
 
 import train
-from configure import FUNCTION_SETTINGS, UserError, configure
+from configure import FUNCTION_SETTINGS, Config, UserError, configure
 from data.tokenizer import load_kept
 
 
@@ -53,12 +55,12 @@ def test_a_run_starts_from_the_best_or_the_named_weights_of_another_on_other_tex
     assert losses[-1] < losses[0]
 
 
-def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_a_tenth_of_its_lr(corpus, pretrained):
+def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_its_optimizer(corpus, pretrained):
     run_config = configure([pretrained[0]])
     config = configure([f"--init_from={pretrained[0]}"])
     assert all(getattr(config, name) == getattr(run_config, name) for name in FUNCTION_SETTINGS)
     assert config.tokenizer == pretrained[0] and config.embedding_lr_mult == 3.0
-    assert config.lr == pytest.approx(0.003) and config.out is None and config.steps != run_config.steps
+    assert config.lr == 0.03 and config.out is None and config.steps != run_config.steps
     given = configure([f"--init_from={pretrained[0]}", "--lr=1", "--tokenizer=bytes"])
     assert given.lr == 1 and given.tokenizer == "bytes", "what is given comes first"
 
@@ -91,8 +93,9 @@ def test_a_longer_context_is_taken_where_positions_are_rotary_and_a_shorter_one_
 
 @pytest.mark.parametrize(("make", "line"), [
     (lambda folder: None, "init_from: got .*, takes a run directory"),
-    (lambda folder: folder.mkdir(), "config.json: No such file"),
-    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"),
+    (lambda folder: folder.mkdir(), "init_from: .*holds no config.json"),
+    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"), "model_type: got None"),
+    (lambda folder: folder.mkdir() or (folder / "config.json").write_text(json.dumps(asdict(Config()))),
      "holds no best.pt and no last.pt")])
 def test_what_holds_no_run_is_rejected(corpus, tmp_path, make, line):
     make(tmp_path / "source")

@@ -6,11 +6,13 @@ import shutil
 import sys
 
 import pytest
-from conftest import run
+import torch
+from conftest import cuda, run, tiny
 
 import train
 from configure import UserError
 from data.tokenizer import Tokenizer, build_encoding
+from model import GPT
 from training import sample as sampling
 
 
@@ -109,3 +111,13 @@ def test_a_sample_ends_at_an_end_of_text(monkeypatch, finished):
     config = sampling.Config(samples=2, prompt="x")
     assert sampling.write_samples(model, tokenizer, config) == [
         "x" + tokenizer.decode(ids) for ids in ([5], [6, 7])]
+
+
+@cuda
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_a_cuda_graph_writes_what_plain_steps_write(position):
+    model = GPT(tiny(position=position, embedding_std=1.0, hidden_std=2.0)).cuda()
+    graphed = sampling.faster_on_gpu(torch.device("cuda"))
+    for prompts in ([[1, 2, 3]], [[1, 2, 3, 4, 5], [6], [7, 8]]):  # past the context, which is read again
+        plain = [*model.generate(prompts, 40, temperature=0)]
+        assert [*model.generate(prompts, 40, temperature=0, graphed=graphed)] == plain

@@ -13,6 +13,7 @@ after each of --samples prompts of 8 tokens.
 
 # A command on top of train.py: nothing imports it
 
+import functools
 import importlib.util
 import math
 import sys
@@ -93,56 +94,71 @@ def cost_of_loss(config, loss):
 
 
 def bench_sampling(source, config):
-    """Yields (what writes, tokens per second in all texts together) for the model `source`."""
+    """{what writes: tokens per second in all texts together} for the model `source`."""
     device, autocast = select_device(config)
     model, tokenizer = load(source, device)
     n = min(config.sample_tokens, model.config.context - PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(config.seed)
     prompts_BT = torch.randint(tokenizer.eot, (config.samples, PROMPT_TOKENS), generator=generator)
 
+    prompts = prompts_BT.tolist()
+
     def ours(graphed):
         with autocast:
-            for _ in model.generate(prompts_BT, n, temperature=0, graphed=graphed):
+            for _ in model.generate(prompts, n, temperature=0, graphed=graphed):
                 pass
 
-    yield f"this, {precision_name(autocast)}", texts_per_second(lambda: ours(None), device) * n
+    writers = {f"this, {precision_name(autocast)}": functools.partial(ours, None)}
     if graphed := faster_on_gpu(device):
-        yield "this, a CUDA graph", texts_per_second(lambda: ours(graphed), device) * n
-    if importlib.util.find_spec("transformers") is None:
-        return
+        writers["this, a CUDA graph"] = functools.partial(ours, graphed)
+    if importlib.util.find_spec("transformers") is not None:
+        theirs = load_by_transformers(source, model, tokenizer.eot).to(device, autocast_dtype(autocast))
+        prompts_BT = prompts_BT.to(device)
+        inputs = {"input_ids": prompts_BT, "attention_mask": torch.ones_like(prompts_BT)}
+        for cache in ("dynamic", "static") if device.type == "cuda" else ("dynamic",):
+            writers[f"transformers, {cache} cache"] = functools.partial(
+                theirs.generate, **inputs, do_sample=False, max_new_tokens=n, min_new_tokens=n,
+                pad_token_id=0, cache_implementation=cache)
+    seconds = time_in_turn(writers.values(), device)
+    return {name: config.samples * n / s for name, s in zip(writers, seconds, strict=True)}
+
+
+def autocast_dtype(autocast):
+    return torch.bfloat16 if autocast._enabled else torch.float32
+
+
+def load_by_transformers(source, model, eot):
+    """The model of transformers with the weights of `model`, which load(source) made."""
     import transformers
     with tempfile.TemporaryDirectory() as folder:
         if is_from_run(source):
-            write_model(model, folder, tokenizer.eot)
-        dtype = torch.bfloat16 if autocast._enabled else torch.float32
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder if is_from_run(source) else source, dtype=dtype).to(device).eval()
-    prompts_BT = prompts_BT.to(device)
-    for cache in (None, "static") if device.type == "cuda" else (None,):
-        speed = texts_per_second(lambda: theirs.generate(
-            prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=False, max_new_tokens=n,
-            min_new_tokens=n, pad_token_id=0, cache_implementation=cache), device)  # noqa: B023
-        yield f"transformers, {cache or 'dynamic'} cache", speed * n
+            write_model(model, folder, eot)
+        path = folder if is_from_run(source) else source
+        return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
-def texts_per_second(write, device):
-    """Of `write`, the best of 3 after a first that warms up."""
-    seconds = []
+def time_in_turn(functions, device):
+    """The seconds that each of `functions` takes: of 3 rounds, after one that warms up, the fastest. In turn,
+    as other processes come and go."""
+    functions = [*functions]
+    rounds = []
     for _ in range(4):
-        start = time.perf_counter()
-        write()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 1 / min(seconds[1:])
+        rounds.append([])
+        for function in functions:
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rounds[-1].append(time.perf_counter() - start)
+    return [min(seconds) for seconds in zip(*rounds[1:], strict=True)]
 
 
 def main_of_sampling(source, argv):
     if not source:
         raise UserError("sample: got nothing, takes --sample=RUN_DIR, or a Hugging Face model")
     config = configure(argv)
-    for name, speed in bench_sampling(source, config):
-        print(f"{name:32}{speed * config.samples:>12,.0f} tokens/s")
+    for name, speed in bench_sampling(source, config).items():
+        print(f"{name:32}{speed:>12,.0f} tokens/s")
 
 
 def parse_loss(word):
