@@ -69,6 +69,8 @@ class Config:
     base_batch: Count | None = None  # its sequences per step: lr, decay, beta2 scale with batch; None: fixed
     base_tokens: Count | None = None  # tokens of its run: lr x (tokens / base_tokens)^-0.32; None: fixed
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
+    mup_init: Share = 1.0  # mup: exponents of init, from sp's at 0 to mup's at 1
+    mup_lr: Share = 1.0  # mup: exponents of lr, decay, eps and the forward pass, from sp's at 0 to mup's at 1
     depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
     # Tuned settings (found on the proxy, used as they are on the target)
     optimizer: one_of("adamw", "muon") = "adamw"  # of the hidden matrices; all else is stepped by AdamW
@@ -131,6 +133,10 @@ class Config:
             if divisor is not None and value % divisor:
                 above = value + divisor - value % divisor
                 raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
+        for name in ("mup_init", "mup_lr"):
+            if self.parametrization != "mup" and getattr(self, name) != 1:
+                raise UserError(f"{name}: got {getattr(self, name)} with parametrization={self.parametrization}, "
+                                "takes parametrization=mup, as it leads from sp at 0 to mup at 1")
 
     @property
     def width_mult(self):
