@@ -134,9 +134,10 @@ class Config:
                 above = value + divisor - value % divisor
                 raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
         for name in ("mup_init", "mup_lr"):
-            if self.parametrization != "mup" and getattr(self, name) != 1:
-                raise UserError(f"{name}: got {getattr(self, name)} with parametrization={self.parametrization}, "
-                                "takes parametrization=mup, as it leads from sp at 0 to mup at 1")
+            value = getattr(self, name)
+            if self.parametrization != "mup" and value != 1:
+                raise UserError(f"{name}: got {value} with parametrization={self.parametrization}, takes "
+                                "parametrization=mup, as it leads from sp at 0 to mup at 1")
 
     @property
     def width_mult(self):

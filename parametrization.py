@@ -72,8 +72,8 @@ def between(start, end, init, lr):
 
     That plane is of widths and of weights with their multipliers in them. A forward multiplier acts on
     initial weights and updates alike. So it goes with `lr`, and the readout's std makes up for that at
-    initialization. Attention's 1/d goes with `lr`, as it is there for queries and keys that have learned to agree; so does
-    the branch multiplier, which is a rule of depth.
+    initialization. Attention's 1/d goes with `lr`, as it is there for queries and keys that have learned to
+    agree; so does the branch multiplier, which is a rule of depth.
     """
     (start_roles, start_factors), (end_roles, end_factors) = start, end
     roles = {}
@@ -95,6 +95,7 @@ def table_of(config):
     """(roles, factors of the forward pass) of `config`: its table, or one on the way to it from sp's."""
     a = config.depth_alpha
     return between(sp(a), TABLES[config.parametrization](a), config.mup_init, config.mup_lr)
+
 
 # Role: the names of its parameters. Nothing is attached to tensors, where DDP or compile could lose it.
 ROLES = {
