@@ -98,12 +98,13 @@ class Config:
     decay_fraction: Share = 0.2  # wsd (warmup, stable, decay): last fraction of the steps, linear decay
     # Data
     dataset: Text = "stdlib"  # stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name
-    tokenizer: Text = "bpe:2048"  # bpe:N, trained on the data set; bytes; a tiktoken name (gpt2, o200k_base)
+    tokenizer: Text = "bpe:2048"  # bpe:N, trained on the data; bytes; a tiktoken name; a folder with one
     subset: Text | None = None  # configuration of a hub data set
     split: Text = "train"  # split of a hub data set
     text_field: Text = "text"  # column that holds the text of .csv, .jsonl, .parquet and hub rows
     max_tokens: Count | None = None  # tokens to prepare; None: all
     val_fraction: Fraction = 0.05  # fraction of the documents held out, chosen by a fixed hash of their text
+    init_from: Text | None = None  # weights to start from: a run directory, or a checkpoint in one
     seed: Whole = 0  # of initialization, batches and dropout
     # Run (what a resumed run may change; nothing above)
     steps: Whole = 1000  # optimizer steps
@@ -238,6 +239,37 @@ def parse_value(name, text):
         return text
 
 
+# Settings that say which function a model's weights compute: who starts from weights takes these with them
+FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp tied bias vocab_size
+    base_width base_depth base_head_dim parametrization depth_alpha embedding_mult logit_mult attention_mult
+    """.split())
+# How a run's weights were stepped: those that start from them are stepped in the same way, more gently
+OPTIMIZER_SETTINGS = tuple("""optimizer embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1
+    beta2 eps momentum grad_clip""".split())
+INIT_LR = 0.1  # x the lr of the run that `init_from` names, where no lr is given
+
+
+def run_of(source):
+    """The run directory of `source`, which may be a checkpoint in it: out/proxy/last.pt."""
+    return os.path.dirname(source) or "." if source.endswith(".pt") else source
+
+
+def settings_to_start_from(source):
+    """What a run that starts from the weights of the run `source` takes from it where nothing else is given.
+    Raises UserError.
+
+    Besides what the weights need to mean the same, its tokenizer, and its optimizer at a tenth of its lr.
+    """
+    run = run_of(source)
+    if not os.path.isdir(run):
+        raise UserError(f"init_from: got {source}, takes a run directory, or a checkpoint in one")
+    settings = read_settings(run)
+    taken = {name: settings[name] for name in (*FUNCTION_SETTINGS, *OPTIMIZER_SETTINGS, "tokenizer")}
+    if re.match(r"bpe:|.*[/\\]", settings["tokenizer"]) or os.path.isdir(settings["tokenizer"]):
+        taken["tokenizer"] = run  # which keeps it: another text would make another
+    return taken | {"lr": INIT_LR * settings["lr"]}
+
+
 OWN_MODULES = {"configure", "parametrization", "model", "train", "data", "training", "scaling"}
 
 
@@ -298,6 +330,10 @@ def configure(argv):
                 raise UserError(f"{name}: got no value, takes --{name}=VALUE")
         flags[name] = parse_value(name, text)
     layers.append(("", flags))
+    given = {name: value for _, values in layers for name, value in values.items()}
+    if given.get("init_from") and not SETTINGS.keys() <= given.keys():  # a run that resumes has them all
+        source = check_setting("init_from", given["init_from"])
+        layers.insert(0, (f"init_from: {source}: ", settings_to_start_from(source)))
     return Config(**{name: check_setting(name, value, where)
                      for where, values in layers for name, value in values.items()})
 

@@ -38,6 +38,7 @@ from training.logger import RunLogger, own_run_dir
 from training.metrics import MetricsBuffer, is_finite
 from training.monitor import LossSpikeDetector, build_observers, divergence_message
 from training.optimizer import build_optimizer, choose_update
+from training.pretrained import check_same_function, load_pretrained, read_pretrained
 from training.step import TrainStep
 
 READ_SECONDS = 0.5  # between two reads of the metrics, at the most
@@ -91,6 +92,11 @@ def set_up(config, say):
     reject_run_in_its_text(config)
     logger = RunLogger(config, say)
     checkpoint = logger.read_checkpoint()
+    pretrained = None
+    if config.init_from and checkpoint is None:
+        pretrained = read_pretrained(config.init_from)
+        check_same_function(config, pretrained)
+        say(f"{pretrained.path}: its weights are where this run starts")
     with local_rank0_first():
         dataset = open_dataset(config, checkpoint, say)
     dataset.check_fills_batch(config.context, config.batch)
@@ -100,6 +106,8 @@ def set_up(config, say):
     sized_config = with_vocab_size(config, dataset)
     check_memory(sized_config, device, autocast)
     model = GPT(sized_config).to(device)
+    if pretrained is not None:
+        load_pretrained(pretrained, config, dataset, model)
     parallel_model = parallelize(model, config, device)
     optimizer = build_optimizer(model, capturable=use_cuda_graph(config, device))
     logger.load(checkpoint, dataset, model, optimizer)
@@ -245,7 +253,7 @@ def train_run(run, result, quiet):
     config = run.config
     observers = build_observers(run.model, config)
     columns = [column for observer in observers for column in observer.columns]
-    run.logger.open(format_table(run.model), result.history, columns)
+    run.logger.open(format_table(run.model), run.dataset.tokenizer, result.history, columns)
     run.say(describe(run))
     # Chosen before the model is compiled: its bf16 copies of the weights are compiled in
     update = choose_update(run.parallel_model, run.optimizer, config, run.autocast)

@@ -33,7 +33,13 @@ from configure import UserError, configure, run_cli
 from data.datasets import describe, documents
 from data.files import durable_file, write_text
 from data.loader import CHECKED, TokenDataset, read_meta, stamp
-from data.tokenizer import TOKENIZER_FILE, build_encoding, check_tokenizer_name, save_encoding
+from data.tokenizer import (
+    TOKENIZER_FILE,
+    build_encoding,
+    check_tokenizer_name,
+    save_encoding,
+    tokenizer_identity,
+)
 
 FORMAT = 1  # version of a folder's content; increase it when old folders must not be used any longer
 # The settings that decide what the tokens are: their hash is in the folder's name
@@ -55,6 +61,7 @@ def prepare(config):
     check_tokenizer_name(config.tokenizer)
     source = describe(config)
     settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS}
+    settings["tokenizer"] = tokenizer_identity(config.tokenizer)
     folder = os.path.join(config.data_dir, folder_name(settings, source))
     if not os.path.isdir(folder):
         write_folder(config, folder, settings, source)
@@ -96,19 +103,23 @@ def check_prepared_settings(config):
     """Raises UserError when the prepared folder config.dataset was prepared with other settings."""
     prepared = TokenDataset(config.dataset).meta["settings"]
     for name in IDENTITY_SETTINGS:
-        if name == "dataset":  # there the path of the text, here of the folder
-            continue
         wanted, actual = getattr(config, name), prepared.get(name)
-        if actual != wanted:
-            raise UserError(f"{name}: got {wanted}, but {config.dataset} was prepared with {actual}; "
-                            f"takes --{name}={actual}")
+        if name == "dataset" or actual == wanted:  # there the path of the text, here of the folder
+            continue
+        if name == "tokenizer" and os.path.isdir(wanted):
+            if tokenizer_identity(wanted) == tokenizer_identity(config.dataset):
+                continue
+        if name == "tokenizer" and str(actual).startswith("sha256:"):
+            actual = config.dataset  # a folder that holds it
+        raise UserError(f"{name}: got {wanted}, but {config.dataset} was prepared with {actual}; "
+                        f"takes --{name}={actual}")
 
 
 def folder_name(settings, source):
     """A readable name that ends in a hash of everything that decides the folder's content."""
     identity = hashlib.sha256(json.dumps([FORMAT, settings, source], sort_keys=True).encode()).hexdigest()
     dataset = os.path.basename(settings["dataset"].rstrip("/"))
-    readable = re.sub(r"\W+", "-", f"{dataset}-{settings['tokenizer']}").strip("-")
+    readable = re.sub(r"\W+", "-", f"{dataset}-{settings['tokenizer'][:15]}").strip("-")
     return f"{readable[:60]}-{identity[:12]}"
 
 

@@ -1,9 +1,10 @@
-"""Tokenizers: built, saved in a prepared folder, and loaded; each is a tiktoken.Encoding."""
+"""Tokenizers: built, kept with prepared data and in run directories, loaded; each is a tiktoken.Encoding."""
 
 import base64
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 
@@ -11,8 +12,10 @@ import numpy as np
 import tiktoken
 
 from configure import UserError, closest
+from data.files import atomic_file, write_text
 
 TOKENIZER_FILE = "tokenizer.tiktoken"
+RUN_META = "tokenizer.meta.json"  # beside TOKENIZER_FILE in a run directory: what load_encoding() needs
 END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split into pieces, without possessive quantifiers, which `tokenizers` reads differently
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -73,6 +76,9 @@ class Tokenizer:
 
 def check_tokenizer_name(name):
     """Raises UserError when `name` is not a tokenizer."""
+    if os.path.isdir(name):
+        load_kept(name)
+        return
     tiktoken_names = tiktoken.list_encoding_names()
     bpe = re.fullmatch(r"bpe:(\d+)", name)
     if bpe:
@@ -82,15 +88,18 @@ def check_tokenizer_name(name):
                             f"bytes, 1 merge, end of text) to {MAX_BPE_SIZE}")
     elif name != "bytes" and name not in tiktoken_names:
         advice = closest(name, ["bytes", "bpe:2048", *tiktoken_names])
-        raise UserError(f"tokenizer: got {name}, takes bytes, bpe:N or one of "
+        raise UserError(f"tokenizer: got {name}, takes bytes, bpe:N, a folder that holds one, or one of "
                         f"{', '.join(tiktoken_names)}{advice}")
 
 
 def build_encoding(name, load_texts):
     """The tiktoken.Encoding called `name`. Raises UserError.
 
+    name: bytes, bpe:N, what tiktoken knows, or a folder that holds a tokenizer.
     load_texts: called without arguments only for bpe:N; returns the list of str that it is trained on.
     """
+    if os.path.isdir(name):
+        return load_kept(name).encoding
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
         return make_encoding(name, ANY_CHARACTER, ranks, {END_OF_TEXT: 256})
@@ -186,3 +195,50 @@ def load_encoding(folder, saved):
         raise ValueError("the tokenizer's pattern is empty")
     with panics_as_errors():
         return make_encoding(saved["name"], saved["pattern"], ranks, saved["special_tokens"])
+
+
+# A tokenizer kept in a folder: in a run directory, or with prepared data
+
+
+def keep_tokenizer(tokenizer, folder):
+    """Write `tokenizer` into a run directory, unless it is there. Raises OSError."""
+    if os.path.exists(os.path.join(folder, RUN_META)):
+        return
+    with atomic_file(os.path.join(folder, TOKENIZER_FILE)) as file:
+        saved = save_encoding(tokenizer.encoding, file)
+    meta = {"tokenizer": saved, "vocab_size": tokenizer.vocab_size}
+    write_text(os.path.join(folder, RUN_META), json.dumps(meta, indent=1))
+
+
+def load_kept(folder):
+    """The Tokenizer that a run directory or a folder of prepared data holds. Raises UserError."""
+    for name in (RUN_META, "meta.json"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return load_described(folder, path)
+    raise UserError(f"tokenizer: {folder} holds none; takes a folder of prepared data or a run directory "
+                    f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
+
+
+def load_described(folder, path):
+    """The Tokenizer of `folder` that the JSON file at `path` describes. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+        return Tokenizer(load_encoding(folder, meta["tokenizer"]), meta["vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"tokenizer: {folder} is damaged ({type(error).__name__}: {reason}); takes a folder "
+                        "that train.py or data.prepare wrote") from None
+
+
+def tokenizer_identity(name):
+    """What tells the tokenizer `name` from others: its name or, for one in a folder, a hash of what it is, as
+    two folders may hold the same. Raises UserError."""
+    if not os.path.isdir(name):
+        return name
+    encoding = load_kept(name).encoding
+    sha256 = hashlib.sha256(encoding._pat_str.encode())
+    for things in (encoding._mergeable_ranks, encoding._special_tokens):
+        sha256.update(repr(sorted(things.items(), key=lambda item: item[1])).encode())
+    return f"sha256:{sha256.hexdigest()}"

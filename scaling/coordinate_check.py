@@ -180,6 +180,8 @@ def check_sizes(config, options):
     both = options["widths"] and options["depths"]
     if both or options["seeds"] < 2 or len(set(sizes)) < 2:
         raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
+    if config.init_from is not None:
+        raise UserError(f"init_from: got {config.init_from}, takes none: what is checked is initialization")
     for size in sizes:
         replace(config, **{axis: size})  # rejects a width that is no multiple of head_dim
     return axis, sizes

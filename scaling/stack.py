@@ -46,7 +46,7 @@ def check_stackable(configs):
             if getattr(config, name) > LARGEST_BETA:
                 raise UserError(f"stack: got {name}={getattr(config, name)}, takes at most {LARGEST_BETA}: "
                                 "beyond it fp32 has no 1 - beta")
-    for name, only in {"dropout": 0.0, "micro_batch": None, "shard": False}.items():
+    for name, only in {"dropout": 0.0, "micro_batch": None, "shard": False, "init_from": None}.items():
         if getattr(first, name) != only:
             raise UserError(f"stack: got {name}={getattr(first, name)}, takes {name}={only}")
 

@@ -267,7 +267,8 @@ SETTINGS = {
     "subset": ("some", "error"), "split": ("test", "error"),  # only the hub has them
     "text_field": ("body", "losses", {"dataset": "ROWS"}), "max_tokens": (5000, "losses"),
     "val_fraction": (0.5, "losses"), "data_dir": ("TMP", "folders"), "steps": (5, "steps"),
-    "seed": (1, "first loss"), "micro_batch": (2, "pass"), "eval_every": (2, "validations"),
+    "init_from": ("nowhere", "error"), "seed": (1, "first loss"), "micro_batch": (2, "pass"),
+    "eval_every": (2, "validations"),
     "eval_tokens": (256, "validations"), "checkpoint_every": (2, "checkpoints", {"out": "TMP/run"}),
     "out": ("TMP/run", "files"), "device": ("cuda:99", "error"), "precision": ("bf16", "losses"),
     "compile": ("model", "compiled"), "graph": (True, "error"), "shard": (True, "error"),
@@ -391,7 +392,8 @@ def test_a_run_directory_holds_what_was_asked_what_was_done_and_nothing_unfinish
     settings = corpus | {"out": str(tmp_path / "run"), "eval_every": 2, "steps": 5}
     result = run(settings)
     assert {*os.listdir(tmp_path / "run")} == {
-        "config.json", "table.txt", "metrics.csv", "last.pt", "previous.pt", "best.pt", "sample.txt"}
+        "config.json", "table.txt", "metrics.csv", "last.pt", "previous.pt", "best.pt", "sample.txt",
+        "tokenizer.tiktoken", "tokenizer.meta.json"}
     with open(tmp_path / "run/config.json") as file:
         assert Config(**json.load(file)) == Config(**settings)
     assert (tmp_path / "run/table.txt").read_text() == format_table(result.model) + "\n"

@@ -2,6 +2,7 @@
 
 config.json   its settings; RUN_DIR on the command line stands for this file
 table.txt     the resolved parametrization
+tokenizer.*   the tokenizer, so that the folder is all that it takes to use the model
 metrics.csv   a row per optimizer step, rewritten from the checkpoint when the run resumes
 last.pt       the newest checkpoint; previous.pt the one before it, in case last.pt is damaged
 best.pt       the checkpoint of the lowest validation loss
@@ -18,6 +19,7 @@ from dataclasses import asdict
 
 from configure import UserError
 from data.files import write_text
+from data.tokenizer import keep_tokenizer
 from training.checkpoint import (
     check_same_settings,
     check_same_tokens,
@@ -105,22 +107,23 @@ class RunLogger:
         except UserError:
             return False
 
-    def open(self, table, history, columns=()):
+    def open(self, table, tokenizer, history, columns=()):
         """Begin, or continue after the rows of `history`. columns: those of the observers, after COLUMNS.
         Raises UserError."""
         if not self.is_writer:
             return
         if self.config.out:
-            self.open_directory(table, history, columns)
+            self.open_directory(table, tokenizer, history, columns)
         if self.config.wandb:
             self.wandb_run = start_wandb(self.config)
 
-    def open_directory(self, table, history, columns):
+    def open_directory(self, table, tokenizer, history, columns):
         for name in UNFINISHED:  # left by a kill
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))
         self.write_text("config.json", json.dumps(asdict(self.config), indent=1))
         self.write_text("table.txt", f"{table}\n")
+        keep_tokenizer(tokenizer, self.config.out)
         earlier = [name for row in history for name in row if name not in COLUMNS]
         self.columns = [*COLUMNS, *dict.fromkeys([*earlier, *columns])]
         self.write_history(history)

@@ -1,0 +1,119 @@
+"""Starting from trained weights: what comes along, and what cannot fit."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import column, run
+
+import train
+from configure import FUNCTION_SETTINGS, UserError, configure
+from data.tokenizer import load_kept
+
+
+def words(settings, *names):
+    return [f"--{name}={settings[name]}" for name in names or settings]
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus, tmp_path_factory):
+    """The folder of a finished run with a BPE, whose best.pt is not its last.pt; and its Result."""
+    folder = str(tmp_path_factory.mktemp("run") / "run")
+    result = run(corpus, out=folder, steps=20, eval_every=10, tokenizer="bpe:280", logit_mult=1.5,
+                 depth_alpha=0.5, lr=0.03, schedule="constant", embedding_lr_mult=3.0)
+    shutil.copy(f"{folder}/previous.pt", f"{folder}/best.pt")
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"Numbers such as {i} and {i * i} are no words. " * 20)
+    return str(folder)
+
+
+def start_words(corpus, source, text, *more):
+    """The command line of a run that starts from `source` and names no shape."""
+    names = "val_fraction data_dir context batch steps eval_tokens sample_tokens device".split()
+    return [*words(corpus, *names), f"--init_from={source}", f"--dataset={text}", *more]
+
+
+@pytest.mark.parametrize("name", ["", "best.pt", "last.pt"])
+def test_a_run_starts_from_the_best_or_the_named_weights_of_another_on_other_text(
+        corpus, pretrained, other_text, name):
+    source = os.path.join(pretrained[0], name) if name else pretrained[0]
+    config = configure(start_words(corpus, source, other_text, "--steps=0"))
+    weights = torch.load(f"{pretrained[0]}/{name or 'best.pt'}", weights_only=True)["model"]
+    started = train.train(config, quiet=True).model.state_dict()
+    assert all(torch.equal(started[key], weights[key]) for key in weights)
+    trained = train.train(configure(start_words(corpus, source, other_text, "--eval_every=5")), quiet=True)
+    losses = [row["val_loss"] for row in trained.history if "val_loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_a_tenth_of_its_lr(corpus, pretrained):
+    run_config = configure([pretrained[0]])
+    config = configure([f"--init_from={pretrained[0]}"])
+    assert all(getattr(config, name) == getattr(run_config, name) for name in FUNCTION_SETTINGS)
+    assert config.tokenizer == pretrained[0] and config.embedding_lr_mult == 3.0
+    assert config.lr == pytest.approx(0.003) and config.out is None and config.steps != run_config.steps
+    given = configure([f"--init_from={pretrained[0]}", "--lr=1", "--tokenizer=bytes"])
+    assert given.lr == 1 and given.tokenizer == "bytes", "what is given comes first"
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ("--width=64", r"width: got 64, but .*best.pt was trained with 32; takes the same with init_from"),
+    ("--depth=1", r"depth: got 1, but .* with 2"), ("--mlp=gelu", r"mlp: got gelu, but .* with swiglu"),
+    ("--logit_mult=1", r"logit_mult: got 1.0, but .* with 1.5"),
+    ("--base_width=32", r"base_width: got 32, but .* with 16"),
+    ("--vocab_size=512", r"vocab_size: got 512, but .*best.pt has 280 rows"),
+    ("--tokenizer=bytes", r"tokenizer: got bytes, whose tokens .*; takes --tokenizer=.*run$"),
+    ("--tokenizer=bpe:280", r"tokenizer: got bpe:280, whose tokens are not those")])
+def test_what_does_not_fit_the_weights_is_rejected_by_name(corpus, pretrained, other_text, change, line):
+    with pytest.raises(UserError, match=line):
+        train.train(configure(start_words(corpus, pretrained[0], other_text, change)), quiet=True)
+
+
+def test_a_longer_context_is_taken_where_positions_are_rotary_and_a_shorter_one_always(corpus, tmp_path):
+    for position, context, fits in (("rotary", 32, True), ("learned", 8, True), ("learned", 32, False)):
+        source = str(tmp_path / position)
+        if not os.path.exists(source):
+            run(corpus, out=source, steps=1, position=position)
+        config = configure(start_words(corpus, source, corpus["dataset"], f"--context={context}"))
+        if fits:
+            assert train.train(config, quiet=True).model.config.context == context
+        else:
+            with pytest.raises(UserError, match="context: got 32, but .* with 16"):
+                train.train(config, quiet=True)
+
+
+@pytest.mark.parametrize(("make", "line"), [
+    (lambda folder: None, "init_from: got .*, takes a run directory"),
+    (lambda folder: folder.mkdir(), "config.json: No such file"),
+    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"),
+     "holds no best.pt and no last.pt")])
+def test_what_holds_no_run_is_rejected(corpus, tmp_path, make, line):
+    make(tmp_path / "source")
+    with pytest.raises(UserError, match=line):
+        train.train(configure(start_words(corpus, tmp_path / "source", corpus["dataset"])), quiet=True)
+
+
+def test_a_run_that_started_from_another_resumes_without_it(corpus, pretrained, other_text, tmp_path):
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    shutil.copytree(pretrained[0], source)
+    steady = start_words(corpus, source, other_text, "--schedule=constant", "--warmup=0")
+    uninterrupted = train.train(configure(steady), quiet=True)
+    train.train(configure([*steady, f"--out={out}", "--steps=3"]), quiet=True)
+    shutil.rmtree(source)
+    resumed = train.train(configure([out, "--steps=6"]), quiet=True)
+    assert column(resumed) == column(uninterrupted) and len(column(resumed)) == 6
+
+
+def test_a_run_keeps_its_tokenizer(corpus, pretrained):
+    kept = load_kept(pretrained[0])
+    ids = kept.encode("the model learns; Zahlen wie 10² é")
+    assert kept.decode(ids) == "the model learns; Zahlen wie 10² é" and kept.vocab_size == 280
+    assert load_kept(torch.load(f"{pretrained[0]}/last.pt", weights_only=True)["folder"]).encode("the") == \
+        kept.encode("the")
