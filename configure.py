@@ -241,8 +241,8 @@ def parse_value(name, text):
 
 # Settings that say which function a model's weights compute: who starts from weights takes these with them
 FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp tied bias vocab_size
-    base_width base_depth base_head_dim parametrization depth_alpha embedding_mult logit_mult attention_mult
-    """.split())
+    base_width base_depth base_head_dim parametrization mup_lr depth_alpha embedding_mult
+    logit_mult attention_mult""".split())
 # How a run's weights were stepped: those that start from them are stepped in the same way, more gently
 OPTIMIZER_SETTINGS = tuple("""optimizer embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1
     beta2 eps momentum grad_clip""".split())

@@ -1,8 +1,8 @@
 """Laws of the loss, fitted to trials: their forms, the fit, and how sure it is. numpy and scipy only.
 
-A law gives the logarithm of the loss, in nats a token, for N parameters and D training tokens. It is fitted as
-in Chinchilla (arXiv 2203.15556, appendix D.3) and its replication (arXiv 2404.10102): the Huber loss of the
-residuals in logs, minimized by L-BFGS from many starts.
+A law gives the logarithm of the loss, in nats a token, for N parameters and D training tokens. It is fitted
+as in Chinchilla (arXiv 2203.15556, appendix D.3) and its replication (arXiv 2404.10102): the Huber loss of
+the residuals in logs, minimized by L-BFGS from many starts.
 """
 
 from itertools import product
@@ -14,11 +14,13 @@ from configure import UserError
 
 HUBER = 1e-3  # residuals of log loss above it count linearly: one bad trial moves the fit little
 DRAWS = 200  # of a bootstrap
+BEST_STARTS = 24  # of a grid of them, by the Huber loss there: from the others L-BFGS finds nothing lower
 MIDDLE = (2.5, 97.5)  # percentiles: an interval of 95%
 
 
 def log_sum(terms):
-    """(log of the sum of exp(terms) over their first dimension, the share of each term)."""
+    """(log of the sum of the exponentials of `terms`, arrays, and the share of each in it)."""
+    terms = np.stack(np.broadcast_arrays(*terms))
     top = terms.max(axis=0)
     shares = np.exp(terms - top)
     total = shares.sum(axis=0)
@@ -29,7 +31,7 @@ def chinchilla(theta, n, d):
     """L = E + A/N^alpha + B/D^beta: (log loss, its derivatives). theta: log A, log B, log E, alpha, beta.
     n, d: log N and log D."""
     a, b, e, alpha, beta = theta
-    log_loss, (of_n, of_d, of_e) = log_sum(np.stack((a - alpha * n, b - beta * d, e + 0 * n)))
+    log_loss, (of_n, of_d, of_e) = log_sum((a - alpha * n, b - beta * d, e))
     return log_loss, np.stack((of_n, of_d, of_e, -n * of_n, -d * of_d))
 
 
@@ -37,14 +39,14 @@ def kaplan(theta, n, d):
     """L = ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D (arXiv 2001.08361, equation 1.5), as chinchilla().
     theta: log N_c * ratio, log D_c, ratio = alpha_N/alpha_D, alpha_D."""
     a, b, ratio, alpha_d = theta
-    inner, (of_n, of_d) = log_sum(np.stack((a - ratio * n, b - d)))
+    inner, (of_n, of_d) = log_sum((a - ratio * n, b - d))
     return alpha_d * inner, np.stack((alpha_d * of_n, alpha_d * of_d, -alpha_d * n * of_n, inner))
 
 
 def chinchilla_constants(theta, n0, d0):
-    """The law's constants by name, of theta for n - n0 and d - d0. On the frontier, where FLOPs C buy N * D in
-    proportion to C: N grows as C to N_opt_exponent, and the loss above E falls as C to -L_opt_exponent. What
-    the tokens lack stays in proportion to what the parameters lack where D grows as N to data_exponent."""
+    """The law's constants by name, of theta for n - n0 and d - d0. On the frontier, where N * D is in
+    proportion to the FLOPs C: N grows as C to N_opt_exponent, and the loss above E falls as C to
+    -L_opt_exponent. The terms of N and of D stay in proportion where D grows as N to data_exponent."""
     a, b, e, alpha, beta = theta
     return {"E": np.exp(e), "A": np.exp(a + alpha * n0), "B": np.exp(b + beta * d0), "alpha": alpha,
             "beta": beta, "N_opt_exponent": beta / (alpha + beta),
@@ -68,12 +70,13 @@ class Form(NamedTuple):
 # With n and d centered on the data, the terms of a fit are near 1 and its exponents below it
 TERMS, POWERS = (-2, 0, 1), (0.1, 0.3, 0.8)
 FORMS = {"chinchilla": Form(chinchilla, chinchilla_constants, (TERMS, TERMS, TERMS, POWERS, POWERS)),
-         "kaplan": Form(kaplan, kaplan_constants, ((0, 5, 15), (0, 5, 15), (0.3, 0.7, 1.5), (0.05, 0.1, 0.3)))}
+         "kaplan": Form(kaplan, kaplan_constants,
+                        ((0, 5, 15), (0, 5, 15), (0.3, 0.7, 1.5), (0.05, 0.1, 0.3)))}
 
 
 class Law(NamedTuple):
-    """A fitted law. sigma_cell, sigma_seed: standard deviations of the log loss around it, of pairs (N, D) and
-    of the seeds of a pair; where no pair has two seeds, sigma_cell is of both."""
+    """A fitted law. sigma_cell, sigma_seed: standard deviations of the log loss around it, of pairs (N, D)
+    and of the seeds of a pair; where no pair has two seeds, sigma_cell is of both."""
     form: str
     theta: np.ndarray
     n0: float
@@ -94,8 +97,8 @@ class Law(NamedTuple):
 
 
 def minimize_huber(function, starts, log_loss, *logs):
-    """(theta, objective) of the lowest Huber loss that L-BFGS finds from any of `starts`. function: of theta and
-    `logs`, gives log loss and derivatives. Raises UserError where scipy is not installed."""
+    """(theta, objective) of the lowest Huber loss that L-BFGS finds from the best of `starts`. function: of
+    theta and `logs`, gives log loss and derivatives. Raises UserError where scipy is not installed."""
     try:
         from scipy.optimize import minimize
     except ImportError:
@@ -110,17 +113,18 @@ def minimize_huber(function, starts, log_loss, *logs):
 
     best_theta, best_value = None, np.inf
     with np.errstate(all="ignore"):  # a start far off may overflow; it then loses
-        for start in starts:
+        finite = [start for start in starts if np.isfinite(objective(start)[0])]
+        for start in sorted(finite, key=lambda start: objective(start)[0])[:BEST_STARTS]:
             found = minimize(objective, start, jac=True, method="L-BFGS-B",
-                             options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-7})
+                             options={"maxiter": 2000, "ftol": 1e-12, "gtol": 1e-6})
             if np.isfinite(found.x).all() and found.fun < best_value:
                 best_theta, best_value = found.x, found.fun
     return best_theta, best_value
 
 
 def fit_law(form, N, D, loss, starts=None):
-    """The Law of `form` for arrays of parameters, tokens and losses, a number for each trial. starts: thetas, or
-    None for a grid of them."""
+    """The Law of `form` for arrays of parameters, tokens and losses, a number for each trial. starts: thetas,
+    or None for a grid of them."""
     log_n, log_d, log_loss = np.log(N), np.log(D), np.log(loss)
     n0, d0 = log_n.mean(), log_d.mean()
     if starts is None:
@@ -175,8 +179,8 @@ def constants_with_intervals(law, laws):
 
 
 def predict(law, laws, N, D):
-    """(loss, [low, high]) of one new trial at N, D: the interval has the noise of the fit, by its bootstrap, and
-    that of the trial itself."""
+    """(loss, [low, high]) of one new trial at N, D: the interval has the noise of the fit, by its bootstrap,
+    and that of the trial itself."""
     random = np.random.default_rng(1)
     sigma = np.hypot(law.sigma_cell, law.sigma_seed)
     drawn = [other.loss(N, D) * np.exp(random.normal(0, sigma)) for other in laws for _ in range(10)]
@@ -184,8 +188,8 @@ def predict(law, laws, N, D):
 
 
 def backtest(form, N, D, loss, flops, share=0.1):
-    """Nats by which a law fitted to the trials of up to `share` of the largest FLOPs misses each of the others,
-    which it has not seen; None where too few are left to fit."""
+    """Nats by which a law fitted to the trials of up to `share` of the largest FLOPs misses each of the
+    others, which it has not seen; None where too few are left to fit."""
     small = flops <= share * flops.max()
     if small.sum() == 0 or cell_numbers(N[small], D[small]).max() + 1 < len(FORMS[form].starts) + 2:
         return None

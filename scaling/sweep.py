@@ -30,7 +30,8 @@ from scaling.trials import NOT_IDENTITY, append_rows, identity, read_trials, tri
 from scaling.worker import Worker, pause
 from train import Result, train
 
-HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}  # what is held: the setting that adapts
+# What is held: the setting that adapts
+HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}
 TYPICAL_VOCAB_SIZE = 2**12  # for an estimate, where the tokenizer has not been read yet
 
 
