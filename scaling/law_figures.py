@@ -86,8 +86,8 @@ def draw_isoflop(report, pyplot):
     for its, color in zip(budgets, shades(len(budgets)), strict=True):
         n, loss, _ = np.array(its["points"]).T
         left.plot(n, loss, "o", color=color, markersize=5, label=f"{its['flops']:.1e} FLOPs")
-        x = np.geomspace(n[0], n[-1], 60)
         if its["best"]:
+            x = its["best"]["N"] * np.geomspace(1 / 3, 3, 60)  # where the parabola was fitted
             left.plot(x, np.polyval(its["best"]["coefficients"], np.log(x)), color=color, linewidth=1)
             left.plot(its["best"]["N"], its["best"]["loss"], "*", color=color, markersize=13, mec="k")
             right.plot(its["flops"], its["best"]["N"], "*", color=color, markersize=13, mec="k")

@@ -7,6 +7,7 @@ from scaling.fits import power_law
 from scaling.law_fits import DRAWS, interval_of
 
 BUDGETS = 6  # where the trials do not lie on budgets of their own
+NEAR = np.log(3)  # in log N
 SAME_BUDGET = 0.05  # FLOPs that differ by less are one budget: steps are whole numbers
 
 
@@ -100,10 +101,15 @@ def isoflop_points(curves, budget):
 
 def parabola(points):
     """{N, loss, tokens, coefficients in log N} of the lowest point, where it lies between the models; None
-    elsewhere."""
+    elsewhere. Only models near the lowest are fitted: further away the curve is no parabola."""
     n, loss, tokens = np.array(points).T
-    a, b, c = np.polyfit(np.log(n), loss, 2)
-    if a <= 0 or not n[0] <= np.exp(-b / (2 * a)) <= n[-1]:
+    lowest = int(np.argmin(loss))
+    if lowest == 0 or lowest == len(n) - 1:
+        return None
+    near = np.abs(np.log(n / n[lowest])) <= NEAR
+    near[lowest - 1:lowest + 2] = True
+    a, b, c = np.polyfit(np.log(n[near]), loss[near], 2)
+    if a <= 0:
         return None
     best = -b / (2 * a)
     return {"N": float(np.exp(best)), "loss": float(c - b * b / (4 * a)), "coefficients": [a, b, c],

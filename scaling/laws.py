@@ -32,6 +32,7 @@ from scaling.law_fits import FORMS, backtest, bootstrap, constants_with_interval
 from scaling.law_report import format_laws
 from scaling.law_slices import frontier_law, isoflop, largest_horizon_law
 from scaling.report import rows_of
+from scaling.sweep import shape_of
 
 COUNTS = {"all": "N with embedding and readout", "body": "N without embedding and readout"}
 FEWEST_STEPS = 100  # of a model that is recommended
@@ -51,26 +52,28 @@ class Trial:
 
 def count_parameters(config):
     """{count: parameters} of a config whose vocab_size is known, and its training FLOPs a token."""
-    shape = replace(config, steps=0, seed=0, init_from=None)
-    size = model_size(shape)
-    numbers = {"all": size.parameters, "body": body_parameters(replace(shape, vocab_size=1))}
-    return numbers, size.flops_per_token
+    size = size_of_shape(shape_of(config))
+    body = body_parameters(shape_of(replace(config, vocab_size=1)))
+    return {"all": size.parameters, "body": body}, size.flops_per_token
+
+
+size_of_shape = functools.cache(model_size)
 
 
 @functools.cache
 def body_parameters(config):
-    """Parameters that are neither in the embedding nor in the readout."""
+    """Parameters that are neither in the embedding nor in the readout, which no depth changes."""
     with torch.device("meta"):
-        model = GPT(config)
-    return sum(p.numel() for name, p in model.named_parameters()
-               if role_of(name) not in ("embedding", "readout"))
+        model = GPT(replace(config, depth=1))
+    outside = [p.numel() for name, p in model.named_parameters() if role_of(name) in ("embedding", "readout")]
+    return size_of_shape(config).parameters - sum(outside)
 
 
 def vocab_size_of(config, parameters):
     """Rows of the embedding of a model with this number of parameters."""
     if config.vocab_size is not None:
         return config.vocab_size
-    one, two = (model_size(replace(config, vocab_size=size)).parameters for size in (1, 2))
+    one, two = (size_of_shape(shape_of(replace(config, vocab_size=size))).parameters for size in (1, 2))
     return round(1 + (parameters - one) / (two - one))
 
 

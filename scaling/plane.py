@@ -68,7 +68,7 @@ def draw_plane(report, folder):
     _, _, log2_lr = grid_of(report, "log2_lr")
     figure, ax = pyplot.subplots(figsize=(1.5 * len(inits) + 3, 1.1 * len(lrs) + 1.6))
     ax.grid(False)
-    shown = ax.imshow(loss, origin="lower", cmap="viridis_r", aspect="auto")  # the lowest is the darkest
+    shown = ax.imshow(loss, origin="lower", cmap="viridis", aspect="auto")  # the lowest is the darkest
     middle = (np.nanmin(loss) + np.nanmax(loss)) / 2
     for i, lr_share in enumerate(lrs):
         for j, init in enumerate(inits):

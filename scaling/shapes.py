@@ -23,7 +23,7 @@ from model import model_size
 from scaling.cli import make_folder, parse_options, parse_values
 from scaling.figures import line_style, load_pyplot, save
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
-from scaling.transfer import finetuned, pretrain
+from scaling.transfer import finetuned, pretrain, reject_failures
 from train import train
 
 COSTS = ("parameters", "flops")
@@ -137,6 +137,7 @@ def finetune_all(shapes, dataset, steps, folder):
     configs = [replace(finetuned(shape, sources[shape], dataset), steps=steps) for shape in shapes]
     configs = [config for one in configs for config in trial_configs(one, {})]
     rows = run_trials(configs, os.path.join(folder, "finetuned"))
+    reject_failures(rows)
     return {(row["width"], row["depth"]): row["val_loss"] for row in rows}
 
 
@@ -153,9 +154,7 @@ def main(argv):
     make_folder(folder)
     try:
         rows = run_trials(configs, folder, options["stack"])
-        failed = [row["failure"] for row in rows if row["failure"]]
-        if failed:
-            raise UserError(f"shapes: {failed[0]}")
+        reject_failures(rows)
         if torchrun_rank()[0] > 0:
             return 0
         if options["finetune"]:

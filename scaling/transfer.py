@@ -53,12 +53,20 @@ def train_all(models, options, steps, lrs):
     for model in models:
         its = replace(finetuned(model, None, options["finetune"]), batch=batch)
         scratch += trial_configs(its, {"steps": steps})
-    run_trials(scratch, folder, options["stack"])
+    reject_failures(run_trials(scratch, folder, options["stack"]))
     for model in models:
         run = pretrain(model, os.path.join(folder, "pretrained"))
         its = replace(finetuned(model, run, options["finetune"]), batch=batch)
         tuned += trial_configs(its, {"steps": steps, "lr": lrs})
-    run_trials(tuned, folder)
+    reject_failures(run_trials(tuned, folder))
+
+
+def reject_failures(rows):
+    """Raises UserError with the reason where a trial failed: there is nothing to compare then."""
+    for row in rows:
+        if row["failure"]:
+            raise UserError(f"out: the trial of width {row['width']:.0f}, depth {row['depth']:.0f} failed: "
+                            f"{row['failure']}; the rows of others are kept")
 
 
 def data_equivalent(tokens, losses, loss):
@@ -181,7 +189,11 @@ def draw_transfer_law(report, folder):
     left.set(xscale="log", xlabel="tokens of the second text", ylabel="validation loss, nats per token",
              title="Pretrained (lines) and from scratch (dashed)")
     label_loss(left)
-    right.set(xscale="log", yscale="log", xlabel="fine-tuning tokens D_F",
+    for ax in (left, right):
+        ax.xaxis.set_minor_formatter("")  # these overlap
+    if any(its["D_T"] > 0 for its in report["points"]):
+        right.set_yscale("log")
+    right.set(xscale="log", xlabel="fine-tuning tokens D_F",
               ylabel="effective data transferred D_T, tokens",
               title="What pretraining is worth; lines: the fit")
     right.legend(title="parameters without\nembedding and readout", fontsize=10, **BESIDE)
