@@ -53,7 +53,7 @@ class Trial:
 def count_parameters(config):
     """{count: parameters} of a config whose vocab_size is known, and its training FLOPs a token."""
     size = size_of_shape(shape_of(config))
-    body = body_parameters(shape_of(replace(config, vocab_size=1)))
+    body = size.parameters - outer_parameters(shape_of(replace(config, depth=1)))
     return {"all": size.parameters, "body": body}, size.flops_per_token
 
 
@@ -61,12 +61,11 @@ size_of_shape = functools.cache(model_size)
 
 
 @functools.cache
-def body_parameters(config):
-    """Parameters that are neither in the embedding nor in the readout, which no depth changes."""
+def outer_parameters(config):
+    """Parameters in the embedding and the readout, which no depth changes."""
     with torch.device("meta"):
-        model = GPT(replace(config, depth=1))
-    outside = [p.numel() for name, p in model.named_parameters() if role_of(name) in ("embedding", "readout")]
-    return size_of_shape(config).parameters - sum(outside)
+        model = GPT(config)
+    return sum(p.numel() for name, p in model.named_parameters() if role_of(name) in ("embedding", "readout"))
 
 
 def vocab_size_of(config, parameters):
@@ -197,7 +196,7 @@ def allocate(report, trials, flops):
             break
         loss = float(law.loss(numbers[count], steps * base.batch * base.context))
         candidates.append((loss, replace(config, steps=steps)))
-        heads = max(heads + 1, round(1.06 * heads))
+        heads = max(heads + 1, round(1.1 * heads))
     if not candidates:
         raise UserError(f"flops: got {flops:g}, takes enough for {FEWEST_STEPS} steps of the smallest model")
     return forecast(report, min(candidates, key=lambda pair: pair[0])[1])
@@ -242,20 +241,24 @@ def parse_flops(text):
     return flops
 
 
-def add_forecasts(report, trials, options, words):
-    """Fills report["forecasts"] with what the command line asks for. Raises UserError."""
-    report["forecasts"] = []
+def read_questions(options, words, trials):
+    """What the command line asks for: a list of functions of the report that return a list of forecasts. Read
+    before the fit, which takes a while. Raises UserError."""
+    questions = []
     if options["flops"]:
-        report["forecasts"].append(allocate(report, trials, parse_flops(options["flops"])))
+        flops = parse_flops(options["flops"])
+        questions.append(lambda report: [allocate(report, trials, flops)])
     if options["target"]:
-        report["forecasts"].append(forecast(report, target_config([options["target"], *words], trials)))
+        target = target_config([options["target"], *words], trials)
+        questions.append(lambda report: [forecast(report, target)])
     if options["measured"]:
         unseen = read_folders([options["measured"]])
         for name in SAME:
             wanted, actual = getattr(unseen[0].config, name), getattr(trials[0].config, name)
             if wanted != actual:
                 raise UserError(f"measured: got rows with {name}={wanted}, takes {name}={actual}")
-        report["forecasts"] += measured_rows(report, unseen)
+        questions.append(lambda report: measured_rows(report, unseen))
+    return questions
 
 
 def to_json(report):
@@ -278,8 +281,9 @@ def main(argv):
     if not folders or settings and not options["target"]:
         raise UserError("laws: takes folders of trials.csv, --flops, --target, --measured, --to, --transfer")
     trials = read_folders(folders)
+    questions = read_questions(options, settings, trials)
     report = analyze(trials)
-    add_forecasts(report, trials, options, settings)
+    report["forecasts"] = [its for ask in questions for its in ask(report)]
     folder = options["to"] or folders[0]
     make_folder(folder)
     write_text(os.path.join(folder, "laws.json"), to_json(report))

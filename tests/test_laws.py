@@ -112,12 +112,12 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     true = TRUE["chinchilla"]
     rows = simulated_rows(tmp_path / "rows", true)
     unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600])
-    assert laws.main([rows, "--flops=1e17", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
+    assert laws.main([rows, "--flops=1e15", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "to" / "laws.json").read_text())
     best, seen = report["forecasts"]
     assert "nats, inside the interval" in said and seen["beyond"] > 30
-    assert best["flops"] == pytest.approx(1e17, rel=1e-3) and best["width"] % 32 == 0
+    assert best["flops"] == pytest.approx(1e15, rel=0.01) and best["width"] % 32 == 0
     assert len(report["points"]) == 50 and max(abs(p["residual"]) for p in report["points"]) < 0.1
     assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
     missed = seen | {"measured": seen["interval"][1] + 0.01}
