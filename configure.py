@@ -79,6 +79,8 @@ class Config:
     base_batch: Count | None = None  # its sequences per step: lr, decay, beta2 scale with batch; None: fixed
     base_tokens: Count | None = None  # tokens of its run: lr x (tokens / base_tokens)^-0.32; None: fixed
     parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
+    mup_init: Share = 1.0  # mup: exponents of init, from sp's at 0 to mup's at 1
+    mup_lr: Share = 1.0  # mup: exponents of lr, decay, eps and the forward pass, from sp's at 0 to mup's at 1
     depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
     # Tuned settings (found on the proxy, used as they are on the target)
     optimizer: one_of("adamw", "muon") = "adamw"  # of the hidden matrices; all else is stepped by AdamW
@@ -147,6 +149,7 @@ class Config:
                 raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
         self.check_ramp()
         self.check_acts()
+        self.check_plane()
 
     def check_ramp(self):
         """Raises UserError where the batch is to rise but cannot."""
@@ -169,6 +172,14 @@ class Config:
         if self.decay_tokens is not None and self.decay_tokens <= (self.warmup_tokens or 0):
             raise UserError(f"decay_tokens: got {self.decay_tokens}, takes more than warmup_tokens="
                             f"{self.warmup_tokens}, as it counts from the first token")
+
+    def check_plane(self):
+        """Raises UserError for a place between sp and mup without mup."""
+        for name in ("mup_init", "mup_lr"):
+            value = getattr(self, name)
+            if self.parametrization != "mup" and value != 1:
+                raise UserError(f"{name}: got {value} with parametrization={self.parametrization}, takes "
+                                "parametrization=mup, as it leads from sp at 0 to mup at 1")
 
     @property
     def width_mult(self):
@@ -332,7 +343,7 @@ def parse_value(name, text):
 
 # Settings that say which function a model's weights compute: who starts from weights takes these with them
 FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp mlp_ratio rotary_base
-    norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization depth_alpha
+    norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization mup_lr depth_alpha
     embedding_mult logit_mult attention_mult""".split())
 # How a run's weights were stepped: those that start from them are stepped in the same way
 OPTIMIZER_SETTINGS = tuple("""optimizer lr embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1

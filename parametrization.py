@@ -58,6 +58,45 @@ def sp(a):
 
 TABLES = {"mup": mup, "sp": sp}
 
+
+def mix(start, end, share):
+    """The pair of exponents from `start`, at share 0, to `end`, at 1; both are met exactly."""
+    if end is None:
+        return None
+    return tuple((1 - share) * a + share * b for a, b in zip(start, end, strict=True))
+
+
+def between(start, end, init, lr):
+    """The table between two. `init` and `lr`, from 0 to 1, say how far it is from `start` to `end` in the
+    initial weights and in their updates: a point of the plane of Tensor Programs V (arXiv 2203.03466).
+
+    That plane is of widths and of weights with their multipliers in them. A forward multiplier acts on
+    initial weights and updates alike. So it goes with `lr`, and the readout's std makes up for that at
+    initialization. Attention's 1/d goes with `lr`, as it is there for queries and keys that have learned to
+    agree; so does the branch multiplier, which is a rule of depth.
+    """
+    (start_roles, start_factors), (end_roles, end_factors) = start, end
+    roles = {}
+    for role, its_end in end_roles.items():
+        its_start = start_roles[role]._asdict()
+        mixed = {name: mix(its_start[name], exponents, init if name == "std" else lr)
+                 for name, exponents in its_end._asdict().items()}
+        roles[role] = Exponents(**mixed)
+    logits = zip(start_factors["logits"], end_factors["logits"], strict=True)
+    made_up = [(init - lr) * (b - a) for a, b in logits]
+    std = tuple(a + b for a, b in zip(roles["readout"].std, made_up, strict=True))
+    roles["readout"] = roles["readout"]._replace(std=std)
+    factors = {name: mix(start_factors[name], end_factors[name], lr) for name in ("branch", "logits")}
+    [factors["attention"]] = mix([start_factors["attention"]], [end_factors["attention"]], lr)
+    return roles, factors
+
+
+def table_of(config):
+    """(roles, factors of the forward pass) of `config`: its table, or one on the way to it from sp's."""
+    a = config.depth_alpha
+    return between(sp(a), TABLES[config.parametrization](a), config.mup_init, config.mup_lr)
+
+
 # Role: the names of its parameters. Nothing is attached to tensors, where DDP or compile could lose it.
 ROLES = {
     "embedding": r"(token|position)_embedding\.weight",
@@ -102,7 +141,8 @@ def hyperparameters(config, role, fan_in=None):
     lr is the peak of the schedule. fan_in: inputs of a hidden matrix (default: width). std is None where
     nothing is drawn at random, as for norms and biases.
     """
-    exponents = TABLES[config.parametrization](config.depth_alpha)[0][role]
+    roles, _ = table_of(config)
+    exponents = roles[role]
     muon = config.optimizer == "muon" and exponents.muon_lr is not None
     lr_exponents = exponents.muon_lr if muon else exponents.lr
     decay_exponents = exponents.muon_weight_decay if muon else exponents.weight_decay
@@ -163,7 +203,7 @@ def batch_rule(config):
 
 def forward_multipliers(config):
     """Factors of the forward pass: residual branches, logits, attention logits."""
-    exponents = TABLES[config.parametrization](config.depth_alpha)[1]
+    _, exponents = table_of(config)
     head_scale = (config.head_dim / config.base_head_dim) ** exponents["attention"]
     return {"branch": scale(config, exponents["branch"]),
             "logits": config.logit_mult * scale(config, exponents["logits"]),

@@ -46,7 +46,10 @@ def parse_option(name, text, kind):
 
 
 def parse_values(name, text):
-    """The values that `text` lists for the setting `name`: 1,2,5 or 2**-10..2**-6:2. Raises UserError."""
+    """The values that `text` lists for the setting `name`: 1,2,5 or 2**-10..2**-6:2. Of settings that move
+    together, "width,depth" and 64x2,128x4: a tuple for each item. Raises UserError."""
+    if "," in name:
+        return parse_tuples(name.split(","), text)
     values = []
     for item in text.split(","):
         if ".." in item.partition(":")[0]:
@@ -54,6 +57,19 @@ def parse_values(name, text):
         else:
             values.append(check_setting(name, parse_value(name, item)))
     return values
+
+
+def parse_tuples(names, text):
+    """[(value of each of `names`)] of 64x2,128x4. Raises UserError."""
+    tuples = []
+    for item in text.split(","):
+        parts = item.split("x")
+        if len(parts) != len(names):
+            raise UserError(f"{','.join(names)}: got {item}, takes {'x'.join(map(str.upper, names))}, "
+                            "such as 64x2 for width,depth")
+        values = zip(names, parts, strict=True)
+        tuples.append(tuple(check_setting(name, parse_value(name, part)) for name, part in values))
+    return tuples
 
 
 def parse_range(name, item):

@@ -4,7 +4,8 @@
 
 Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with two values per doubling.
 All settings that are not named are held, and so is the number of steps; --hold=tokens gives every trial the
-tokens of CONFIG, by its steps; --hold=step_tokens gives every step as many, by its batch. A trial that
+tokens of CONFIG, by its steps; --hold=flops its training FLOPs, by the steps too; --hold=step_tokens gives
+every step as many tokens, by its batch. width,depth=64x2,128x4 moves two settings together. A trial that
 diverges or fails is a row too. After an interruption, the same command resumes. Processes with the same
 folder, started by torchrun or by hand, on one machine or on many, share the trials: each takes the next one
 when it is free. --stack=K trains K trials of one shape at once (scaling/stack.py).
@@ -20,6 +21,8 @@ from itertools import product
 from tqdm import tqdm
 
 from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure, run_cli
+from data.loader import TokenDataset, with_vocab_size
+from data.prepare import IDENTITY_SETTINGS, prepare
 from model import model_size
 from scaling.cli import parse_options, parse_values
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
@@ -27,26 +30,49 @@ from scaling.trials import NOT_IDENTITY, append_rows, identity, read_trials, tri
 from scaling.worker import Worker, pause
 from train import Result, train
 
-HOLDS = {"steps": None, "tokens": "steps", "step_tokens": "batch"}  # what is held: the setting that adapts
+# What is held: the setting that adapts
+HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}
 TYPICAL_VOCAB_SIZE = 2**12  # for an estimate, where the tokenizer has not been read yet
 
 
 def trial_configs(config, axes, hold="steps"):
-    """The Configs of all combinations of `axes`, {setting: values}. hold: one of HOLDS. Raises UserError."""
-    if hold not in HOLDS or HOLDS[hold] in axes:
+    """The Configs of all combinations of `axes`, {setting: values}; of settings that move together,
+    {"width,depth": [(64, 2), ...]}. hold: one of HOLDS. Raises UserError."""
+    if hold not in HOLDS or HOLDS[hold] in ",".join(axes).split(","):
         raise UserError(f"hold: got {hold}, takes {', '.join(HOLDS)}, and an axis that it does not change")
     # A trial leaves a row, and nothing else
     config = replace(config, eval_every=None, checkpoint_every=None, out=None, sample_tokens=0, wandb=False,
                      log_roles=False)
     configs = []
     for values in product(*axes.values()):
-        trial = replace(config, **dict(zip(axes, values, strict=True)))
+        settings = {}
+        for names, value in zip(axes, values, strict=True):
+            together = value if "," in names else (value,)
+            settings |= zip(names.split(","), together, strict=True)
+        trial = replace(config, **settings)
+        tokens = config.tokens_before(config.steps)
         if hold == "tokens":
-            trial = replace(trial, steps=trial.steps_for(config.tokens_before(config.steps)))
+            trial = replace(trial, steps=trial.steps_for(tokens))
+        elif hold == "flops":
+            share = exact_flops_per_token(config) / exact_flops_per_token(trial)
+            trial = replace(trial, steps=trial.steps_for(tokens * share))
         elif hold == "step_tokens":
             trial = replace(trial, batch=round(config.batch * config.context / trial.context))
         configs.append(trial)
     return configs
+
+
+@functools.cache
+def vocab_size_of(**data):
+    """Rows of the embedding for these settings of the data, which are prepared first. Raises UserError."""
+    config = Config(**data)
+    return with_vocab_size(config, TokenDataset(prepare(config))).vocab_size
+
+
+def exact_flops_per_token(config):
+    """Of a trial of this shape, with the vocabulary that its tokenizer has. Raises UserError."""
+    data = {name: getattr(config, name) for name in (*IDENTITY_SETTINGS, "data_dir", "vocab_size")}
+    return model_size(replace(config, vocab_size=vocab_size_of(**data))).flops_per_token
 
 
 def shape_of(config):
@@ -172,10 +198,11 @@ def say_stopped(folder):
 
 def print_table(axes, rows):
     """The settings that were swept and the loss of each trial."""
-    print("".join(f"{name:>14}" for name in [*axes, "val_loss"]))
+    swept = ",".join(axes).split(",")
+    print("".join(f"{name:>14}" for name in [*swept, "val_loss"]))
     for row in rows:
         config = json.loads(row["config"])
-        values = "".join(f"{config[name]!s:>14.12}" for name in axes)
+        values = "".join(f"{config[name]!s:>14.12}" for name in swept)
         print(values, f"{row['val_loss']:13.4f}  {row['failure']}")
 
 
@@ -184,10 +211,13 @@ def main(argv):
     options, axes, words = parse_options(argv, defaults, __doc__, takes_axes=True)
     if not axes:
         raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
-    for name in sorted(axes):
+    names = ",".join(axes).split(",")
+    for name in sorted(names):
         if name in NOT_IDENTITY:
             raise UserError(f"{name}: does not tell trials apart, takes --{name}=VALUE")
-    axes = {name: parse_values(name, text) for name, text in axes.items()}
+        if names.count(name) > 1:
+            raise UserError(f"{name}: got it on two axes, takes one")
+    axes = {names: parse_values(names, text) for names, text in axes.items()}
     configs = trial_configs(configure(words), axes, options["hold"])
     try:
         rows = run_trials(configs, options["out"], options["stack"])

@@ -325,28 +325,62 @@ def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, short_ladde
         check()
 
 
+def observe_steps(config, steps=3):
+    """(groups, forward factors, losses, weights) of `steps` optimizer steps."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    optimizer, losses = build_optimizer(model), []
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in param_groups(model)]
+    for step in range(steps):
+        losses.append(model(*tokens(config, seed=step)))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return groups, forward_multipliers(config), torch.stack(losses).tolist(), weights
+
+
 @pytest.mark.parametrize("settings", [
     *(settings for settings in VARIANTS if "parametrization" not in settings),
     {"depth_alpha": 0.5, "weight_decay": 0.1, "lr": 2**-6, "readout_lr_mult": 4.0, "attention_mult": 0.5},
     {"optimizer": "muon", "depth_alpha": 0.5, "weight_decay": 0.1, "lr": 2**-6, "zero_query": True}])
 def test_at_the_base_shape_mup_and_sp_are_the_same_run_to_the_last_bit(settings):
-    runs = []
-    for name in ("mup", "sp"):
-        config = tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings,
-                         "parametrization": name})
-        torch.manual_seed(0)
-        model = GPT(config)
-        optimizer, losses = build_optimizer(model), []
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in param_groups(model)]
-        for step in range(5):
-            losses.append(model(*tokens(config, seed=step)))
-            losses[-1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        runs.append((groups, forward_multipliers(config), torch.stack(losses), [*model.parameters()]))
-    assert runs[0][:2] == runs[1][:2]
-    assert torch.equal(runs[0][2], runs[1][2]) and len(set(runs[0][2].tolist())) == 5
-    assert all(map(torch.equal, runs[0][3], runs[1][3]))
+    runs = [observe_steps(tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings,
+                                  "parametrization": name}), steps=5) for name in ("mup", "sp")]
+    assert runs[0][:3] == runs[1][:3] and len(set(runs[0][2])) == 5
+    assert torch.equal(runs[0][3], runs[1][3])
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": True, "bias": True, "weight_decay": 0.1},
+                                      {"optimizer": "muon"}, GPT2_BLOCK | {"depth_alpha": 0.3}])
+def test_the_corners_of_the_plane_between_sp_and_mup_are_sp_and_mup_to_the_last_bit(settings):
+    corner = observe_steps(tiny(**settings, mup_init=0, mup_lr=0))
+    control = observe_steps(tiny(**settings, parametrization="sp"))
+    other = observe_steps(tiny(**settings))
+    assert corner[:3] == control[:3] and torch.equal(corner[3], control[3])
+    assert other[2] != control[2] and not torch.equal(other[3], control[3])
+
+
+def test_between_sp_and_mup_init_and_updates_have_exponents_of_their_own():
+    """Typed by hand from Tensor Programs V, Table 3 (no multipliers: those of the logits are in the numbers
+    here): over width the readout starts as m^-1/2 in SP and m^-1 in μP, and takes steps of 1 and of m^-1."""
+    m = 4
+    expected = {  # (mup_init, mup_lr): powers of m: readout at the start, its steps, steps of hidden matrices
+        (0, 0): (-0.5, 0, 0), (1, 1): (-1, -1, -1), (1, 0): (-1, 0, 0),
+        (0, 1): (-0.5, -1, -1), (0.5, 0.25): (-0.75, -0.25, -0.25)}
+    for (init, lr), powers in expected.items():
+        config = tiny(width=m * 16, base_width=16, base_depth=2, depth=2, mup_init=init, mup_lr=lr, lr=1.0,
+                      readout_std=4.0, hidden_std=1.0)
+        logits = forward_multipliers(config)["logits"]
+        readout, hidden = hyperparameters(config, "readout"), hyperparameters(config, "hidden")
+        got = logits * readout["std"], logits * readout["lr"], hidden["lr"]
+        assert got == pytest.approx([m ** power for power in powers]), (init, lr)
+        assert hidden["std"] == pytest.approx(1 / 8) and hyperparameters(config, "embedding")["lr"] == 1
+
+
+def test_the_plane_between_sp_and_mup_is_no_setting_of_sp():
+    with pytest.raises(UserError, match="^mup_lr: got 0.5 with parametrization=sp, takes"):
+        tiny(parametrization="sp", mup_lr=0.5)
 
 
 @pytest.mark.parametrize("settings", VARIANTS)

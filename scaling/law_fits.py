@@ -1,0 +1,197 @@
+"""Laws of the loss, fitted to trials: their forms, the fit, and how sure it is. numpy and scipy only.
+
+A law gives the logarithm of the loss, in nats a token, for N parameters and D training tokens. It is fitted
+as in Chinchilla (arXiv 2203.15556, appendix D.3) and its replication (arXiv 2404.10102): the Huber loss of
+the residuals in logs, minimized by L-BFGS from many starts.
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from configure import UserError
+
+HUBER = 1e-3  # residuals of log loss above it count linearly: one bad trial moves the fit little
+DRAWS = 200  # of a bootstrap
+BEST_STARTS = 24  # of a grid of them, by the Huber loss there: from the others L-BFGS finds nothing lower
+MIDDLE = (2.5, 97.5)  # percentiles: an interval of 95%
+
+
+def log_sum(terms):
+    """(log of the sum of the exponentials of `terms`, arrays, and the share of each in it)."""
+    terms = np.stack(np.broadcast_arrays(*terms))
+    top = terms.max(axis=0)
+    shares = np.exp(terms - top)
+    total = shares.sum(axis=0)
+    return top + np.log(total), shares / total
+
+
+def chinchilla(theta, n, d):
+    """L = E + A/N^alpha + B/D^beta: (log loss, its derivatives). theta: log A, log B, log E, alpha, beta.
+    n, d: log N and log D."""
+    a, b, e, alpha, beta = theta
+    log_loss, (of_n, of_d, of_e) = log_sum((a - alpha * n, b - beta * d, e))
+    return log_loss, np.stack((of_n, of_d, of_e, -n * of_n, -d * of_d))
+
+
+def kaplan(theta, n, d):
+    """L = ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D (arXiv 2001.08361, equation 1.5), as chinchilla().
+    theta: log N_c * ratio, log D_c, ratio = alpha_N/alpha_D, alpha_D."""
+    a, b, ratio, alpha_d = theta
+    inner, (of_n, of_d) = log_sum((a - ratio * n, b - d))
+    return alpha_d * inner, np.stack((alpha_d * of_n, alpha_d * of_d, -alpha_d * n * of_n, inner))
+
+
+def chinchilla_constants(theta, n0, d0):
+    """The law's constants by name, of theta for n - n0 and d - d0. On the frontier, where N * D is in
+    proportion to the FLOPs C: N grows as C to N_opt_exponent, and the loss above E falls as C to
+    -L_opt_exponent. The terms of N and of D stay in proportion where D grows as N to data_exponent."""
+    a, b, e, alpha, beta = theta
+    return {"E": np.exp(e), "A": np.exp(a + alpha * n0), "B": np.exp(b + beta * d0), "alpha": alpha,
+            "beta": beta, "N_opt_exponent": beta / (alpha + beta),
+            "L_opt_exponent": alpha * beta / (alpha + beta), "data_exponent": alpha / beta}
+
+
+def kaplan_constants(theta, n0, d0):
+    a, b, ratio, alpha_d = theta
+    return {"N_c": np.exp(a / ratio + n0), "D_c": np.exp(b + d0), "alpha_N": ratio * alpha_d,
+            "alpha_D": alpha_d, "N_opt_exponent": 1 / (1 + ratio),
+            "L_opt_exponent": ratio * alpha_d / (1 + ratio), "data_exponent": ratio}
+
+
+class Form(NamedTuple):
+    """A form of law: its function, the names of its constants, and values of theta to start from."""
+    function: object
+    constants: object
+    starts: tuple  # for each part of theta
+
+
+# With n and d centered on the data, the terms of a fit are near 1 and its exponents below it
+TERMS, POWERS = (-2, 0, 1), (0.1, 0.3, 0.8)
+FORMS = {"chinchilla": Form(chinchilla, chinchilla_constants, (TERMS, TERMS, TERMS, POWERS, POWERS)),
+         "kaplan": Form(kaplan, kaplan_constants,
+                        ((0, 5, 15), (0, 5, 15), (0.3, 0.7, 1.5), (0.05, 0.1, 0.3)))}
+
+
+class Law(NamedTuple):
+    """A fitted law. sigma_cell, sigma_seed: standard deviations of the log loss around it, of pairs (N, D)
+    and of the seeds of a pair; where no pair has two seeds, sigma_cell is of both."""
+    form: str
+    theta: np.ndarray
+    n0: float
+    d0: float
+    sigma_cell: float = 0.0
+    sigma_seed: float = 0.0
+    objective: float = np.nan
+
+    def log_loss(self, N, D):
+        return FORMS[self.form].function(self.theta, np.log(N) - self.n0, np.log(D) - self.d0)[0]
+
+    def loss(self, N, D):
+        """Nats a token."""
+        return np.exp(self.log_loss(N, D))
+
+    def constants(self):
+        return FORMS[self.form].constants(self.theta, self.n0, self.d0)
+
+
+def minimize_huber(function, starts, log_loss, *logs):
+    """(theta, objective) of the lowest Huber loss that L-BFGS finds from the best of `starts`. function: of
+    theta and `logs`, gives log loss and derivatives. Raises UserError where scipy is not installed."""
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise UserError("laws: needs scipy; pip install -r requirements.txt brings it") from None
+
+    def objective(theta):
+        predicted, derivatives = function(theta, *logs)
+        residual = predicted - log_loss
+        slope = np.clip(residual, -HUBER, HUBER)
+        value = np.sum(slope * residual - slope**2 / 2)
+        return value / HUBER**2, derivatives @ slope / HUBER**2
+
+    best_theta, best_value = None, np.inf
+    with np.errstate(all="ignore"):  # a start far off may overflow; it then loses
+        finite = [start for start in starts if np.isfinite(objective(start)[0])]
+        for start in sorted(finite, key=lambda start: objective(start)[0])[:BEST_STARTS]:
+            found = minimize(objective, start, jac=True, method="L-BFGS-B",
+                             options={"maxiter": 2000, "ftol": 1e-12, "gtol": 1e-6})
+            if np.isfinite(found.x).all() and found.fun < best_value:
+                best_theta, best_value = found.x, found.fun
+    return best_theta, best_value
+
+
+def fit_law(form, N, D, loss, starts=None):
+    """The Law of `form` for arrays of parameters, tokens and losses, a number for each trial. starts: thetas,
+    or None for a grid of them."""
+    log_n, log_d, log_loss = np.log(N), np.log(D), np.log(loss)
+    n0, d0 = log_n.mean(), log_d.mean()
+    if starts is None:
+        starts = [np.array(start) for start in product(*FORMS[form].starts)]
+    theta, objective = minimize_huber(FORMS[form].function, starts, log_loss, log_n - n0, log_d - d0)
+    law = Law(form, theta, n0, d0, objective=objective)
+    return with_noise(law, N, D, log_loss)
+
+
+def with_noise(law, N, D, log_loss):
+    """`law` with the two noises that its residuals show: within pairs (N, D), by seed, and between them."""
+    residual = log_loss - law.log_loss(N, D)
+    cells = cell_numbers(N, D)
+    counts = np.bincount(cells)
+    means = np.bincount(cells, residual) / counts
+    within = len(residual) - len(counts)  # degrees of freedom
+    seed_variance = np.sum((residual - means[cells]) ** 2) / within if within else 0.0
+    freedom = max(1, len(counts) - len(law.theta))
+    cell_variance = max(0.0, np.sum(means**2) / freedom - seed_variance * np.mean(1 / counts))
+    return law._replace(sigma_cell=np.sqrt(cell_variance), sigma_seed=np.sqrt(seed_variance))
+
+
+def cell_numbers(N, D):
+    """The number of the pair (N, D) that each trial belongs to."""
+    return np.unique(np.stack((N, D)), axis=1, return_inverse=True)[1].ravel()
+
+
+def simulate(law, N, D, random):
+    """Losses of trials at N and D as the law and both of its noises give them."""
+    cells = cell_numbers(N, D)
+    of_cells = random.normal(0, law.sigma_cell, cells.max() + 1)[cells]
+    return np.exp(law.log_loss(N, D) + of_cells + random.normal(0, law.sigma_seed, len(N)))
+
+
+def bootstrap(law, N, D, draws=DRAWS):
+    """Laws that might have been found: fitted to losses simulated from `law`, whose noises are those of its
+    residuals. Parametric, as two or three seeds drawn with replacement show too little of their noise."""
+    random = np.random.default_rng(0)
+    return [fit_law(law.form, N, D, simulate(law, N, D, random), starts=[law.theta]) for _ in range(draws)]
+
+
+def interval_of(numbers):
+    """[low, high]: the middle 95%."""
+    return [float(end) for end in np.percentile(numbers, MIDDLE)]
+
+
+def constants_with_intervals(law, laws):
+    """{name: (value, [low, high])} of the law's constants; `laws`: of bootstrap()."""
+    drawn = [other.constants() for other in laws]
+    return {name: (float(value), interval_of([constants[name] for constants in drawn]))
+            for name, value in law.constants().items()}
+
+
+def predict(law, laws, N, D):
+    """(loss, [low, high]) of one new trial at N, D: the interval has the noise of the fit, by its bootstrap,
+    and that of the trial itself."""
+    random = np.random.default_rng(1)
+    sigma = np.hypot(law.sigma_cell, law.sigma_seed)
+    drawn = [other.loss(N, D) * np.exp(random.normal(0, sigma)) for other in laws for _ in range(10)]
+    return float(law.loss(N, D)), interval_of(drawn)
+
+
+def backtest(form, N, D, loss, flops, share=0.1):
+    """Nats by which a law fitted to the trials of up to `share` of the largest FLOPs misses each of the
+    others, which it has not seen; None where too few are left to fit."""
+    small = flops <= share * flops.max()
+    if small.sum() == 0 or cell_numbers(N[small], D[small]).max() + 1 < len(FORMS[form].starts) + 2:
+        return None
+    law = fit_law(form, N[small], D[small], loss[small])
+    return loss[~small] - law.loss(N[~small], D[~small])

@@ -1,0 +1,173 @@
+"""Wide and shallow, or narrow and deep? python -m scaling.shapes CONFIG [--name=value ...]
+
+Trains shapes of CONFIG's cost and compares their losses and speeds, as Scale Efficiently (arXiv 2109.10686)
+did, which found deep and narrow better. --depths=1,2,4,8,16 gives each depth the width that is nearest in
+cost: --equal=parameters (of the whole model, for as many steps) or --equal=flops (of the training: steps
+make up for what is left, as widths are multiples of head_dim; a small head_dim leaves less).
+--lrs=2**-9..2**-7 tries these at each shape and takes the best; else all have CONFIG's, which μP keeps
+right. --seeds=1, --stack=1 as in a sweep. --finetune=DATASET then trains each shape on, from its weights, on
+another text, for --finetune_steps. Rows go to --out=DIR, which resumes; so do shapes.json and shapes.png.
+"""
+
+import json
+import os
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from configure import UserError, configure, run_cli
+from data.files import write_text
+from data.loader import TokenDataset, with_vocab_size
+from data.prepare import prepare
+from model import model_size
+from scaling.cli import make_folder, parse_options, parse_values
+from scaling.figures import line_style, load_pyplot, save
+from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
+from scaling.transfer import finetuned, pretrain, reject_failures
+from train import train
+
+COSTS = ("parameters", "flops")
+MAX_HEADS = 512  # of the widest shape that is looked at
+SPEED_STEPS = 12  # of a run that is only timed
+
+
+def shapes_of(config, depths, equal):
+    """[Config]: of each depth the width whose cost is nearest to that of `config`; with equal="flops" the
+    steps make up for the rest. Raises UserError."""
+    if equal not in COSTS:
+        raise UserError(f"equal: got {equal}, takes {' or '.join(COSTS)}")
+    vocab_size = with_vocab_size(config, TokenDataset(prepare(config))).vocab_size
+    unit = {"parameters": "parameters", "flops": "flops_per_token"}[equal]
+
+    def cost(shape):
+        return getattr(model_size(replace(shape, vocab_size=vocab_size)), unit)
+
+    shapes = []
+    for depth in depths:
+        shape = nearest_width(replace(config, depth=depth), cost, cost(config))
+        if equal == "flops":
+            shape = replace(shape, steps=max(1, round(config.steps * cost(config) / cost(shape))))
+        shapes.append(shape)
+    return shapes
+
+
+def nearest_width(config, cost, wanted):
+    """`config` at the width whose cost is nearest to `wanted`, as a ratio; cost grows with the width."""
+    low, high = 1, MAX_HEADS
+    while low < high:  # the first width that costs as much
+        middle = (low + high) // 2
+        if cost(replace(config, width=middle * config.head_dim)) < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    candidates = [replace(config, width=heads * config.head_dim) for heads in (max(1, low - 1), low)]
+    return min(candidates, key=lambda shape: abs(np.log(cost(shape) / wanted)))
+
+
+def measure_speed(config):
+    """Tokens a second of a training of this shape, alone on the device."""
+    timed = replace(config, steps=SPEED_STEPS, eval_every=None, checkpoint_every=None, out=None,
+                    sample_tokens=0, eval_tokens=config.context)
+    return train(timed, quiet=True).tokens_per_second
+
+
+def compare(shapes, rows, speeds, tuned):
+    """[{width, depth, steps, parameters, flops, loss, log2_lr, seeds, tokens_per_second, finetuned}] of each
+    shape; rows: of its trials. tuned: {(width, depth): loss after finetuning}."""
+    table = []
+    for shape in shapes:
+        own = [row for row in rows if (row["width"], row["depth"]) == (shape.width, shape.depth)]
+        by_lr = {}
+        for row in own:
+            by_lr.setdefault(row["lr"], []).append(np.inf if row["diverged"] else row["val_loss"])
+        best = min(by_lr, key=lambda lr: np.mean(by_lr[lr]))
+        table.append({"width": shape.width, "depth": shape.depth, "steps": shape.steps, "lr": best,
+                      "parameters": own[0]["parameters"], "flops": own[0]["flops"],
+                      "loss": float(np.mean(by_lr[best])), "seeds": len(by_lr[best]),
+                      "seed_losses": by_lr[best], "tokens_per_second": speeds[shape.width, shape.depth],
+                      "finetuned": tuned.get((shape.width, shape.depth))})
+    return table
+
+
+def format_table(table):
+    """The shapes, for people; the best ones named."""
+    has_finetuned = table[0]["finetuned"] is not None
+    lines = [f"{'width':>6}{'depth':>6}{'steps':>8}{'parameters':>13}{'FLOPs':>11}{'loss':>9}{'log2 lr':>9}"
+             f"{'tokens/s':>11}" + ("  finetuned" if has_finetuned else "")]
+    for its in table:
+        line = (f"{its['width']:>6}{its['depth']:>6}{its['steps']:>8,}{its['parameters']:>13,.0f}"
+                f"{its['flops']:>11.2e}{its['loss']:>9.4f}{np.log2(its['lr']):>9.2f}"
+                f"{its['tokens_per_second']:>11,.0f}")
+        lines.append(line + (f"{its['finetuned']:>11.4f}" if has_finetuned else ""))
+    best = min(table, key=lambda its: its["loss"])
+    lines.append(f"best: width {best['width']}, depth {best['depth']}, loss {best['loss']:.4f}")
+    if has_finetuned:
+        best = min(table, key=lambda its: its["finetuned"])
+        lines.append(f"best after finetuning: width {best['width']}, depth {best['depth']}, "
+                     f"loss {best['finetuned']:.4f}")
+    return "\n".join(lines)
+
+
+def draw_shapes(table, equal, folder):
+    """Writes shapes.png: loss and speed against depth; returns its path."""
+    pyplot = load_pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4))
+    depths = [its["depth"] for its in table]
+    first, second = line_style(0), line_style(1)
+    left.plot(depths, [its["loss"] for its in table], label="trained", **first)
+    for its in table:
+        left.plot([its["depth"]] * its["seeds"], its["seed_losses"], ".", color=first["color"], alpha=0.6)
+    if table[0]["finetuned"] is not None:
+        left.plot(depths, [its["finetuned"] for its in table], label="finetuned on another text", **second)
+        left.legend(fontsize=10)
+    right.plot(depths, [its["tokens_per_second"] for its in table], **first)
+    name = {"flops": "FLOPs"}.get(equal, equal)
+    left.set(title=f"Equal {name}", ylabel="validation loss, nats per token")
+    right.set(title="Speed", ylabel="tokens per second", ylim=(0, None))
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="depth, blocks (width)")
+        ax.set_xticks(depths, [f"{its['depth']}\n({its['width']})" for its in table])
+        ax.minorticks_off()
+    return save(figure, os.path.join(folder, "shapes.png"), pyplot)
+
+
+def finetune_all(shapes, dataset, steps, folder):
+    """{(width, depth): loss after `steps` on `dataset`}, from the weights of a training of the shape."""
+    sources = {shape: pretrain(shape, os.path.join(folder, "pretrained")) for shape in shapes}
+    configs = [replace(finetuned(shape, sources[shape], dataset), steps=steps) for shape in shapes]
+    configs = [config for one in configs for config in trial_configs(one, {})]
+    rows = run_trials(configs, os.path.join(folder, "finetuned"))
+    reject_failures(rows)
+    return {(row["width"], row["depth"]): row["val_loss"] for row in rows}
+
+
+def main(argv):
+    defaults = {"depths": "1,2,4,8,16", "equal": "flops", "lrs": "", "seeds": 1, "stack": 1, "finetune": "",
+                "finetune_steps": 100, "out": "out/shapes"}
+    options, _, words = parse_options(argv, defaults, __doc__)
+    config = configure(words)
+    lrs = parse_values("lr", options["lrs"]) if options["lrs"] else [config.lr]
+    shapes = shapes_of(config, parse_values("depth", options["depths"]), options["equal"])
+    axes = {"lr": lrs, "seed": list(range(config.seed, config.seed + options["seeds"]))}
+    configs = [trial for shape in shapes for trial in trial_configs(shape, axes)]
+    folder, tuned = options["out"], {}
+    make_folder(folder)
+    try:
+        rows = run_trials(configs, folder, options["stack"])
+        reject_failures(rows)
+        if torchrun_rank()[0] > 0:
+            return 0
+        if options["finetune"]:
+            tuned = finetune_all(shapes, options["finetune"], options["finetune_steps"], folder)
+        speeds = {(shape.width, shape.depth): measure_speed(shape) for shape in shapes}
+    except KeyboardInterrupt:
+        return say_stopped(folder)
+    table = compare(shapes, rows, speeds, tuned)
+    write_text(os.path.join(folder, "shapes.json"), json.dumps(
+        {"equal": options["equal"], "shapes": table, "config": asdict(config)}, indent=1))
+    print(format_table(table), draw_shapes(table, options["equal"], folder), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,270 @@
+"""Scaling laws: fits find what rows were made from, and the commands say what they can tell and no more."""
+
+import json
+import pathlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import tiny
+
+from configure import Config, UserError
+from model import GPT, model_size
+from scaling import law_fits, law_slices, laws, plane, shapes, transfer
+from scaling.cli import parse_values
+from scaling.law_fits import FORMS, Law, bootstrap, fit_law, interval_of, predict
+from scaling.law_report import format_forecast
+from scaling.sweep import run_trials, trial_configs
+from scaling.trials import SETTING_COLUMNS, append_rows, identity, read_trials
+
+# Constants in the range of small models of text. A law is one of n - n0 and d - d0; here n0 = d0 = 0
+TRUE = {"chinchilla": Law("chinchilla", np.array([np.log(60), np.log(900), np.log(1.5), 0.35, 0.4]), 0, 0),
+        "kaplan": Law("kaplan", np.array([0.8 * 23, 24.0, 0.8, 0.1]), 0, 0)}
+SEED_NOISE = 0.001  # of the loss: what two seeds of one setting differ by in the committed rows
+SHAPES, STEPS = ((32, 2), (64, 2), (128, 4), (192, 6), (256, 8)), (200, 400, 800, 1600, 3200)
+
+
+def grid(law, seeds=2, noise=SEED_NOISE, draw=0):
+    """(N, D, loss) of 5 sizes, 5 horizons and `seeds` trials of each pair."""
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(3e5, 3e7, 5)))
+    N, D = np.repeat(N, seeds), np.repeat(D, seeds)
+    return N, D, law.loss(N, D) * np.exp(np.random.default_rng(draw).normal(0, noise, len(N)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fit_finds_the_law_that_rows_were_made_from_and_forecasts_100_times_their_flops(form):
+    true, (N, D, loss) = TRUE[form], grid(TRUE[form])
+    law = fit_law(form, N, D, loss)
+    assert law.loss(1e8, 3e8) == pytest.approx(true.loss(1e8, 3e8), abs=0.02)
+    for name in ("alpha", "beta", "E", "alpha_N", "alpha_D"):
+        if name in true.constants():
+            assert law.constants()[name] == pytest.approx(true.constants()[name], rel=0.06), name
+    assert law.sigma_seed == pytest.approx(SEED_NOISE, rel=0.4) and law.sigma_cell < SEED_NOISE
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    true, held, predicted = TRUE["chinchilla"], 0, 0
+    for draw in range(8):
+        N, D, loss = grid(true, seeds=1, noise=0.003, draw=draw)
+        law = fit_law("chinchilla", N, D, loss, starts=[np.array([-1, 0, 0, 0.3, 0.3])])
+        drawn = bootstrap(law, N, D, draws=25)
+        low, high = interval_of([other.constants()["alpha"] for other in drawn])
+        held += low <= 0.35 <= high
+        measured = true.loss(1e8, 3e8) * np.exp(np.random.default_rng(100 + draw).normal(0, 0.003))
+        low, high = predict(law, drawn, 1e8, 3e8)[1]
+        predicted += low <= measured <= high
+    assert held >= 6 and predicted >= 6  # of 8: where 95% holds, fewer is a chance of 1 in 150
+
+
+def test_one_bad_trial_moves_a_fit_little():
+    N, D, loss = grid(TRUE["chinchilla"])
+    loss[7] *= 2
+    assert fit_law("chinchilla", N, D, loss).constants()["alpha"] == pytest.approx(0.35, rel=0.03)
+
+
+def test_the_derivatives_of_each_form_are_those_of_its_loss():
+    n, d = np.random.default_rng(0).normal(size=(2, 6))
+    for form, law in TRUE.items():
+        theta = law.theta / 10
+        function = FORMS[form].function
+        for i in range(len(theta)):
+            step = 1e-6 * np.eye(len(theta))[i]
+            slope = (function(theta + step, n, d)[0] - function(theta - step, n, d)[0]) / 2e-6
+            assert function(theta, n, d)[1][i] == pytest.approx(slope, abs=1e-7), (form, i)
+
+
+def test_parabolas_at_equal_flops_find_how_the_best_size_grows():
+    """With alpha = beta the best N grows as C^0.5, whatever A and B are."""
+    law = Law("chinchilla", np.array([np.log(400), np.log(400), np.log(1.5), 0.4, 0.4]), 0, 0)
+    C, N = (x.ravel() for x in np.meshgrid(np.geomspace(1e13, 1e15, 4), np.geomspace(3e5, 3e7, 13)))
+    found = law_slices.isoflop(N, C / (6 * N), C, law.loss(N, C / (6 * N)), sigma=1e-3)
+    assert len(found["budgets"]) == 4 and found["exponent"] == pytest.approx(0.5, abs=0.02)
+    assert found["interval"][0] < 0.5 < found["interval"][1]
+
+
+def simulated_rows(folder, law, shapes=SHAPES, steps=STEPS, seeds=(0, 1), context=256, **settings):
+    """Writes the rows that a sweep would leave if trials had the losses of `law`, of all parameters."""
+    random, rows = np.random.default_rng(len(shapes)), []
+    for width, depth in shapes:
+        for count in steps:
+            for seed in seeds:
+                config = Config(width=width, depth=depth, steps=count, seed=seed, batch=16, context=context,
+                                head_dim=32, base_head_dim=32, **settings)
+                numbers, flops_per_token = laws.count_parameters(replace(config, vocab_size=2048))
+                tokens = count * 16 * context
+                loss = law.loss(numbers["all"], tokens) * np.exp(random.normal(0, SEED_NOISE))
+                rows.append({name: getattr(config, name) for name in SETTING_COLUMNS} | {
+                    "val_loss": loss, "parameters": numbers["all"], "flops": flops_per_token * tokens,
+                    "seconds": 1, "diverged": False, "failure": "", "curve": "", "config": identity(config)})
+    folder.mkdir(exist_ok=True)
+    append_rows(folder / "trials.csv", rows)
+    return str(folder)
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(law_slices, "DRAWS", 8)
+    monkeypatch.setattr(laws, "bootstrap", lambda law, N, D: bootstrap(law, N, D, draws=8))
+    monkeypatch.setattr(law_fits, "BEST_STARTS", 3)
+
+
+def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_path, few_draws, capsys):
+    true = TRUE["chinchilla"]
+    rows = simulated_rows(tmp_path / "rows", true)
+    unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600])
+    assert laws.main([rows, "--flops=1e15", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "to" / "laws.json").read_text())
+    best, seen = report["forecasts"]
+    assert "nats, inside the interval" in said and seen["beyond"] > 30
+    assert best["flops"] == pytest.approx(1e15, rel=0.01) and best["width"] % 32 == 0
+    assert len(report["points"]) == 50 and max(abs(p["residual"]) for p in report["points"]) < 0.1
+    assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
+    missed = seen | {"measured": seen["interval"][1] + 0.01}
+    assert "nats, OUTSIDE the interval" in "\n".join(format_forecast(missed))
+
+
+def replace_e(law, E):
+    """The law with another irreducible loss."""
+    theta = law.theta.copy()
+    theta[2] = np.log(E)
+    return law._replace(theta=theta)
+
+
+def test_what_no_law_can_be_fitted_to_is_rejected_in_a_line(tmp_path, few_draws):
+    def fails(words, match):
+        with pytest.raises(UserError, match=match):
+            laws.main(words)
+
+    true = TRUE["chinchilla"]
+    few = simulated_rows(tmp_path / "few", true, shapes=SHAPES[:2])
+    rows = simulated_rows(tmp_path / "rows", true, shapes=SHAPES[:3], steps=STEPS[:3], seeds=[0])
+    fails([few], "^laws: got 2 sizes and 5 numbers of tokens, 10 pairs; takes 3 of each")
+    other = simulated_rows(tmp_path / "other", true, context=128)
+    fails([rows, other], "^laws: got rows with context 128 and 256; takes one")
+    fails([], "^laws: takes folders")
+    fails([rows, "--flops=x"], "^flops: got x, takes a number above 0")
+    fails([rows, "--flops=1e3"], "^flops: got 1000, takes enough for 100 steps")
+    fails([rows, "--target=config/target.py", "--tokenizer=bytes"], "^tokenizer: got bytes, but the laws")
+    fails([rows, "--transfer"], "^laws: takes rows with init_from and rows without")
+
+
+def test_of_settings_tried_at_one_size_a_law_takes_the_best(tmp_path):
+    good = simulated_rows(tmp_path / "rows", TRUE["chinchilla"], lr=2**-8)
+    simulated_rows(tmp_path / "rows", replace_e(TRUE["chinchilla"], 2.0), lr=2**-10)
+    trials = laws.read_folders([good])
+    assert len(trials) == 50 and {trial.config.lr for trial in trials} == {2**-8}
+
+
+def test_parameters_are_counted_with_and_without_what_the_vocabulary_needs():
+    config = tiny(vocab_size=64, position="learned")
+    numbers, _ = laws.count_parameters(config)
+    by_name = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    names = "token_embedding.weight", "position_embedding.weight", "readout.weight"
+    outside = sum(by_name[name] for name in names)
+    assert numbers == {"all": sum(by_name.values()), "body": sum(by_name.values()) - outside}
+    assert laws.vocab_size_of(replace(config, vocab_size=None), numbers["all"]) == 64
+
+
+def test_a_sweep_holds_the_training_flops_by_the_steps(corpus):
+    config = Config(**corpus | {"steps": 1000})
+    trials = trial_configs(config, {"width,depth": [(16, 1), (32, 2), (64, 8)]}, "flops")
+    flops = [model_size(replace(trial, vocab_size=257)).flops_per_token * trial.steps for trial in trials]
+    assert flops == pytest.approx([flops[1]] * 3, rel=0.02) and trials[1].steps == 1000
+    assert trials[0].steps > 2000 and trials[2].steps < 200
+
+
+def test_settings_can_move_together_on_one_axis():
+    assert parse_values("width,depth", "64x2,128x4") == [(64, 2), (128, 4)]
+    trials = trial_configs(Config(), {"width,depth": [(64, 2), (128, 4)], "lr": [0.1, 0.2]})
+    assert [(t.width, t.depth, t.lr) for t in trials] == [
+        (64, 2, 0.1), (64, 2, 0.2), (128, 4, 0.1), (128, 4, 0.2)]
+    with pytest.raises(UserError, match="^width,depth: got 64, takes WIDTHxDEPTH"):
+        parse_values("width,depth", "64")
+
+
+def test_the_map_between_sp_and_mup_shows_the_best_rate_of_each_point(corpus, tmp_path, capsys):
+    base = Config(**corpus | {"depth": 1, "steps": 2})
+    axes = {"mup_init": [0, 1], "mup_lr": [0.5, 1], "lr": [2**-9, 2**-6]}
+    rows = run_trials(trial_configs(base, axes), str(tmp_path))
+    assert plane.main([str(tmp_path)]) == 0
+    points = json.loads((tmp_path / "plane.json").read_text())["points"]
+    assert [(p["mup_init"], p["mup_lr"]) for p in points] == [(0, 0.5), (0, 1), (1, 0.5), (1, 1)]
+    for i, point in enumerate(points):
+        pair = rows[2 * i:2 * i + 2]
+        assert point["loss"] == min(row["val_loss"] for row in pair) and point["edge"]
+    assert (tmp_path / "plane.png").exists() and "μP" in capsys.readouterr().out
+    run_trials(trial_configs(base, {"width": [16], "lr": [2**-6]}), str(tmp_path))
+    with pytest.raises(UserError, match="^plane: got rows that vary .*width"):
+        plane.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("equal", shapes.COSTS)
+def test_shapes_of_equal_cost_cost_the_same(corpus, equal):
+    config = Config(**corpus | {"width": 256, "depth": 4, "head_dim": 8, "base_head_dim": 8, "steps": 1000})
+    found = shapes.shapes_of(config, [1, 2, 4, 16], equal)
+    sizes = [model_size(replace(shape, vocab_size=257)) for shape in found]
+    costs = [size.parameters if equal == "parameters" else size.flops_per_token * shape.steps
+             for size, shape in zip(sizes, found, strict=True)]
+    assert costs == pytest.approx([costs[2]] * 4, rel=0.005 if equal == "flops" else 0.05)
+    assert found[2].width == 256 and found[0].width > 400 and found[3].width < 160
+    with pytest.raises(UserError, match="^equal: got flop, takes parameters or flops"):
+        shapes.shapes_of(config, [1], "flop")
+
+
+@pytest.fixture
+def other_text(corpus, tmp_path):
+    """A folder of the documents of `corpus`, backwards."""
+    (tmp_path / "backwards").mkdir()
+    for path in pathlib.Path(corpus["dataset"]).iterdir():
+        (tmp_path / "backwards" / path.name).write_text(path.read_text()[::-1])
+    return str(tmp_path / "backwards")
+
+
+def test_shapes_are_trained_timed_and_finetuned(corpus, other_text, tmp_path, capsys):
+    words = [f"--{name}={value}" for name, value in corpus.items()]
+    words += ["--depths=1,2", f"--finetune={other_text}", "--finetune_steps=2", f"--out={tmp_path}"]
+    assert shapes.main(words) == 0
+    table = json.loads((tmp_path / "shapes.json").read_text())["shapes"]
+    assert [its["depth"] for its in table] == [1, 2] and all(its["tokens_per_second"] > 0 for its in table)
+    assert all(0 < its["finetuned"] != its["loss"] for its in table)
+    assert "best after finetuning: width" in capsys.readouterr().out
+
+
+def test_the_transfer_law_finds_the_exponents_that_rows_were_made_from():
+    """Pretrained models whose losses are those of D_F + 2000 D_F^0.3 N^0.2 tokens from scratch."""
+    law, scratch, tuned = TRUE["kaplan"], [], []
+
+    def trial(body, tokens, data):
+        loss = float(law.loss(body, data))
+        return laws.Trial(Config(vocab_size=257), "", {"body": body}, tokens, 1.0, loss)
+
+    for body in (1e5, 1e6, 1e7):
+        scratch += [trial(body, tokens, tokens) for tokens in np.geomspace(1e4, 1e8, 17)]
+        tuned += [trial(body, tokens, tokens + 2000 * tokens**0.3 * body**0.2)
+                  for tokens in np.geomspace(1e4, 1e7, 7)]
+    report = transfer.analyze(scratch, tuned)
+    for name, value in {"k": 2000, "alpha": 0.3, "beta": 0.2}.items():
+        found, (low, high) = report["exponents"][name]
+        assert found == pytest.approx(value, rel=0.1 if name != "k" else 0.5) and low < high
+    assert report["unified_error"] < 0.01
+
+
+def test_a_model_better_than_any_from_scratch_has_no_effective_data():
+    tokens, losses = np.array([1e4, 1e5, 1e6]), np.array([5.0, 4.0, 3.0])
+    assert transfer.data_equivalent(tokens, losses, 4.0) == pytest.approx(1e5)
+    assert np.isnan(transfer.data_equivalent(tokens, losses, 2.9))
+    assert 1e5 < transfer.data_equivalent(tokens, losses, 3.5) < 1e6
+
+
+def test_transfer_pretrains_finetunes_and_fits_by_one_command(corpus, other_text, tmp_path, capsys):
+    words = [f"--{name}={value}" for name, value in corpus.items()] + [
+        "width,depth=16x1,32x1", f"--finetune={other_text}", "--finetune_steps=2,4",
+        "--finetune_lrs=2**-8", f"--out={tmp_path}/out"]
+    assert transfer.main(words) == 0
+    rows = read_trials(f"{tmp_path}/out")
+    starts = [json.loads(row["config"])["init_from"] for row in rows]
+    assert len(rows) == 8 and starts.count(None) == 4 and not any(row["failure"] for row in rows)
+    assert laws.main([f"{tmp_path}/out", "--transfer"]) == 0
+    first, again = capsys.readouterr().out.split("transfer_law.png")[:2]
+    assert "D_T is known for" in first and first.split("D_F")[1:2] == again.split("D_F")[1:2]
