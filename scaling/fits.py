@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from configure import no_command
+
 
 def optimum(losses):
     """(log2 of the best x, its loss, curvature) of {x: loss}, from a parabola in log2 x through the points
@@ -70,3 +72,7 @@ def power_law(x, y):
     residual = y - exponent * x - offset
     error = np.sqrt(residual @ residual / max(1, len(x) - 2) / ((x - x.mean()) @ (x - x.mean())))
     return exponent, error, np.exp(offset)
+
+
+if __name__ == "__main__":
+    no_command("scaling.fits")
