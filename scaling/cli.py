@@ -4,22 +4,23 @@ import math
 import os
 import sys
 
-from configure import SETTINGS, UserError, advice_for, check_setting, no_command, parse_value
+from configure import SETTINGS, UserError, advice_for, check_setting, closest, no_command, parse_value
 
 SETTINGS_HELP = "Settings, as --name=value, are those of train.py: `python train.py --help` lists them."
 MAX_VALUES = 10_000  # of one range: more is a typing error
 ROUNDING = 1e-6  # of a doubling: so that the logarithms of a range's ends do not lose its last value
 
 
-def parse_options(argv, defaults, doc, takes_axes=False):
+def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     """Splits the command line into (options, axes, words).
 
     options: `defaults`, {name: text or whole number}, updated by the --name=value words that name one.
     axes: {setting: text} of the NAME=VALUES words, which are rejected unless the command takes_axes.
-    words: all other words, in order: for configure(). --help prints `doc` and exits. Raises UserError.
+    words: all other words, in order: for configure(), unless the command takes no settings. --help prints
+    `doc` and exits. Raises UserError.
     """
     if "-h" in argv or "--help" in argv:
-        print(doc.strip(), SETTINGS_HELP, sep="\n\n")
+        print(doc.strip(), *[SETTINGS_HELP] * takes_settings, sep="\n\n")
         sys.exit()
     options, axes, words, remaining = dict(defaults), {}, [], iter(argv)
     for word in remaining:
@@ -31,6 +32,9 @@ def parse_options(argv, defaults, doc, takes_axes=False):
                 if text.startswith("--"):
                     raise UserError(f"{name}: got no value, takes --{name}=VALUE")
             options[name] = parse_option(name, text, type(defaults[name]))
+        elif is_flag and not takes_settings:
+            advice = closest(name, defaults) or f"; takes --{', --'.join(defaults)}"
+            raise UserError(f"{name}: no such option{advice}")
         elif is_flag and name not in SETTINGS:
             raise UserError(f"{name}: no such setting or option{advice_for(name, defaults)}")
         elif equals and not word.startswith("-"):
