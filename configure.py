@@ -342,7 +342,9 @@ def configure(argv, usage=None, names=None):
             layers.append((f"{word}: ", read_settings(word)))
             continue
         name, equals, text = word.lstrip("-").partition("=")
-        if name in SETTINGS and not equals:  # --name value
+        if name not in SETTINGS:  # rejected before what follows it is taken for a file
+            check_setting(name, text)
+        if not equals:  # --name value
             text = next(words, "--")
             if text.startswith("--"):
                 raise UserError(f"{name}: got no value, takes --{name}=VALUE")

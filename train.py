@@ -383,6 +383,8 @@ def main(argv):
     reuse_freed_memory()
     with chosen_run_dir(config, argv) as config, errors_in_one_line(config):
         result = train(config)
+        if result.stopped:
+            any_rank(False)  # rank 0 has written the checkpoint: srun may end all when the first one ends
     if result.diverged:
         return 1
     if rank() == 0 and result.stopped:

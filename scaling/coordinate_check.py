@@ -5,10 +5,10 @@ of the size to which the mean |change| of each layer's output is proportional (T
 2203.03466, appendix D.1). Under μP it is 0, or what the table says; the standard parametrization, the control
 in the figure, fails. Exit code 0 for PASS, 1 for FAIL. Also --steps=5, --seeds=3, --out=DIR.
 
-The rows, in the order of the forward pass: what owns a matrix, by the change of its output; the logits of
-attention; the residual stream after each block; the logits, first; and each vector, such as a norm's gain, by
-its own change. Layers of all blocks are one row. A new layer is found by itself; a parameter that lies in GPT
-or Block directly, and no vector, shows in the logits or the residual stream only.
+The rows, in the order of the forward pass: the logits, first; what owns a matrix, by the change of its
+output; the logits of attention; the residual stream after each block; and each vector, such as a norm's gain,
+by the length of its own steps. Layers of all blocks are one row. A new layer is found by itself; a parameter
+that lies in GPT or Block directly, and is no vector, shows in the logits or the residual stream only.
 
 How to read a FAIL: the cause is the first row from the top that is off, logits left out, as what follows it
 inherits its error. Above what is expected: it moves more at each larger size, so its lr or its initial size
@@ -77,7 +77,7 @@ def vectors(model):
 
 
 def layer_outputs(model, tokens_BT):
-    """{layer: its outputs in all blocks, stacked}; the residual stream, attention logits, logits; vectors."""
+    """{layer: its outputs in all blocks, stacked}; also the residual stream, attention logits and logits."""
     outputs = {"logits": []}  # the first row of the table; its output comes last
     attention = F.scaled_dot_product_attention
 
@@ -102,11 +102,12 @@ def layer_outputs(model, tokens_BT):
         F.scaled_dot_product_attention = attention
         for hook in hooks:
             hook.remove()
-    return {layer: torch.stack(found) for layer, found in outputs.items()} | vectors(model)
+    return {layer: torch.stack(found) for layer, found in outputs.items()}
 
 
 def measure_run(config, dataset, steps):
-    """Trains one model: {(layer, 0): mean |output| at initialization, (layer, step): mean |change| since}.
+    """Trains one model: {(layer, 0): mean |output| at initialization, (layer, step): mean |change| since}. Of
+    a vector the mean |value|, and the sum of the mean |change| of all steps: to and fro counts as far.
 
     Each step trains on the tokens that are measured. On others a small model mostly shows the noise of Adam's
     signs, which falls as width^-1/2 and hides what all widths learn alike.
@@ -117,12 +118,18 @@ def measure_run(config, dataset, steps):
     batch = torch.stack(dataset.batch(config.seed, 0, config.batch, config.context)).to(device)
     tokens_BT = batch[0]
     initial = layer_outputs(model, tokens_BT)
-    measured = {(layer, 0): output.abs().mean().item() for layer, output in initial.items()}
+    before, moved = vectors(model), defaultdict(float)
+    measured = {(layer, 0): output.abs().mean().item() for layer, output in (initial | before).items()}
     for step in range(steps):
         take_step.set_learning_rate(step)
         take_step(batch[:, None], step)
         for layer, output in layer_outputs(model, tokens_BT).items():
             measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()
+        now = vectors(model)
+        for name, values in now.items():
+            moved[name] += (values - before[name]).abs().mean().item()
+            measured[name, step + 1] = moved[name]
+        before = now
     return measured
 
 

@@ -62,17 +62,23 @@ def make_panels(report, pyplot, widths=None):
     """(figure, [(name, ladder, axes)]): a panel for each ladder, μP first, side by side or in rows.
     widths: how wide each of them is, in any unit, {name: width}; alike by default."""
     ladders = sorted(report["ladders"].items(), key=lambda item: not item[0].startswith("mup"))
-    columns = min(len(ladders), MOST_COLUMNS)
-    rows = -(-len(ladders) // columns)
     ratios = None
-    if widths is not None and rows == 1:
+    if widths is not None and len(ladders) <= MOST_COLUMNS:
         widest = max(widths.values())
-        ratios = [max(widths[name] / widest, NARROWEST) for name, _ in ladders]
+        ratios = [max(widths[name] / widest, NARROWEST) if widest else 1 for name, _ in ladders]
+    figure, axes = panel_grid(pyplot, len(ladders), ratios)
+    return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes, strict=True)]
+
+
+def panel_grid(pyplot, count, ratios=None):
+    """(figure, [axes]) of `count` panels in rows of MOST_COLUMNS at most, with room for a legend beside."""
+    columns = min(count, MOST_COLUMNS)
+    rows = -(-count // columns)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, figsize=(5.5 * columns + 1, 4.4 * rows),
                                    width_ratios=ratios, layout="constrained")
-    for ax in axes.flat[len(ladders):]:
+    for ax in axes.flat[count:]:
         ax.set_axis_off()
-    return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes.flat, strict=False)]
+    return figure, list(axes.flat[:count])
 
 
 def share_scale(limits):
@@ -271,22 +277,20 @@ def draw_scatter(axis, base, pairs, folder):
     for each of `pairs` (scaling/scatter.py); what diverged lies on the upper or right edge. Returns its path.
     """
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(1, len(pairs), figsize=(4.8 * len(pairs), 4.4), squeeze=False,
-                                   layout="constrained")
-    for pair, ax in zip(pairs, axes[0], strict=True):
+    figure, axes = panel_grid(pyplot, len(pairs))
+    for pair, ax in zip(pairs, axes, strict=True):
         edges = [edge_of(pair[which]) for which in ("proxy", "target")]
         x, y = (np.minimum(pair[which], edge) for which, edge in
                 zip(("proxy", "target"), edges, strict=True))
         beyond = (pair["proxy"] > edges[0]) | (pair["target"] > edges[1])
         ax.plot(x[~beyond], y[~beyond], "o", color=COLORS[0], markersize=5, label="the same settings")
-        if beyond.any():
-            ax.plot(x[beyond], y[beyond], "^", color=COLORS[1], fillstyle="none", label="beyond, or diverged")
+        ax.plot(x[beyond], y[beyond], "^", color=COLORS[1], fillstyle="none", label="beyond, or diverged")
         best = np.argmin(pair["proxy"])
         ax.plot(x[best], y[best], "*", color=COLORS[4], markersize=14, mec="k", label="best by the proxy")
         ax.set(title=f"{len(x)} pairs, rank correlation {pair['rank']:+.2f}",
                xlabel=f"loss at {axis} {base:g}, nats per token",
                ylabel=f"loss at {axis} {pair['size']:g}, nats per token")
-    axes[0, -1].legend(fontsize=10, **BESIDE)
+    figure.legend(handles=axes[0].lines, fontsize=10, loc="outside right center")
     return save(figure, os.path.join(folder, "scatter.png"), pyplot)
 
 

@@ -37,8 +37,8 @@ def format_size(config):
     """The tables of all parametrizations at the shape of `config`, side by side."""
     configs = {name: replace(config, parametrization=name) for name in TABLES}
     by_name = {name: groups_of(sized) for name, sized in configs.items()}
-    lines = [f"width {config.width} (x {config.width_mult:g}), "
-             f"depth {config.depth} (x {config.depth_mult:g}), heads of {config.head_dim} (base: {config.base_head_dim})"]
+    shape = {"width": config.base_width, "depth": config.base_depth, "head_dim": config.base_head_dim}
+    lines = [", ".join(f"{name} {getattr(config, name)} (base: {base})" for name, base in shape.items())]
     lines.append(f"{'role':<12}{'tensors':>8}" + "".join(
         f"{f'{column}, {name}':>14}" for column in COLUMNS for name in TABLES))
     for groups in zip(*by_name.values(), strict=True):
