@@ -21,6 +21,7 @@ from configure import SETTINGS, Config, UserError, configure
 from scaling import __main__ as scaling_commands
 from scaling import coordinate_check, table
 from scaling.cli import parse_options
+from scaling.sweep import torchrun_rank
 from training.distributed import torchrun_variables
 from training.schedule import decay_start, lr_factor
 
@@ -170,6 +171,12 @@ def test_what_is_no_task_among_several_of_srun_is_left_alone():
     assert (own["MASTER_ADDR"], own["MASTER_PORT"]) == ("head", "1234")
     with pytest.raises(UserError, match="^srun: got SLURM_STEP_NODELIST='', takes a list of hosts"):
         torchrun_variables(STEP | {"SLURM_STEP_NODELIST": ""})
+
+
+def test_a_sweep_that_srun_starts_has_one_process_that_prints(monkeypatch):
+    for name, text in STEP.items():
+        monkeypatch.setenv(name, text)
+    assert torchrun_rank() == (9, 16)
 
 
 def test_tasks_of_srun_train_one_model_together(corpus, tmp_path, monkeypatch):

@@ -35,8 +35,9 @@ def describe_more_steps(config, steps_before, done):
         rates.append(sized.lr * horizon_rule(sized) * lr_factor(sized, step))
     if abs(rates[1] / rates[0] - 1) < 0.01:
         return f"{text}the {config.schedule} schedule goes on, with the lr at {rates[1]:.3g}"
+    advice = "" if config.schedule == "wsd" else "; --schedule=wsd from the start avoids that"
     return (f"{text}the {config.schedule} schedule is stretched, so the lr goes from {rates[0]:.3g} at step "
-            f"{done:,} to {rates[1]:.3g} at step {done + 1:,}; --schedule=wsd from the start avoids that")
+            f"{done:,} to {rates[1]:.3g} at step {done + 1:,}{advice}")
 
 
 def constant(config, progress, step, warmup_steps):
