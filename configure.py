@@ -296,7 +296,8 @@ def read_settings(source):
 def closest_source(source):
     """The end of an error line about a config file or run directory that cannot be read: the nearest ones,
     by their paths or by their names alone."""
-    files = [os.path.relpath(path) for path in Path(__file__).parent.glob("config/*.py")]
+    folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
+    files = list(map(str, Path(folder).glob("*.py")))
     runs = [str(path.parent) for path in Path("out").glob("*/config.json")]
     by_name = {Path(path).stem: path for path in files + runs}
     by_name |= {path: path for path in files + runs if path != source}

@@ -86,7 +86,6 @@ def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):
     (["nothing-like-it"], "nothing-like-it: No such file or directory")])
 def test_a_slip_is_answered_with_what_was_meant(words, advice, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config").symlink_to(os.path.join(ROOT, "config"))
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "config.json").write_text("{}")
     with pytest.raises(UserError) as caught:
