@@ -19,6 +19,7 @@ import re
 import runpy
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -287,18 +288,62 @@ def complete_saved(settings):
     return {field.name: field.default for field in fields(Config)} | BEFORE_IT_EXISTED | settings
 
 
+# What other programs call a setting, for the answer to one that does not exist
+OTHER_NAMES = {
+    "width": "d_model n_embd n_embed hidden_size hidden_dim model_dim embedding_dim dim channels",
+    "depth": "n_layer n_layers num_layers num_hidden_layers layers blocks",
+    "batch": "batch_size train_batch_size global_batch_size total_batch_size",
+    "context": "block_size seq_len seq_length sequence_length max_seq_len context_length n_ctx",
+    "head_dim": "n_head n_heads num_heads num_attention_heads heads head_size",
+    "position": "rope rotary pos_emb",
+    "mlp": "activation act hidden_act swiglu gelu",
+    "tied": "tie_embeddings tie_word_embeddings weight_tying",
+    "parametrization": "mup use_mup sp",
+    "optimizer": "optim muon adamw",
+    "lr": "learning_rate max_lr peak_lr base_lr",
+    "embedding_std": "init_std initializer_range",
+    "weight_decay": "wd decay",
+    "grad_clip": "clip clip_grad max_grad_norm gradient_clipping",
+    "warmup": "warmup_iters warmup_steps warmup_ratio",
+    "schedule": "scheduler lr_schedule lr_scheduler lr_decay",
+    "final_lr": "min_lr min_lr_ratio",
+    "decay_fraction": "cooldown warmdown_ratio",
+    "dataset": "data data_path input corpus text",
+    "steps": "max_iters max_steps num_steps num_iterations iterations epochs num_train_epochs",
+    "micro_batch": "gradient_accumulation_steps grad_accum micro_batch_size device_batch_size",
+    "eval_every": "eval_interval val_every eval_steps",
+    "checkpoint_every": "save_every save_interval save_steps ckpt_every",
+    "out": "out_dir output_dir output run_dir save_dir",
+    "precision": "dtype amp bf16 fp16 mixed_precision",
+    "wandb": "wandb_log use_wandb report_to",
+    "sample_tokens": "max_new_tokens",
+    "shard": "fsdp",
+}
+
+
 def closest(word, words):
     """The end of an error line about a mistyped word: the nearest valid ones, or nothing."""
     near = [candidate for candidate in difflib.get_close_matches(word, words) if candidate != word]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def advice_for(name, more=()):
+    """The end of an error line about the unknown setting `name`: what it may stand for, of the settings and
+    `more` names; or nothing."""
+    plain = name.lower().replace("-", "_")
+    for setting, others in OTHER_NAMES.items():
+        if plain in others.split():
+            return f"; did you mean {setting}?"
+    if plain in SETTINGS:
+        return f"; did you mean {plain}?"
+    return closest(plain, [*SETTINGS, *more])
+
+
 def check_setting(name, value, where=""):
     """`value` in the type of setting `name`: whole floats become int, ints become float where a float is
     expected. Raises UserError when there is no such setting or the value is not accepted."""
     if name not in SETTINGS:
-        advice = closest(name, SETTINGS) or "; --help lists them"
-        raise UserError(f"{where}{name}: no such setting{advice}")
+        raise UserError(f"{where}{name}: no such setting{advice_for(name) or '; --help lists them'}")
     kind, accepts, description, optional = SETTINGS[name]
     if value is None and optional:
         return None
@@ -403,8 +448,20 @@ def read_settings(source):
         return {name: value for name, value in assigned.items() if is_assignment(name, value)}
     except (Exception, SystemExit) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        advice = closest(path, map(str, Path("config").rglob("*.py")))
-        raise UserError(f"{path}: {reason}{advice}") from None
+        raise UserError(f"{path}: {reason}{closest_source(source)}") from None
+
+
+def closest_source(source):
+    """The end of an error line about a config file or run directory that cannot be read: the nearest ones,
+    by their paths or by their names alone."""
+    folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
+    files = list(map(str, Path(folder).rglob("*.py")))
+    runs = [str(path.parent) for path in Path("out").glob("*/config.json")]
+    by_name = {Path(path).stem: path for path in files + runs}
+    by_name |= {path: path for path in files + runs if path != source}
+    near = difflib.get_close_matches(source, by_name, n=1) or difflib.get_close_matches(
+        Path(source).stem, by_name, n=1)
+    return f"; did you mean {by_name[near[0]]}?" if near else ""
 
 
 @contextlib.contextmanager
@@ -440,7 +497,9 @@ def split_words(argv):
             sources.append(word)
             continue
         name, equals, text = word.lstrip("-").partition("=")
-        if name in SETTINGS and not equals:  # --name value
+        if name not in SETTINGS:  # rejected before what follows it is taken for a file
+            check_setting(name, text)
+        if not equals:  # --name value
             text = next(words, "--")
             if text.startswith("--"):
                 raise UserError(f"{name}: got no value, takes --{name}=VALUE")
@@ -448,10 +507,11 @@ def split_words(argv):
     return sources, flags
 
 
-def configure(argv):
-    """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits."""
+def configure(argv, usage=None, names=None):
+    """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits: the
+    command's `usage`, and those of its settings that it uses, `names`. None: train.py's, and all."""
     if "-h" in argv or "--help" in argv:
-        print(help_text())
+        print(help_text(usage, names))
         sys.exit()
     sources, flags = split_words(argv)
     layers = [(f"{source}: ", read_settings(source)) for source in sources]
@@ -464,17 +524,38 @@ def configure(argv):
                      for where, values in layers for name, value in values.items()})
 
 
-def help_text():
-    """Every setting with its default, unit and group, read from the source of Config."""
-    lines = ["usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]", __doc__]
+TRAIN_USAGE = f"usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]\n\n{__doc__}"
+HELP_WIDTH = 118  # characters
+HELP_INDENT = 34
+
+
+def help_text(usage=None, names=None):
+    """`usage`, then the settings `names`, each with its default, unit and choices, in groups: read from the
+    source of Config."""
+    lines, group = [(usage or TRAIN_USAGE).strip()], None
     pattern = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): .*?  # (?P<comment>.+))$", re.MULTILINE)
     for match in pattern.finditer(inspect.getsource(Config)):
+        name = match["name"]
         if match["group"]:
-            lines.append(f"\n{match['group']}")
-        else:
-            option = f"--{match['name']}={getattr(Config, match['name'])}"
-            lines.append(f"  {option:32}{match['comment']}")
+            group = match["group"]
+        elif names is None or name in names:
+            if group:
+                lines.append(f"\n{group}")
+            group = None
+            lines.append(help_line(name, match["comment"]))
     return "\n".join(lines)
+
+
+def help_line(name, comment):
+    """One setting: its default, what it is, what it takes; on several lines where one is too short."""
+    option = f"  --{name}={getattr(Config, name)}"
+    takes = SETTINGS[name].description.removeprefix("a ").replace("finite ", "")
+    if SETTINGS[name].optional:
+        takes += ", or none"
+    first = option.ljust(HELP_INDENT) if len(option) < HELP_INDENT else f"{option}  "
+    text = comment if takes.startswith("text") else f"{comment} [{takes}]"
+    return textwrap.fill(text, HELP_WIDTH, initial_indent=first,
+                         subsequent_indent=" " * HELP_INDENT, break_on_hyphens=False)
 
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
@@ -501,9 +582,14 @@ def run_cli(main):
         sys.exit(128 + signal.SIGINT)
 
 
+def no_command(name):
+    """What running the module `name` does, where it is no command."""
+    end_with(f"{name}: is no command; `python -m scaling` lists those of scaling/, and train.py trains")
+
+
 def end_with(message):
     """End the program with an error line."""
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         time.sleep(3)  # rank 0 prints the line; torchrun then ends the others
     print("error:", *message.split(), file=sys.stderr)
     sys.exit(2)

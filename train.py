@@ -40,6 +40,7 @@ from training.monitor import LossSpikeDetector, build_observers, divergence_mess
 from training.optimizer import build_optimizer, choose_update
 from training.pretrained import check_same_function, load, load_pretrained, read_pretrained  # noqa: F401
 from training.sample import BETWEEN, sample, sampling_config, write_samples
+from training.schedule import decay_start, describe_more_steps
 from training.step import TrainStep
 
 READ_SECONDS = 0.5  # between two reads of the metrics, at the most
@@ -220,15 +221,22 @@ def find_divergence(run, rows, with_weights):
     return rows[-1] if broken else None
 
 
-def due_checkpoints(result, step, evaluating, saving):
-    """best.pt where the evaluation is the best so far, and last.pt where that is due."""
+def due_checkpoints(result, config, step, evaluating, saving):
+    """best.pt where the evaluation is the best so far, last.pt where due, stable.pt before a decay."""
     names = []
     if evaluating and result.val_loss < result.best_val_loss:
         result.best_step, result.best_val_loss = step, result.val_loss
         names.append("best.pt")
     if saving:
         names.append("last.pt")
+    if step == decay_start(config):
+        names.append("stable.pt")
     return names
+
+
+def saves_after(config, step):
+    """Whether a checkpoint is due after `step` steps: at the end, before a decay, each checkpoint_every."""
+    return step in (config.steps, decay_start(config)) or is_due(config.checkpoint_every, step)
 
 
 def save(run, result, step, names):
@@ -255,12 +263,15 @@ def train(config, quiet=False, stop_early=None):
 def recall(run, result):
     """What `result` was when the run's checkpoint was written."""
     result.best_step, result.best_val_loss, result.history = run.checkpoint["past"]
-    eval_tokens = settings_of_checkpoint(run.checkpoint)["eval_tokens"]
+    before = settings_of_checkpoint(run.checkpoint)
+    eval_tokens = before["eval_tokens"]
     if eval_tokens != run.config.eval_tokens:  # losses on other windows cannot be compared
         result.best_val_loss = measure_best_again(run)
         run.say(f"eval_tokens: {run.config.eval_tokens} after {eval_tokens}; best.pt has a loss of "
                 f"{result.best_val_loss:.4f} there")
     run.say(f"{run.config.out}: resuming at step {run.start:,}")
+    if 0 < run.start < run.config.steps != before["steps"]:
+        run.say(describe_more_steps(run.config, before["steps"], run.start))
 
 
 def train_run(run, result, quiet):
@@ -301,7 +312,7 @@ def loop(run, result, train_step, metrics, signals, progress):
         interrupted, overdue = any_rank(bool(signals), metrics.seconds_since_read() > READ_SECONDS)
         result.stopped = interrupted and done < config.steps
         evaluating = done == config.steps or is_due(config.eval_every, done)
-        saving = done == config.steps or result.stopped or is_due(config.checkpoint_every, done)
+        saving = result.stopped or saves_after(config, done)
         warm = done == run.start + WARM_STEPS
         if not (evaluating or saving or overdue or warm or done in run.stop_early):
             continue
@@ -321,7 +332,7 @@ def loop(run, result, train_step, metrics, signals, progress):
             return
 
         # Only weights that are known to be sound are saved
-        save(run, result, done, due_checkpoints(result, done, evaluating, saving))
+        save(run, result, done, due_checkpoints(result, config, done, evaluating, saving))
         if result.stopped:
             return
         metrics.restart_clock()
@@ -359,7 +370,7 @@ def before_the_first_step(run, result, metrics):
     if bad_row is not None:
         end_diverged(run, result, row, metrics)
         return
-    save(run, result, step, due_checkpoints(result, step, evaluating, saving))
+    save(run, result, step, due_checkpoints(result, config, step, evaluating, saving))
 
 
 def show_progress(progress, run, metrics, rows):
@@ -405,6 +416,8 @@ def main(argv):
                   "its weights")
     with chosen_run_dir(config, argv) as config, errors_in_one_line(config):
         result = train(config)
+        if result.stopped:
+            any_rank(False)  # rank 0 has written the checkpoint: srun may end all when the first one ends
     if result.diverged:
         return 1
     if rank() == 0 and result.stopped:

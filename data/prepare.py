@@ -304,7 +304,8 @@ def encode_documents(documents, encoding):
 
 def main(argv):
     words = [word for word in argv if word != "--verify"]
-    dataset = TokenDataset(prepare(configure(words)), verify=words != argv)
+    config = configure(words, usage=__doc__, names=(*IDENTITY_SETTINGS, "data_dir"))
+    dataset = TokenDataset(prepare(config), verify=words != argv)
     print(dataset.folder)
     for split in ("train", "val"):
         counts = dataset.meta[split]

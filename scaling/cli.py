@@ -4,27 +4,39 @@ import math
 import os
 import sys
 
-from configure import UserError, check_setting, parse_value
+from configure import SETTINGS, UserError, advice_for, check_setting, closest, no_command, parse_value
 
+SETTINGS_HELP = "Settings, as --name=value, are those of train.py: `python train.py --help` lists them."
 MAX_VALUES = 10_000  # of one range: more is a typing error
 ROUNDING = 1e-6  # of a doubling: so that the logarithms of a range's ends do not lose its last value
 
 
-def parse_options(argv, defaults, doc, takes_axes=False):
+def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     """Splits the command line into (options, axes, words).
 
     options: `defaults`, {name: text or whole number}, updated by the --name=value words that name one.
     axes: {setting: text} of the NAME=VALUES words, which are rejected unless the command takes_axes.
-    words: all other words, in order: for configure(). --help prints `doc` and exits. Raises UserError.
+    words: all other words, in order: for configure(), unless the command takes no settings. --help prints
+    `doc` and exits. Raises UserError.
     """
     if "-h" in argv or "--help" in argv:
-        print(doc.strip())
+        print(doc.strip(), *[SETTINGS_HELP] * takes_settings, sep="\n\n")
         sys.exit()
-    options, axes, words = dict(defaults), {}, []
-    for word in argv:
+    options, axes, words, remaining = dict(defaults), {}, [], iter(argv)
+    for word in remaining:
         name, equals, text = word.lstrip("-").partition("=")
-        if equals and word.startswith("--") and name in defaults:
+        is_flag = word.startswith("-")
+        if is_flag and name in defaults:
+            if not equals:  # --name value
+                text = next(remaining, "--")
+                if text.startswith("--"):
+                    raise UserError(f"{name}: got no value, takes --{name}=VALUE")
             options[name] = parse_option(name, text, type(defaults[name]))
+        elif is_flag and not takes_settings:
+            advice = closest(name, defaults) or f"; takes --{', --'.join(defaults)}"
+            raise UserError(f"{name}: no such option{advice}")
+        elif is_flag and name not in SETTINGS:
+            raise UserError(f"{name}: no such setting or option{advice_for(name, defaults)}")
         elif equals and not word.startswith("-"):
             if not takes_axes:
                 raise UserError(f"{name}: got {word}, takes --{word}")
@@ -97,3 +109,7 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: cannot write {path}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    no_command("scaling.cli")

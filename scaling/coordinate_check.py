@@ -5,6 +5,17 @@ of the size to which the mean |change| of each layer's output is proportional (T
 2203.03466, appendix D.1). Under μP it is 0, or what the table says; the standard parametrization, the control
 in the figure, fails. Exit code 0 for PASS, 1 for FAIL. Also --steps=5, --seeds=3, --out=DIR.
 
+The rows, in the order of the forward pass: the logits, first; what owns a matrix, by the change of its
+output; the logits of attention; the residual stream after each block; and each vector, such as a norm's gain,
+by the length of its own steps. Layers of all blocks are one row. A new layer is found by itself; a parameter
+that lies in GPT or Block directly, and is no vector, shows in the logits or the residual stream only.
+
+How to read a FAIL: the cause is the first row from the top that is off, logits left out, as what follows it
+inherits its error. Above what is expected: it moves more at each larger size, so its lr or its initial size
+falls too little with it; below: too much. If the power is near the bound of 0.25, train larger sizes and more
+seeds (--widths=256,512,1024 --seeds=5): what only small sizes do fades, a wrong exponent stays. One matrix in
+which the shares of several parts change with the width fails too: give each part a matrix of its own.
+
 A layer may be smaller at the start of a wider model without failing: logits start as width^-1/2, as their
 weights are independent and they are multiplied by 1/width_mult; what starts at 0 has no power. The check
 cannot see errors in what hardly acts within a few steps: weight decay, Adam's eps, the length of the run.
@@ -34,24 +45,35 @@ BOUND = 0.25  # of a power. Finite sizes leave up to 0.20 under μP; a wrong exp
 SLOW = 1 / 8  # x lr: at the tuned rate, without its warmup, 5 steps are already chaotic
 BATCH, CONTEXT = 2, 64  # sequences, tokens: small, so that the check is quick
 CHECKED_ROLES = ("embedding", "hidden", "final_norm")  # of the layers whose output is looked at
+STREAM = "residual stream"
 
 
 def checked_layers(model):
-    """[(layer, module)]: what owns a parameter of CHECKED_ROLES, and "stream" for each block, whose output is
+    """[(layer, module)]: what owns a parameter of CHECKED_ROLES, and STREAM for each block, whose output is
     the residual stream. Layers of all blocks go by one name, such as mlp.up."""
-    layers = [("stream", block) for block in model.blocks]
+    layers = [(STREAM, block) for block in model.blocks]
     for module_name, module in model.named_modules():
-        roles = {role_of(f"{module_name}.{name}") for name, _ in module.named_parameters(recurse=False)}
-        if roles & {*CHECKED_ROLES}:
-            layers.append((layer_name(module_name), module))
+        roles = {role_of(f"{module_name}.{name}".lstrip(".")) for name, _ in
+                 module.named_parameters(recurse=False)}
+        if roles & {*CHECKED_ROLES} and module not in (model, *model.blocks):
+            layers.append((short_name(module_name), module))
     return layers
 
 
-def layer_name(module_name):
+def short_name(name):
     """blocks.3.mlp.up -> mlp.up"""
-    if module_name.startswith("blocks."):
-        return module_name.split(".", 2)[2]
-    return module_name
+    if name.startswith("blocks."):
+        return name.split(".", 2)[2]
+    return name
+
+
+def vectors(model):
+    """{name: the vectors among the parameters that go by it, of all blocks, stacked}, such as gains."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            found.setdefault(short_name(name), []).append(parameter.detach().clone())
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
 def layer_outputs(model, tokens_BT):
@@ -84,7 +106,8 @@ def layer_outputs(model, tokens_BT):
 
 
 def measure_run(config, dataset, steps):
-    """Trains one model: {(layer, 0): mean |output| at initialization, (layer, step): mean |change| since}.
+    """Trains one model: {(layer, 0): mean |output| at initialization, (layer, step): mean |change| since}. Of
+    a vector the mean |value|, and the sum of the mean |change| of all steps: to and fro counts as far.
 
     Each step trains on the tokens that are measured. On others a small model mostly shows the noise of Adam's
     signs, which falls as width^-1/2 and hides what all widths learn alike.
@@ -95,12 +118,18 @@ def measure_run(config, dataset, steps):
     batch = torch.stack(dataset.batch(config.seed, 0, config.batch, config.context)).to(device)
     tokens_BT = batch[0]
     initial = layer_outputs(model, tokens_BT)
-    measured = {(layer, 0): output.abs().mean().item() for layer, output in initial.items()}
+    before, moved = vectors(model), defaultdict(float)
+    measured = {(layer, 0): output.abs().mean().item() for layer, output in (initial | before).items()}
     for step in range(steps):
         take_step.set_learning_rate(step)
         take_step(batch[:, None], step)
         for layer, output in layer_outputs(model, tokens_BT).items():
             measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()
+        now = vectors(model)
+        for name, values in now.items():
+            moved[name] += (values - before[name]).abs().mean().item()
+            measured[name, step + 1] = moved[name]
+        before = now
     return measured
 
 
@@ -153,6 +182,7 @@ def expected_powers(config, axis):
 
     Over width all are 0. Over depth a layer goes with the residual branch's multiplier where its output is
     scaled by that, and with the learning rate where it starts at 0, so that all of its output is learned.
+    What the vectors of all blocks change together must not depend on the depth.
     """
     if axis != "depth":
         return {}
@@ -163,7 +193,9 @@ def expected_powers(config, axis):
     shallow, deep = (GPT(replace(config, depth=depth, vocab_size=1, context=1)) for depth in (1, 2))
     deep_factors = {layer: module.factor for layer, module in checked_layers(deep)
                     if hasattr(module, "factor")}
-    powers = {}
+    of_blocks = [short_name(name) for name, parameter in shallow.named_parameters()
+                 if name.startswith("blocks.") and parameter.dim() == 1]
+    powers = dict.fromkeys(of_blocks, -1 - math.log2(branches[1] / branches[0]))
     for layer, module in checked_layers(shallow):
         if layer not in deep_factors:
             continue
@@ -191,12 +223,13 @@ def check_sizes(config, options):
 
 def print_table(parametrization, axis, rows):
     """The rows, and PASS or FAIL with what that does not say."""
-    print(f"{parametrization}, powers of {axis}\n{'':<18}  at the start    change      95%   expected")
+    print(f"{parametrization}, powers of {axis}\n{'':<24}  at the start    change      95%   expected")
     for row in rows:
-        numbers = "{layer:<18}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}".format(**row)
+        numbers = "{layer:<24}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}".format(**row)
         print(f"{numbers}   {'PASS' if row['passes'] else 'FAIL'}")
     print("PASS" if all(row["passes"] for row in rows) else "FAIL")
-    print(__doc__.split("\n\n")[2], end="")
+    of_fail, of_pass = __doc__.split("\n\n")[3:]
+    print(of_pass if all(row["passes"] for row in rows) else of_fail)
 
 
 def main(argv):

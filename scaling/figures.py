@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 
+from configure import no_command
 from scaling import fits
 
 # Okabe and Ito's colors, told apart by everyone, and two of Tol's. The number of markers shares no factor
@@ -13,6 +14,10 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#e69f00", "#56b4e9", "#cc
           "#332288")
 MARKERS = ("o", "s", "^", "v", "D", "*", "P", "x", "h")
 TITLES = {"mup": "μP", "sp": "standard parametrization"}  # of parametrizations; any other goes by its name
+LABELS = {"lr": "the learning rate"}  # of settings in figures; any other goes by its name
+MOST_COLUMNS = 4  # of panels; more are in rows
+NARROWEST = 0.5  # a panel, of the widest
+SMALLEST_SHARE = 0.4  # of the height that the lines of a panel must fill for it to share its scale
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # a legend that covers nothing
 
 
@@ -22,20 +27,22 @@ def load_pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     pyplot.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110})
+                            "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110,
+                            "svg.hashsalt": "scaling"})  # the same figure is the same file
     return pyplot
 
 
 def draw_report(report, folder):
-    """Writes transfer.png, size.png and curves.png to `folder`; returns their paths."""
-    pyplot, paths = load_pyplot(), []
-    for name, draw in {"transfer": draw_transfer, "size": draw_size, "curves": draw_curves}.items():
-        paths.append(save(draw(report, pyplot), os.path.join(folder, f"{name}.png"), pyplot))
-    return paths
+    """Writes the figures of FIGURES to `folder`, each as .png and .svg; returns the paths of the .png."""
+    pyplot = load_pyplot()
+    return [save(draw(report, pyplot), os.path.join(folder, f"{name}.png"), pyplot)
+            for name, draw in FIGURES.items()]
 
 
 def save(figure, path, pyplot):
+    """Writes `figure` to `path`, a .png, and beside it as .svg, which stays sharp at any size."""
     figure.savefig(path, bbox_inches="tight")
+    figure.savefig(f"{path.removesuffix('.png')}.svg", bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
     return path
 
@@ -51,12 +58,36 @@ def line_style(i):
     return {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)]}
 
 
-def make_panels(report, pyplot, **shared):
-    """(figure, [(name, ladder, axes)]): a panel for each ladder, side by side, μP first."""
+def make_panels(report, pyplot, widths=None):
+    """(figure, [(name, ladder, axes)]): a panel for each ladder, μP first, side by side or in rows.
+    widths: how wide each of them is, in any unit, {name: width}; alike by default."""
     ladders = sorted(report["ladders"].items(), key=lambda item: not item[0].startswith("mup"))
-    inches = (5.5 * len(ladders) + 1, 4.4)
-    figure, axes = pyplot.subplots(1, len(ladders), squeeze=False, figsize=inches, **shared)
-    return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes[0], strict=True)]
+    ratios = None
+    if widths is not None and len(ladders) <= MOST_COLUMNS:
+        widest = max(widths.values())
+        ratios = [max(widths[name] / widest, NARROWEST) if widest else 1 for name, _ in ladders]
+    figure, axes = panel_grid(pyplot, len(ladders), ratios)
+    return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes, strict=True)]
+
+
+def panel_grid(pyplot, count, ratios=None):
+    """(figure, [axes]) of `count` panels in rows of MOST_COLUMNS at most, with room for a legend beside."""
+    columns = min(count, MOST_COLUMNS)
+    rows = -(-count // columns)
+    figure, axes = pyplot.subplots(rows, columns, squeeze=False, figsize=(5.5 * columns + 1, 4.4 * rows),
+                                   width_ratios=ratios, layout="constrained")
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def share_scale(limits):
+    """{name: (bottom, top)} of panels that want `limits`, {name: (bottom, top)}: one scale for all where each
+    panel then still fills a good part of its height, else each its own."""
+    bottom, top = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
+    if all(high - low >= SMALLEST_SHARE * (top - bottom) for low, high in limits.values()):
+        return dict.fromkeys(limits, (bottom, top))
+    return limits
 
 
 def size_colors(report):
@@ -67,82 +98,165 @@ def size_colors(report):
     return dict(zip(sizes, colormaps["viridis"](np.linspace(0.0, 0.88, len(sizes))), strict=True))
 
 
-def add_size_legend(report, ax, more=""):
-    """A legend of all sizes beside the panel `ax`."""
+def add_size_legend(report, figure, marker="o", more=()):
+    """A legend of all sizes beside the panels; `more`: handles of what else there is to explain."""
     from matplotlib.lines import Line2D
-    lines = [Line2D([], [], color=color, marker="o", label=f"{size:.0f}")
+    lines = [Line2D([], [], color=color, marker=marker, label=f"{size:.0f}")
              for size, color in size_colors(report).items()]
-    ax.legend(handles=lines, title=report["axis"] + more, fontsize=10, **BESIDE)
+    figure.legend(handles=[*lines, *more], title=report["axis"], fontsize=10, loc="outside right center")
 
 
-def draw_transfer(report, pyplot):
-    """Loss against log2 of the swept setting, a line for each size, its seeds' range, its optimum."""
-    figure, panels = make_panels(report, pyplot, sharex=True, sharey=True)
-    colors = size_colors(report)
-    lowest = [size["loss"] for ladder in report["ladders"].values() for size in ladder["rungs"]]
-    lowest = [loss for loss in lowest if np.isfinite(loss)] or [0.0]
-    bottom, top = min(lowest) - 0.03, 1.5 * max(lowest) - 0.5 * min(lowest) + 0.1
+def curve_of(size, numeric):
+    """(x, [the losses of all seeds, at each x]) of a size: log2 of the swept setting, or its values' text."""
+    x = [np.log2(float(value)) if numeric else value for value in size["losses"]]
+    losses = [[loss if np.isfinite(loss) else np.nan for loss in by_seed.values()]
+              for by_seed in size["losses"].values()]
+    return x, losses
+
+
+def draw_transfer(report, pyplot, above_best=False):
+    """Loss against log2 of the swept setting: of each size the mean of its seeds, their range, the parabola
+    that was fitted and its lowest point. above_best: the loss minus that of the size's lowest point, which
+    shows where flat curves have theirs."""
+    numeric, colors, ranges, limits = report["numeric"], size_colors(report), {}, {}
+    for name, ladder in report["ladders"].items():
+        x = [x for size in ladder["rungs"] for x in curve_of(size, numeric)[0]]
+        ranges[name] = max(x) - min(x) if numeric else len(set(x))
+        limits[name] = excess_limits(ladder) if above_best else loss_limits(ladder)
+    figure, panels = make_panels(report, pyplot, ranges)
+    label = LABELS.get(report["swept"], report["swept"])
     for name, ladder, ax in panels:
         for size in ladder["rungs"]:
-            color = colors[size[report["axis"]]]
-            x = np.log2([float(value) for value in size["losses"]])
-            losses = [[loss if np.isfinite(loss) else np.nan for loss in by_seed.values()]
-                      for by_seed in size["losses"].values()]
-            ax.plot(x, [np.mean(seeds) for seeds in losses], "o-", color=color, markersize=4)
-            ax.fill_between(x, [min(seeds) for seeds in losses], [max(seeds) for seeds in losses],
-                            color=color, alpha=0.2)
-            if not size["edge"]:
-                ax.plot(size["log2_best"], size["loss"], "*", color=color, markersize=13, mec="k")
-        ax.set(title=title(name), xlabel=f"log2 {report['swept']}", ylim=(bottom, top))
-    panels[0][2].set_ylabel("validation loss, nats per token")
-    add_size_legend(report, panels[-1][2], "\n(star: optimum)")
+            shift = lowest_loss(size) if above_best else 0.0
+            if np.isfinite(shift):
+                draw_size_curve(ax, size, numeric, colors[size[report["axis"]]], shift)
+        ax.set(title=title(name), xlabel=f"log2 of {label}" if numeric else label,
+               ylim=share_scale(limits)[name])
+    what = "validation loss above the size's best, nats" if above_best else "validation loss, nats per token"
+    figure.supylabel(what, fontsize=12)
+    add_size_legend(report, figure, more=explain_marks(report, above_best))
     return figure
 
 
+def explain_marks(report, above_best):
+    """Handles of a legend for the stars and, where they are drawn, the ranges of the seeds."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    star = Line2D([], [], marker="*", color="w", mec="k", markersize=13, label=report["star"])
+    seeds = Patch(color="0.5", alpha=0.3, label="range of the seeds")
+    return [star] if above_best else [star, seeds]
+
+
+def draw_size_curve(ax, size, numeric, color, shift):
+    """The losses of one size minus `shift`, and where they are lowest."""
+    x, losses = curve_of(size, numeric)
+    means = np.array([np.mean(seeds) for seeds in losses]) - shift
+    fitted = size["fitted_loss"] is not None
+    line = "-" if numeric else ":"
+    if shift and fitted:
+        line = ""  # lines that nearly coincide would hide each other
+    ax.plot(x, means, f"o{line}", color=color, markersize=4, linewidth=1)
+    if not shift:
+        low, high = ([pick(seeds) for seeds in losses] for pick in (min, max))
+        ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    if fitted:
+        draw_parabola(ax, size, x, color, shift)
+    elif not size["edge"]:
+        ax.plot(size["best"], np.nanmin(means), "*", color=color, markersize=13, mec="k")
+
+
+def draw_parabola(ax, size, x, color, shift):
+    """The parabola of one size, as far as it was fitted, and a star at its lowest point."""
+    best, lowest, curvature = size["log2_best"], size["fitted_loss"] - shift, size["curvature"]
+    fitted = np.linspace(*np.clip((best - 1, best + 1), min(x), max(x)), 50)
+    ax.plot(fitted, lowest + curvature * (fitted - best) ** 2, "-", color=color, linewidth=2.2, alpha=0.6)
+    ax.plot(best, lowest, "*", color=color, markersize=13, mec="k", zorder=4)
+
+
+def lowest_loss(size):
+    """What a size's star has, or its lowest mean where there is none."""
+    return size["loss"] if size["fitted_loss"] is None else size["fitted_loss"]
+
+
+def loss_limits(ladder):
+    """(bottom, top) of the losses of a ladder worth seeing: the best of each size, and some above."""
+    lowest = [lowest_loss(size) for size in ladder["rungs"]]
+    lowest = [loss for loss in lowest if np.isfinite(loss)] or [0.0]
+    spread = max(lowest) - min(lowest)
+    pad = 0.05 * spread + 0.02
+    return min(lowest) - pad, max(lowest) + 0.35 * spread + 2 * pad
+
+
+def excess_limits(ladder):
+    """(bottom, top) of losses above each size's best: as far as an octave and a half from it costs."""
+    curvatures = [size["curvature"] for size in ladder["rungs"] if size["curvature"] is not None]
+    top = 2.25 * np.median(curvatures) if curvatures else 0.1
+    return -0.12 * top, top
+
+
+def draw_excess(report, pyplot):
+    """draw_transfer() with each size's best loss taken off."""
+    return draw_transfer(report, pyplot, above_best=True)
+
+
 def draw_size(report, pyplot):
-    """The best loss of each size against parameters and against compute, with its power law."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.4), sharey=True)
-    for i, name in enumerate(sorted(report["ladders"])):
-        sizes = [size for size in report["ladders"][name]["rungs"] if np.isfinite(size["loss"])]
-        for ax, unit in zip(axes, ("parameters", "flops"), strict=True):
-            plot_power_law(ax, title(name), [size[unit] for size in sizes], [size["loss"] for size in sizes],
-                           line_style(i))
-    for ax, label in zip(axes, ("parameters", "training FLOPs"), strict=True):
+    """The best loss of each size against parameters and against compute, or against the axis where these are
+    the same for all; with its power law, where it follows one."""
+    sizes = {name: [size for size in ladder["rungs"] if np.isfinite(size["loss"])]
+             for name, ladder in sorted(report["ladders"].items())}
+    units = {"parameters": "parameters", "flops": "training FLOPs"}
+    everything = [size for ladder in sizes.values() for size in ladder]
+    units = {unit: label for unit, label in units.items() if len({size[unit] for size in everything}) > 1}
+    units = units or {report["axis"]: report["axis"]}
+    figure, axes = pyplot.subplots(1, len(units), figsize=(6 * len(units), 4.4), sharey=True, squeeze=False)
+    for (unit, label), ax in zip(units.items(), axes[0], strict=True):
+        for i, (name, ladder) in enumerate(sizes.items()):
+            x, y = ([size[key] for size in ladder] for key in (unit, "loss"))
+            plot_power_law(ax, title(name), x, y, line_style(i))
         ax.set(xscale="log", yscale="log", xlabel=label)
         ax.yaxis.set_major_formatter("{x:.2f}")
         ax.yaxis.set_minor_formatter("{x:.2f}")
         ax.xaxis.set_minor_formatter("")  # these overlap
-        ax.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-    axes[0].set_ylabel("best validation loss, nats per token")
+        ax.legend(fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes[0, 0].set_ylabel("best validation loss, nats per token")
     return figure
 
 
 def plot_power_law(ax, label, x, y, style):
-    """The points and, where there are three sizes or more, the power law through them."""
-    if len(set(x)) > 2:
+    """The points and, where they follow one, the power law through them."""
+    if fits.follows_power_law(x, y):
         exponent, error, factor = fits.power_law(x, y)
         label += f": {factor:.3g} x^({exponent:.3f} ± {error:.3f})"
         ax.plot(x, factor * np.array(x) ** exponent, "--", color=style["color"], linewidth=1)
+    elif len(set(x)) > 2:
+        label += ": no power law"
     ax.plot(x, y, linestyle="none", label=label, fillstyle="none", markersize=8, mew=2, **style)
 
 
 def draw_curves(report, pyplot):
     """Training loss along the steps, at each size's best setting; the first tenth is cut off."""
-    figure, panels = make_panels(report, pyplot, sharey=True)
-    colors = size_colors(report)
+    figure, panels = make_panels(report, pyplot)
+    colors, limits = size_colors(report), {}
     for name, ladder, ax in panels:
         for size in ladder["rungs"]:
             curve = size["curve"][len(size["curve"]) // 10:]
             ax.plot(np.linspace(0.1, 1, len(curve)), curve, color=colors[size[report["axis"]]])
         ax.set(title=title(name), xlabel="fraction of the steps")
-    panels[0][2].set_ylabel("training loss, nats per token")
-    add_size_legend(report, panels[-1][2])
+        limits[name] = ax.get_ylim()
+    for name, _, ax in panels:
+        ax.set_ylim(share_scale(limits)[name])
+    figure.supylabel("training loss, nats per token", fontsize=12)
+    add_size_legend(report, figure, marker="")
     return figure
 
 
+FIGURES = {"transfer": draw_transfer, "excess": draw_excess, "size": draw_size, "curves": draw_curves}
+
+
 def draw_coordinate_check(checked, axis, sizes, steps, folder):
-    """Mean |change| of each layer's output against the size, a panel for each parametrization of `checked`,
-    {parametrization: (rows, measured) of coordinate_check()}; returns the path."""
+    """Mean |change| of each layer's output and of each vector against the size, a panel for each
+    parametrization of `checked`, {parametrization: (rows, measured) of coordinate_check()}; returns the path.
+    """
     pyplot = load_pyplot()
     inches = (5.5 * len(checked) + 1, 4.4)
     figure, axes = pyplot.subplots(1, len(checked), figsize=inches, sharey=True, squeeze=False)
@@ -153,9 +267,37 @@ def draw_coordinate_check(checked, axis, sizes, steps, folder):
         ax.set(title=title(name), xlabel=axis, xscale="log", yscale="log")
         ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
-    axes[0, 0].set_ylabel(f"mean |change| of a layer's output, {steps} steps")
-    axes[0, -1].legend(fontsize=10, **BESIDE)
+    axes[0, 0].set_ylabel(f"mean |change| in {steps} steps")
+    axes[0, -1].legend(fontsize=10, title="output of a layer, or a gain\n(names of model.py)", **BESIDE)
     return save(figure, os.path.join(folder, f"{axis}.png"), pyplot)
+
+
+def draw_scatter(axis, base, pairs, folder):
+    """Writes scatter.png to `folder`: the target's loss against the proxy's for the same settings, a panel
+    for each of `pairs` (scaling/scatter.py); what diverged lies on the upper or right edge. Returns its path.
+    """
+    pyplot = load_pyplot()
+    figure, axes = panel_grid(pyplot, len(pairs))
+    for pair, ax in zip(pairs, axes, strict=True):
+        edges = [edge_of(pair[which]) for which in ("proxy", "target")]
+        x, y = (np.minimum(pair[which], edge) for which, edge in
+                zip(("proxy", "target"), edges, strict=True))
+        beyond = (pair["proxy"] > edges[0]) | (pair["target"] > edges[1])
+        ax.plot(x[~beyond], y[~beyond], "o", color=COLORS[0], markersize=5, label="the same settings")
+        ax.plot(x[beyond], y[beyond], "^", color=COLORS[1], fillstyle="none", label="beyond, or diverged")
+        best = np.argmin(pair["proxy"])
+        ax.plot(x[best], y[best], "*", color=COLORS[4], markersize=14, mec="k", label="best by the proxy")
+        ax.set(title=f"{len(x)} pairs, rank correlation {pair['rank']:+.2f}",
+               xlabel=f"loss at {axis} {base:g}, nats per token",
+               ylabel=f"loss at {axis} {pair['size']:g}, nats per token")
+    figure.legend(handles=axes[0].lines, fontsize=10, loc="outside right center")
+    return save(figure, os.path.join(folder, "scatter.png"), pyplot)
+
+
+def edge_of(losses):
+    """Where a scale ends: far above the median, so that a few bad losses do not press the others together."""
+    finite = losses[np.isfinite(losses)]
+    return min(finite.max(), np.median(finite) + 3 * (np.median(finite) - finite.min()) + 0.01)
 
 
 def draw_search(draws, others, best, folder):
@@ -184,3 +326,7 @@ def draw_search(draws, others, best, folder):
     axes[1].set(xlabel=f"training FLOPs of the draws, in {unit:.0e} (with seeds and lr: {total / unit:.2f})")
     axes[1].legend(fontsize=10, **BESIDE)
     return save(figure, os.path.join(folder, "search.png"), pyplot)
+
+
+if __name__ == "__main__":
+    no_command("scaling.figures")

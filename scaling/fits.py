@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from configure import no_command
+
+POWER_LAW_ERROR = 0.08
+
 
 def optimum(losses):
     """(log2 of the best x, its loss, curvature) of {x: loss}, from a parabola in log2 x through the points
@@ -70,3 +74,27 @@ def power_law(x, y):
     residual = y - exponent * x - offset
     error = np.sqrt(residual @ residual / max(1, len(x) - 2) / ((x - x.mean()) @ (x - x.mean())))
     return exponent, error, np.exp(offset)
+
+
+def follows_power_law(x, y):
+    """Whether the points lie on a power law: three or more, and none further off it, in logarithms, than
+    POWER_LAW_ERROR of what y varies by. A loss that bends, as it does towards its floor, is off by more."""
+    if len(set(x)) < 3:
+        return False
+    exponent, _, factor = power_law(x, y)
+    off = np.log(y) - np.log(factor) - exponent * np.log(x)
+    return bool(np.abs(off).max() <= POWER_LAW_ERROR * np.ptp(np.log(y)))
+
+
+def rank_correlation(x, y):
+    """Spearman's: 1 where x and y put everything in the same order; infinite values come last. nan for fewer
+    than three, or where all are alike."""
+    from scipy.stats import rankdata
+    ranks = [rankdata(np.where(np.isfinite(values), values, np.inf)) for values in (x, y)]
+    if len(x) < 3 or min(np.ptp(values) for values in ranks) == 0:
+        return np.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+if __name__ == "__main__":
+    no_command("scaling.fits")

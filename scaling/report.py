@@ -2,9 +2,15 @@
 
 From the rows alone: the best lr of each size (by a parabola in log2 lr), its drift for each doubling of the
 size, and what training a size at the proxy's best lr costs (regret). The proxy is the size at the base
-shape, or --base, or the smallest. Intervals: 95%, by bootstrap over seeds. Rows that differ in other
-settings form ladders of their own; --swept=NAME takes only rows that differ in NAME alone from the most
-common settings; --to=DIR is where report.json and the figures go. Several DIRs are read as one.
+shape, or --base, or the smallest. Intervals: 95%, by bootstrap over seeds. Where another setting than lr was
+swept, its best value; of one that is no number, such as a schedule, the order of its values too.
+Rows that differ in other settings form ladders of their own, and so does each value of a second axis in a
+grid; --axis=NAME says which axis is the ladder's. --swept=NAME takes only rows that differ in NAME alone from
+the most common settings; --to=DIR is where report.json and the figures go. Several DIRs are read as one.
+
+The figures, as .png and .svg: transfer (loss against the swept setting), excess (the same, less each size's
+best), size (the best loss against parameters and compute, with a power law where there is one), curves
+(training loss along the steps, of each size's best run).
 """
 
 import functools
@@ -18,27 +24,34 @@ from configure import UserError, run_cli
 from data.files import write_text
 from scaling import figures
 from scaling.cli import make_folder, parse_options
-from scaling.fits import interval, mean_losses, optimum, regret, slope
+from scaling.fits import interval, mean_losses, optimum, rank_correlation, regret, slope
 from scaling.trials import read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
 BOOTSTRAP_DRAWS = 1000
+STARS = {True: "lowest point of the fit", False: "the best"}  # what they are in the figures
 
 
-def analyze(rows, swept="", base=None):
+def analyze(rows, swept="", base=None, axis=""):
     """The report, as a dict: of all `rows`, or of those that differ from the most common settings in `swept`
-    alone. `base`: the proxy's size. Raises UserError when the rows form no ladder."""
+    alone. `base`: the proxy's size. `axis`: the ladder's. Raises UserError when the rows form no ladder."""
     if swept:
         rows = rows_of_one_setting(rows, swept)
     configs = [json.loads(row["config"]) for row in rows]
-    axis, swept, others = choose_axes(configs, swept)
+    axis, swept, others = choose_axes(configs, swept, axis)
     rows_by_ladder = {}
     for row, config in zip(rows, configs, strict=True):
         name = ", ".join([row["parametrization"], *(f"{other}={config[other]}" for other in others)])
         rows_by_ladder.setdefault(name, []).append(row)
-    ladders = {name: analyze_ladder(axis, swept, ladder_rows, base)
+    numeric = all(is_number(config[swept]) for config in configs)
+    analyze_one = analyze_ladder if numeric else analyze_choices
+    ladders = {name: analyze_one(axis, swept, ladder_rows, base)
                for name, ladder_rows in sorted(rows_by_ladder.items())}
-    return {"axis": axis, "swept": swept, "ladders": ladders}
+    return {"axis": axis, "swept": swept, "numeric": numeric, "star": STARS[numeric], "ladders": ladders}
+
+
+def is_number(value):
+    return type(value) in (int, float) and value > 0  # 0 has no logarithm
 
 
 def rows_of_one_setting(rows, swept):
@@ -49,26 +62,36 @@ def rows_of_one_setting(rows, swept):
     return [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
 
 
-def choose_axes(configs, swept):
-    """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary. The swept
-    setting is `swept`, or lr, or the one other number that varies. Raises UserError."""
-    varied = [name for name in configs[0] if len({json.dumps(config[name]) for config in configs}) > 1]
+def choose_axes(configs, swept, axis=""):
+    """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary. The axis
+    is `axis`, or the one with the most values: further axes tell ladders apart. The swept setting is `swept`,
+    or lr, or the one other number, or the one other setting, that varies. Raises UserError."""
+    varied = [name for name in configs[0] if len(values_of(configs, name)) > 1]
     axes = [name for name in AXES if name in varied]
-    if axes:
-        shapes = {tuple(config[axis] for axis in axes) for config in configs}
-        if len(shapes) == len({config[axes[0]] for config in configs}):
-            axes = axes[:1]  # the other axes depend on it, as with the sweep's --hold
     others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
     numbers = [name for name in others if all(type(config[name]) in (int, float) for config in configs)]
-    candidates = numbers
+    candidates = numbers or others
     for preferred in ("lr", swept):
-        if preferred in numbers:
+        if preferred in others:
             candidates = [preferred]
-    if len(axes) > 1 or len(candidates) != 1 or swept not in ("", *candidates):
-        raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes one of "
-                        f"{', '.join(AXES)}, and {swept or 'lr or one other number'}")
+    if len(candidates) != 1 or swept not in ("", *candidates):
+        raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes "
+                        f"{swept or 'lr or one other setting'}, and any of {', '.join(AXES)}")
+    if axis and axis not in axes:
+        raise UserError(f"axis: got {axis}, takes one that varies: {', '.join(axes) or 'none does'}")
     found = candidates[0]
-    return axes[0] if axes else "width", found, [name for name in others if name != found]
+    axis = axis or max(axes, key=lambda name: len(values_of(configs, name)), default="width")
+    told_apart = [axis]
+    for name in axes:
+        # An axis that depends on another, as with the sweep's --hold, tells nothing apart
+        if not any(len(values_of(configs, one, name)) == len(values_of(configs, one)) for one in told_apart):
+            told_apart.append(name)
+    return axis, found, [*told_apart[1:], *(name for name in others if name != found)]
+
+
+def values_of(configs, *names):
+    """The different values, or combinations of values, of these settings."""
+    return {json.dumps([config[name] for name in names]) for config in configs}
 
 
 def analyze_ladder(axis, swept, rows, base):
@@ -88,13 +111,42 @@ def analyze_ladder(axis, swept, rows, base):
         cost = None
         if best and optima[base]:
             cost = regret(best, means, optima[base][0])
-        lowest = lowest_row([row for row in rows if row[axis] == size])
-        ladder["rungs"].append({
-            axis: size, "edge": best is None, "log2_best": best and best[0], "loss": min(means.values()),
-            "interval": interval(drawn), "regret": cost, "seeds": len(seeds[size]),
-            "parameters": lowest["parameters"], "flops": lowest["flops"], "curve": lowest["curve"],
-            "losses": with_text_keys(losses[size])})
+        log2_best, fitted_loss, curvature = best or (None, None, None)
+        ladder["rungs"].append(describe_size(axis, size, rows, losses[size]) | {
+            "edge": best is None, "log2_best": log2_best, "fitted_loss": fitted_loss, "curvature": curvature,
+            "loss": min(means.values()), "interval": interval(drawn), "regret": cost})
     return ladder
+
+
+def analyze_choices(axis, swept, rows, base):
+    """The same where the values of `swept` are no numbers but choices: which is the best at each size, in
+    what order they are, and what the proxy's best costs. Raises UserError."""
+    losses = losses_by_size(axis, swept, rows)
+    base = choose_base(axis, rows, list(losses), base)
+    means = {size: {value: np.mean(list(by_seed.values())) for value, by_seed in of_size.items()}
+             for size, of_size in losses.items()}
+    at_base = means[base]
+    favourite = min(at_base, key=at_base.get)
+    ladder = {"base": base, "drift": np.nan, "rungs": [], "drift_interval": interval([])}
+    for size, of_size in means.items():
+        shared = [value for value in of_size if value in at_base]
+        best = min(of_size, key=of_size.get)
+        cost = of_size[favourite] - of_size[best] if favourite in of_size else None
+        ladder["rungs"].append(describe_size(axis, size, rows, losses[size]) | {
+            "edge": not np.isfinite(of_size[best]), "log2_best": None, "fitted_loss": None, "curvature": None,
+            "best": best, "loss": of_size[best], "interval": interval([]), "regret": cost,
+            "order": sorted(of_size, key=of_size.get),
+            "rank_correlation": rank_correlation([at_base[value] for value in shared],
+                                                 [of_size[value] for value in shared])})
+    return ladder
+
+
+def describe_size(axis, size, rows, losses):
+    """What the report says of a size whatever was swept: its model, its best run's curve, its losses."""
+    own = [row for row in rows if row[axis] == size]
+    lowest = lowest_row(own)
+    return {axis: size, "seeds": len({row["seed"] for row in own}), "parameters": lowest["parameters"],
+            "flops": lowest["flops"], "curve": lowest["curve"], "losses": with_text_keys(losses)}
 
 
 def losses_by_size(axis, swept, rows):
@@ -102,7 +154,10 @@ def losses_by_size(axis, swept, rows):
     losses = {size: {} for size in sorted({row[axis] for row in rows})}
     for row in rows:
         value = json.loads(row["config"])[swept]
-        value = float(f"{value:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
+        if is_number(value):
+            value = float(f"{value:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
+        else:
+            value = str(value)
         loss = np.inf if row["diverged"] else row["val_loss"]
         losses[row[axis]].setdefault(value, {})[row["seed"]] = loss
     return losses
@@ -157,19 +212,35 @@ def format_report(report):
     """The report, for people."""
     axis, lines = report["axis"], []
     for name, ladder in report["ladders"].items():
-        drift = "an unknown way"
-        if np.isfinite(ladder["drift"]):
-            drift = f"{ladder['drift']:+.3f} octaves"
-        lines.append(f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {axis}, "
-                     + format_interval(ladder["drift_interval"]))
-        lines.append(f"{axis:>10}    parameters  seeds   best log2          interval     loss   regret")
+        if report["numeric"]:
+            lines.append(format_drift(name, ladder, report))
+        else:
+            lines.append(f"{name}: {report['swept']} at each {axis}; regret is that of the best at "
+                         f"{ladder['base']:.0f}")
+        best = "best log2" if report["numeric"] else "best"
+        lines.append(f"{axis:>10}    parameters  seeds{best:>12}          interval     loss   regret")
         lines += [format_size(axis, size) for size in ladder["rungs"]]
+        if not report["numeric"]:
+            lines += [f"{axis} {size[axis]:.0f}, from the best: {', '.join(size['order'])} (rank correlation "
+                      f"with {ladder['base']:.0f}: {size['rank_correlation']:+.2f})"
+                      for size in ladder["rungs"]]
     return "\n".join(lines)
+
+
+def format_drift(name, ladder, report):
+    drift = "an unknown way"
+    if np.isfinite(ladder["drift"]):
+        drift = f"{ladder['drift']:+.3f} octaves"
+    return (f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {report['axis']}, "
+            + format_interval(ladder["drift_interval"]))
 
 
 def format_size(axis, size):
     """The line of one size."""
-    best = "at the edge" if size["edge"] else f"{size['log2_best']:.2f}"
+    if size["edge"]:
+        best = "at the edge"
+    else:
+        best = size["best"] if size["log2_best"] is None else f"{size['log2_best']:.2f}"
     cost = "-" if size["regret"] is None else f"{size['regret']:.4f}"
     return (f"{size[axis]:>10.0f}{size['parameters']:>14,.0f}{size['seeds']:>7}{best:>12}"
             f"{format_interval(size['interval']):>18}{size['loss']:>9.4f}{cost:>9}")
@@ -184,15 +255,16 @@ def rows_of(folder):
 
 
 def main(argv):
-    options, _, folders = parse_options(argv, {"to": "", "swept": "", "base": 0}, __doc__)
+    defaults = {"to": "", "swept": "", "base": 0, "axis": ""}
+    options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
     if not folders or any(word.startswith("-") for word in folders):
-        raise UserError("report: takes folders of trials.csv, --to, --swept, --base")
+        raise UserError("report: takes folders of trials.csv, --to, --swept, --base, --axis")
     rows = [row for folder in folders for row in rows_of(folder)]
     if all(row["diverged"] for row in rows):
         reasons = sorted({row["failure"] for row in rows} - {""})
         raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed "
                         f"({reasons[0] if reasons else 'none failed'}); takes one with a loss at least")
-    report = analyze(rows, options["swept"], options["base"])
+    report = analyze(rows, options["swept"], options["base"], options["axis"])
     folder = options["to"] or folders[0]
     make_folder(folder)
     write_text(os.path.join(folder, "report.json"), json.dumps(report, indent=1, default=float))

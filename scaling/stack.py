@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from configure import UserError
+from configure import UserError, no_command
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from model import GPT
@@ -247,3 +247,7 @@ def no_vmap_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         yield
+
+
+if __name__ == "__main__":
+    no_command("scaling.stack")

@@ -16,7 +16,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-from configure import UserError
+from configure import UserError, no_command
 
 STUDY_FILE = "study.log"
 STARTUP = 16  # draws from all of the space before the sampler has something to learn from
@@ -275,3 +275,7 @@ def median_at(rows, point):
     losses = [row["curve"][point] if math.isfinite(row["curve"][point]) else math.inf
               for row in rows if len(row["curve"]) > point]
     return statistics.median(losses) if len(losses) >= 8 else math.nan
+
+
+if __name__ == "__main__":
+    no_command("scaling.study")

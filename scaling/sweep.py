@@ -29,6 +29,7 @@ from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import NOT_IDENTITY, append_rows, identity, read_trials, trial_row
 from scaling.worker import Worker, pause
 from train import Result, train
+from training.distributed import torchrun_variables
 
 # What is held: the setting that adapts
 HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}
@@ -113,8 +114,9 @@ def group_trials(configs, size):
 
 
 def torchrun_rank():
-    """(rank, world size) as torchrun gives them. Sweeping processes train apart, so none joins a group."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world size), by torchrun or srun. Sweeping processes train apart, so none joins a group."""
+    environment = os.environ | torchrun_variables(os.environ)
+    return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
 
 
 def run_trials(configs, folder, stack=1):

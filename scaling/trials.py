@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting, complete_saved
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting, complete_saved, no_command
 
 SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "steps", "lr", "seed")
 EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
@@ -99,3 +99,7 @@ def parse_row(row, path):
     parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
     parsed["curve"] = [float(loss) for loss in row["curve"].split()]
     return parsed
+
+
+if __name__ == "__main__":
+    no_command("scaling.trials")

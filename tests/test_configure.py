@@ -118,6 +118,17 @@ def test_help_lists_every_setting_once_with_its_default_and_unit(capsys):
     assert capsys.readouterr().out == output
 
 
+def test_help_says_what_each_setting_takes(capsys):
+    with pytest.raises(SystemExit):
+        configure(["--help"])
+    entries = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    text = {entry.partition("=")[0]: " ".join(entry.split()) for entry in entries}
+    assert "[gelu, relu2, swiglu]" in text["mlp"] and "[auto, blocks, model, False]" in text["compile"]
+    for name, setting in SETTINGS.items():
+        takes = setting.description.replace("a ", "", 1).replace("finite ", "")
+        assert f"[{takes}{', or none' * setting.optional}]" in text[name] or setting.kind is str, name
+
+
 def test_a_setting_without_dashes_is_answered_with_the_dashes():
     with pytest.raises(UserError, match=r"^width: got width=64, takes --width=64$"):
         configure(["config/proxy.py", "width=64"])

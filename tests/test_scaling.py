@@ -5,12 +5,11 @@ import importlib
 import json
 import os
 import runpy
-import shutil
 import signal
-import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from processes import Fork, to_words
 import model
 import parametrization
 from configure import Config, UserError
-from scaling import figures, stack, sweep
+from scaling import figures, scatter, stack, sweep
 from scaling.cli import parse_values
 from scaling.coordinate_check import coordinate_check, expected_powers
 from scaling.report import analyze, format_report
@@ -317,11 +316,97 @@ def test_an_optimum_at_the_edge_is_reported_and_not_fitted():
 
 
 def test_the_report_rejects_rows_that_are_no_ladder(tmp_path):
-    for rows in (ladder([-7, -7, -7]) + ladder([-7, -7, -7], depth=8), ladder([-7, -7, -7])[:1]):
-        with pytest.raises(UserError, match="^report: got rows that vary"):
-            analyze(rows)
+    with pytest.raises(UserError, match="^report: got rows that vary nothing"):
+        analyze(ladder([-7, -7, -7])[:1])
+    with pytest.raises(UserError, match="^axis: got batch, takes one that varies: width$"):
+        analyze(ladder([-7, -7, -7]), axis="batch")
     with pytest.raises(UserError, match="^report: .* has no trials"):
         report_main([str(tmp_path)])
+
+
+def test_a_grid_of_two_axes_has_a_ladder_for_each_value_of_the_one_with_fewer():
+    rows = ladder([-7, -7.5, -8]) + ladder([-7, -7, -7], depth=8)
+    for row in rows:
+        row["depth"] = json.loads(row["config"])["depth"]
+    report = analyze(rows)
+    assert report["axis"] == "width" and report["ladders"].keys() == {"mup, depth=4", "mup, depth=8"}
+    assert report["ladders"]["mup, depth=4"]["drift"] == pytest.approx(-0.5, abs=1e-3)
+    turned = analyze(rows, axis="depth")["ladders"]
+    assert turned["mup, width=256"]["drift"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_choices_are_ordered_at_each_size_and_what_the_proxys_favourite_costs_is_said():
+    losses = {"cosine": (4.0, 3.9, 3.8), "linear": (4.1, 3.8, 3.75), "constant": (4.3, 4.2, np.inf)}
+    rows = []
+    for schedule, by_width in losses.items():
+        for width, loss in zip((64, 128, 256), by_width, strict=True):
+            for seed in range(2):
+                config = Config(width=width, seed=seed, base_width=64, schedule=schedule)
+                rows.append({"parametrization": "mup", "width": width, "seed": seed, "curve": [4.0],
+                             "val_loss": loss + 0.01 * seed, "diverged": not np.isfinite(loss),
+                             "config": identity(config), "parameters": width**2, "flops": width**3})
+    report = analyze(rows)
+    sizes = report["ladders"]["mup"]["rungs"]
+    assert (report["swept"], report["numeric"]) == ("schedule", False)
+    assert [size["best"] for size in sizes] == ["cosine", "linear", "linear"]
+    assert [size["regret"] for size in sizes] == pytest.approx([0, 0.1, 0.05])
+    assert [size["rank_correlation"] for size in sizes] == pytest.approx([1, 0.5, 0.5])
+    text = format_report(report)
+    assert "width 256, from the best: linear, cosine, constant (rank correlation with 64: +0.50)" in text
+    [ax] = figures.draw_transfer(report, pyplot := figures.load_pyplot()).axes
+    stars = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "*"]
+    expected = [[1, 4.005], [2, 3.805], [2, 3.755]]  # of constant, cosine, linear
+    assert np.array(stars) == pytest.approx(np.array(expected))
+    pyplot.close("all")
+
+
+def test_stars_lie_on_the_drawn_parabola_and_dots_on_the_measured_means():
+    report, pyplot = analyze(ladder([-7.7, -7.5, -7.3])), figures.load_pyplot()
+    for draw in (figures.draw_transfer, figures.draw_excess):
+        [ax] = draw(report, pyplot).axes
+        stars = [line for line in ax.lines if line.get_marker() == "*"]
+        parabolas = [line for line in ax.lines if len(line.get_xdata()) == 50]
+        assert len(stars) == len(parabolas) == 3
+        for star, parabola in zip(stars, parabolas, strict=True):
+            assert star.get_ydata()[0] == pytest.approx(min(parabola.get_ydata()), abs=1e-4)
+            assert parabola.get_xdata()[0] < star.get_xdata()[0] < parabola.get_xdata()[-1]
+        low, high = ax.get_ylim()
+        assert all(low < star.get_ydata()[0] < high for star in stars)
+    assert [star.get_ydata()[0] for star in stars] == [0, 0, 0], "above the best there is nothing below 0"
+    pyplot.close("all")
+
+
+def test_panels_share_a_scale_only_where_each_fills_a_good_part_of_it():
+    alike = {"mup": (4.0, 4.6), "sp": (4.1, 4.7)}
+    assert figures.share_scale(alike) == {"mup": (4.0, 4.7), "sp": (4.0, 4.7)}
+    far = {"mup": (4.0, 4.1), "sp": (4.0, 5.0)}
+    assert figures.share_scale(far) == far
+
+
+def test_a_power_law_is_drawn_only_where_the_losses_follow_one():
+    pyplot = figures.load_pyplot()
+    sizes = np.array([1e6, 1e7, 1e8, 1e9])
+    for losses, holds in ((5 * sizes**-0.05, True), (2 + 5 * sizes**-0.3, False)):
+        ax = pyplot.figure().add_subplot()
+        figures.plot_power_law(ax, "mup", sizes, losses, figures.line_style(0))
+        assert len(ax.lines) == 1 + holds
+        assert ("x^(-0.050" if holds else "no power law") in ax.lines[-1].get_label()
+    pyplot.close("all")
+
+
+def test_a_scatter_pairs_the_same_settings_of_two_sizes(tmp_path):
+    rows = ladder([-7.7, -7.5, -5.3], seeds=2)
+    losses = scatter.losses_at("width", rows)
+    assert {size: len(found) for size, found in losses.items()} == {64: 11, 128: 11, 256: 11}
+    near, far = scatter.pair_losses(losses, 64)
+    assert (near["size"], far["size"]) == (128, 256) and near["rank"] > 0.95 > 0.5 > far["rank"]
+    assert near["cost"] == 0 and far["cost"] == pytest.approx(0.1 * (2.2**2 - 0.2**2), rel=0.1)
+    path = figures.draw_scatter("width", 64, [near, far], str(tmp_path))
+    assert {*os.listdir(tmp_path)} == {"scatter.png", "scatter.svg"} and path.endswith(".png")
+    text = scatter.format_pairs("width", 64, [near, far])
+    assert text.splitlines()[1].split()[:2] == ["128", "11"]
+    with pytest.raises(UserError, match="^scatter: got no size with 3 trials of the same settings"):
+        scatter.pair_losses({64: {"a": 1.0}, 128: {"a": 1.0}}, 64)
 
 
 def test_one_seed_has_no_interval():
@@ -329,19 +414,6 @@ def test_one_seed_has_no_interval():
     lines = format_report(report).splitlines()
     assert lines[0].endswith("for each doubling of width, -")
     assert [line.split()[4] for line in lines[2:]] == ["-"] * 3
-
-
-def test_a_report_starts_without_torch_and_tokenizers(tmp_path):
-    folder = tmp_path / "lr"
-    folder.mkdir()
-    shutil.copy(os.path.join(ROOT, "scaling", "results", "depth_cpu", "trials.csv"), folder)
-    code = ("import sys; from scaling.report import main; main(sys.argv[1:]); "
-            "print(sorted({'torch', 'tiktoken', 'datasets', 'train', 'model'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-    written = {*os.listdir(folder)} - {"trials.csv"}
-    assert written == {"curves.png", "report.json", "size.png", "transfer.png"}
 
 
 def test_figures_show_every_ladder_each_in_a_style_of_its_own(tmp_path):
@@ -357,8 +429,8 @@ def test_figures_show_every_ladder_each_in_a_style_of_its_own(tmp_path):
     assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 5
     pyplot.close(figure)
     figure = figures.draw_transfer(analyze(rows), pyplot)
-    assert [ax.get_title() for ax in figure.axes] == ["μP", "fourth", "standard parametrization", "spectral",
-                                                      "unit"]
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["μP", "fourth", "standard parametrization", "spectral", "unit", "", "", ""], "two rows"
     pyplot.close(figure)
     styles = {tuple(figures.line_style(i).values()) for i in range(90)}
     assert len(styles) == 90
@@ -468,6 +540,8 @@ MUTANTS = {  # role and its wrong exponents, and the axis on which they show
     "hidden lr": ("hidden", {"lr": (0, 0)}, "width"), "embedding lr": ("embedding", {"lr": (-1, 0)}, "width"),
     "readout lr": ("readout", {"lr": (-1, 0)}, "width"), "hidden init": ("hidden", {"std": (0, 0)}, "width"),
     "readout init": ("readout", {"std": (1, 0)}, "width"), "logits": ("logits", (0, 0), "width"),
+    "norm lr": ("norm", {"lr": (-1, 0)}, "width"), "final norm lr": ("final_norm", {"lr": (1, 0)}, "width"),
+    "norm lr over depth": ("norm", {"lr": (0, -1)}, "depth"),
     "branch": ("branch", (0, 0), "depth"), "hidden lr over depth": ("hidden", {"lr": (-1, -1)}, "depth")}
 
 
@@ -505,9 +579,12 @@ def test_the_coordinate_check_looks_at_layers_that_are_new(corpus, monkeypatch, 
     monkeypatch.setattr(model, "MLP", mlp)
     config = Config(**corpus | CHECKED | block)
     rows, _ = coordinate_check(config, "width", (64, 128), steps=1, seeds=2)
+    gains = ["attention_norm.weight", "mlp_norm.weight", "final_norm.weight"]
+    if config.qk_norm:
+        gains[1:1] = ["attention.q_norm.weight", "attention.k_norm.weight"]
     assert [row["layer"] for row in rows] == [
         "logits", *embeddings, "attention.qkv", "attention logits", "attention.out", *of_mlp, "mlp.down",
-        "stream", "final_norm"]
+        "residual stream", "final_norm", *gains]
 
 
 class GroupedAttention(model.Attention):
@@ -536,10 +613,16 @@ def test_the_coordinate_check_computes_attention_logits_of_grouped_queries(corpu
 
 def test_depth_moves_only_the_layers_that_residual_branches_end_in():
     config = Config(**{**CHECKED, "depth_alpha": 0.8, "zero_residual_out": False})
-    branch = {layer for layer, power in expected_powers(config, "depth").items() if power}
+    powers = expected_powers(config, "depth")
+    gains = {layer for layer in powers if layer.endswith("norm.weight")}
+    assert gains == {"attention_norm.weight", "attention.q_norm.weight", "attention.k_norm.weight",
+                     "mlp_norm.weight"}
+    assert [powers[gain] for gain in gains] == pytest.approx([-0.2] * 4), "of depth blocks x depth^-0.8"
+    branch = {layer for layer, power in powers.items() if power} - gains
     assert branch == {"attention.out", "mlp.down"}
     assert expected_powers(config, "depth")["mlp.down"] == pytest.approx(-0.8)
     learned = dataclasses.replace(config, zero_residual_out=True)
     assert expected_powers(learned, "depth")["mlp.down"] == pytest.approx(-1.0), "lr x depth_mult^-0.2"
-    assert not any(expected_powers(dataclasses.replace(learned, parametrization="sp"), "depth").values())
+    of_sp = expected_powers(dataclasses.replace(learned, parametrization="sp"), "depth")
+    assert {layer for layer, power in of_sp.items() if power} == gains
     assert not any(expected_powers(learned, "width").values())

@@ -172,7 +172,7 @@ def test_every_package_and_module_of_the_house_is_looked_at():
 # In one process, as each costs seconds; at each point it says what it has imported so far
 LIGHT = """
 import sys
-HEAVY = {"torch", "tiktoken", "datasets"}
+HEAVY = {"torch", "tiktoken", "datasets", "train", "model"}
 loaded = lambda: sorted(HEAVY & {name.split(".")[0] for name in sys.modules})
 import configure, parametrization
 print("configure, parametrization", loaded(), "numpy" in sys.modules)
@@ -195,4 +195,6 @@ def test_a_report_of_a_folder_imports_no_torch_and_neither_do_the_settings(tmp_p
     assert lines[:2] == ["configure, parametrization [] False", "data.files [] False"]
     assert lines[-1] == "report [] True"
     assert "octaves for each doubling of depth" in done.stdout
-    assert {"report.json", "transfer.png"} <= {*os.listdir(figures)}
+    names = ("transfer", "excess", "size", "curves")
+    assert {*os.listdir(figures)} == {"report.json", *(f"{name}.{end}" for name in names
+                                                       for end in ("png", "svg"))}

@@ -9,7 +9,7 @@ import torch
 
 from configure import UserError
 from model import model_size
-from training.distributed import world_size
+from training.distributed import torchrun_variables, world_size
 from training.evaluate import piece_rows
 
 # Dense bf16 matrix products, FLOP/s, from the makers' data sheets; the first name that matches counts.
@@ -32,7 +32,11 @@ def select_device(config):
     available = [name for name, count in counts.items() if count]
     device = torch.device(available[0] if config.device == "auto" else config.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: one GPU per process
+        environment = os.environ | torchrun_variables(os.environ)
+        local_rank = int(environment.get("LOCAL_RANK", 0))  # one GPU per process
+        if counts["cuda"] == 1 and "SLURM_PROCID" in os.environ:
+            local_rank = 0  # srun --gpus-per-task=1 shows each process its own only, as cuda:0
+        device = torch.device("cuda", local_rank)
     if (device.index or 0) >= counts[device.type]:
         choices = " or ".join(available)
         raise UserError(f"device: got {device}, which this machine does not have; takes {choices}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from datetime import timedelta
 
 import torch
@@ -10,13 +11,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configure import UserError
 
+FIRST_PORT, PORTS = 20_000, 10_000  # where processes of srun meet
+
 
 def init_distributed():
-    """Join the other processes, if torchrun started this one. When one dies, torchrun ends those that wait,
-    so the time limit only has to outlast the longest preparation of data."""
+    """Join the other processes, if torchrun or Slurm's srun started this one. When one dies, torchrun (and
+    srun with --kill-on-bad-exit=1) ends those that wait, so the time limit only has to outlast the longest
+    preparation of data. Raises UserError."""
+    os.environ.update(torchrun_variables(os.environ))
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def torchrun_variables(environment):
+    """What torchrun would have set, {name: text}, of a task among several that srun started; else nothing: a
+    batch script by itself, torchrun within one, a single task. Raises UserError.
+
+    The meeting point is a port of the first host, chosen by the job's number, or MASTER_ADDR and MASTER_PORT.
+    """
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return {}
+    hosts = environment.get("SLURM_STEP_NODELIST", "")
+    # The first of such a list: gpu[07-09,12],login1 -> gpu07
+    found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
+    if "MASTER_ADDR" not in environment and not found:
+        raise UserError(f"srun: got SLURM_STEP_NODELIST={hosts!r}, takes a list of hosts, or MASTER_ADDR")
+    job = int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
+    return {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or "".join(part or "" for part in found.groups()),
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + job % PORTS)}
 
 
 def rank():
@@ -61,10 +86,11 @@ def local_rank0_first():
 def parallelize(model, config, device):
     """The model for several processes: a copy on each (DDP) or, with config.shard, a part on each (FSDP2).
 
-    Raises UserError for shard without torchrun.
+    Raises UserError for shard with one process.
     """
     if config.shard and not dist.is_initialized():
-        raise UserError("shard: got True, which splits the model over processes; takes false, or torchrun")
+        raise UserError("shard: got True, which splits the model over processes; takes false, torchrun or "
+                        "srun")
     if config.shard:
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(device.type, (world_size(),))

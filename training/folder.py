@@ -15,7 +15,7 @@ from configure import UserError
 
 LOCK = "run.lock"  # held while a process writes to the folder; the system lets go of it when that dies
 OWN_FILES = ("config.json", "table.txt", "tokenizer.tiktoken", "tokenizer.meta.json", "metrics.csv",
-             "last.pt", "previous.pt", "best.pt", "sample.txt")
+             "last.pt", "previous.pt", "best.pt", "stable.pt", "sample.txt")
 UNFINISHED = tuple(f"{name}.tmp" for name in OWN_FILES)  # what a kill leaves of a file (data/files.py)
 
 

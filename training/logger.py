@@ -6,6 +6,7 @@ tokenizer.*   the tokenizer, so that the folder is all that it takes to use the 
 metrics.csv   a row per optimizer step, rewritten from the checkpoint when the run resumes
 last.pt       the newest checkpoint; previous.pt the one before it, in case last.pt is damaged
 best.pt       the checkpoint of the lowest validation loss
+stable.pt     with --schedule=wsd, the checkpoint before the decay: where a run that gets more steps goes on
 sample.txt    what the trained model writes
 run.lock      while a process writes here: which one
 """
@@ -15,7 +16,7 @@ import csv
 import importlib.util
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from configure import UserError
 from data.files import write_text
@@ -28,10 +29,12 @@ from training.checkpoint import (
     load_weights,
     read_checkpoint,
     read_newest,
+    settings_of_checkpoint,
     write_checkpoint,
 )
 from training.distributed import rank
 from training.folder import UNFINISHED, check_is_ours, locked_folder
+from training.schedule import decay_start
 
 COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
 
@@ -90,7 +93,25 @@ class RunLogger:
         if self.checkpoint_path == self.path("last.pt"):
             self.last_step = checkpoint["step"]
         check_same_settings(self.config, self.checkpoint_path, checkpoint)
-        return checkpoint
+        return self.before_decay(checkpoint)
+
+    def before_decay(self, checkpoint):
+        """`checkpoint`, or stable.pt where that is where more steps go on as if they had been there from the
+        start: in wsd's decay."""
+        steps_before = settings_of_checkpoint(checkpoint)["steps"]
+        start = decay_start(replace(self.config, steps=steps_before))
+        if start is None or steps_before >= self.config.steps or checkpoint["step"] <= start:
+            return checkpoint
+        try:
+            stable = read_checkpoint(self.path("stable.pt"))
+            check_same_settings(self.config, self.path("stable.pt"), stable)
+        except UserError:  # missing, damaged, or of another run: what goes on is the decayed model
+            return checkpoint
+        if stable["step"] != start:
+            return checkpoint
+        self.checkpoint_path = self.path("stable.pt")
+        self.say(f"{self.checkpoint_path}: more steps go on from here, step {start:,}, before the decay")
+        return stable
 
     def load(self, checkpoint, dataset, model, optimizer):
         """Bring model and optimizer to where read_checkpoint()'s result says. Raises UserError."""

@@ -5,7 +5,10 @@ as counting steps, to the last bit. Fractions of the steps are turned into the t
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
+
+from parametrization import horizon_rule
 
 
 class Clock(NamedTuple):
@@ -41,6 +44,33 @@ def lr_factor(config, step):
     return AFTER_WARMUP[config.schedule](config, clock)
 
 
+def decay_start(config):
+    """The number of steps after which wsd's decay begins; None for the other schedules, which change from
+    their first step to their last."""
+    if config.schedule != "wsd":
+        return None
+    tokens = read_clock(config, 0).decay_start
+    steps = config.steps_for(tokens)
+    if config.tokens_before(steps) > tokens:
+        steps -= 1
+    return min(steps, config.steps)
+
+
+def describe_more_steps(config, steps_before, done):
+    """What giving a run `config.steps` in place of `steps_before` does to its learning rate, after `done`
+    steps, for people."""
+    before = replace(config, steps=steps_before)
+    text = f"steps: {config.steps:,} after {steps_before:,}; "
+    rates = []
+    for sized, step in ((before, done - 1), (config, done)):
+        rates.append(sized.lr * horizon_rule(sized) * lr_factor(sized, step))
+    if abs(rates[1] / rates[0] - 1) < 0.01:
+        return f"{text}the {config.schedule} schedule goes on, with the lr at {rates[1]:.3g}"
+    advice = "" if config.schedule == "wsd" else "; --schedule=wsd from the start avoids that"
+    return (f"{text}the {config.schedule} schedule is stretched, so the lr goes from {rates[0]:.3g} at step "
+            f"{done:,} to {rates[1]:.3g} at step {done + 1:,}{advice}")
+
+
 def progress(clock):
     """The share of the way from the warmup to the end: 1 at the last step, and after the end."""
     if clock.done >= clock.end:
@@ -64,7 +94,7 @@ def cosine(config, clock):
 def wsd(config, clock):
     """Warmup, stable, decay (arXiv 2404.06395): constant, then linear to final_lr over the last
     decay_fraction of all steps, or of decay_tokens. Between warmup and decay it is 1 for any number of steps:
-    a checkpoint from there can be resumed with more steps."""
+    the checkpoint stable.pt, from there, can be resumed with more steps."""
     if clock.done <= clock.decay_start:
         return 1.0
     if clock.done >= clock.end:

@@ -1,0 +1,93 @@
+"""Does the proxy rank settings as the target does? python -m scaling.scatter DIR [DIR ...] [--base=SIZE]
+
+Pairs the trials of the same settings at two sizes, proxy and target: rows of trials.csv, mean over seeds. The
+sizes are those of the axis that varies (--axis=NAME where several do); the proxy is the size at the base
+shape, or --base, or the smallest; each other size is a panel. Prints Spearman's rank correlation, over all
+pairs and over the better half by the proxy, and what the proxy's favourite costs on the target: its loss
+there less the lowest. Draws scatter.png and scatter.svg into DIR, or --to=DIR. The trials may be a sweep over
+width and other settings, or searches at several widths.
+"""
+
+import json
+
+import numpy as np
+
+from configure import UserError, run_cli
+from scaling import figures
+from scaling.cli import make_folder, parse_options
+from scaling.fits import rank_correlation
+from scaling.report import AXES, choose_base, rows_of, values_of
+
+FEWEST = 3  # pairs: of fewer there is no order to speak of
+
+
+def losses_at(axis, rows):
+    """{size: {other settings, as JSON: mean loss over the seeds}}; infinite where a trial diverged. What
+    changes with the size by itself, as the steps of a sweep with --hold, is no other setting."""
+    by_size = {}
+    for row in rows:
+        config = json.loads(row["config"])
+        key = json.dumps({name: value for name, value in config.items() if name not in (*AXES, "seed")})
+        loss = np.inf if row["diverged"] else row["val_loss"]
+        by_size.setdefault(config[axis], {}).setdefault(key, []).append(loss)
+    return {size: {key: float(np.mean(losses)) for key, losses in found.items()}
+            for size, found in sorted(by_size.items())}
+
+
+def pair_losses(losses, base):
+    """[{size, proxy, target, rank, rank_of_better_half, cost}] for each size but `base`, where `proxy` and
+    `target` are lists of losses of the same settings. Raises UserError where too few are the same."""
+    pairs = []
+    for size, found in losses.items():
+        shared = [key for key in losses[base] if key in found]
+        if size == base or len(shared) < FEWEST:
+            continue
+        proxy, target = (np.array([of_size[key] for key in shared]) for of_size in (losses[base], found))
+        if not np.isfinite(proxy).any() or not np.isfinite(target).any():
+            continue
+        better = proxy <= np.median(proxy)
+        pairs.append({"size": size, "proxy": proxy, "target": target, "rank": rank_correlation(proxy, target),
+                      "rank_of_better_half": rank_correlation(proxy[better], target[better]),
+                      "cost": target[np.argmin(proxy)] - target.min()})
+    if not pairs:
+        raise UserError(f"scatter: got no size with {FEWEST} trials of the same settings as the "
+                        f"proxy's, {base:g}; takes a sweep such as `width=64,256 lr=2**-9..2**-6`, or --base")
+    return pairs
+
+
+def choose_axis(rows, axis):
+    """The axis whose sizes are compared: `axis`, or the one that varies. Raises UserError."""
+    configs = [json.loads(row["config"]) for row in rows]
+    varied = [name for name in AXES if len(values_of(configs, name)) > 1]
+    if axis in varied:
+        return axis
+    if axis or not varied:
+        raise UserError(f"axis: got {axis or 'trials of one size'}, takes one of the axes that vary: "
+                        f"{', '.join(varied) or 'none does'}")
+    return varied[0]
+
+
+def format_pairs(axis, base, pairs):
+    lines = [f"{axis} {base:g} and   pairs   rank correlation   of the better half   cost of its favourite"]
+    lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}{pair['rank']:>+19.2f}"
+              f"{pair['rank_of_better_half']:>+21.2f}{pair['cost']:>24.4f}" for pair in pairs]
+    return "\n".join(lines)
+
+
+def main(argv):
+    defaults = {"to": "", "axis": "", "base": 0}
+    options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
+    if not folders:
+        raise UserError("scatter: takes folders of trials.csv, --to, --axis, --base")
+    rows = [row for folder in folders for row in rows_of(folder)]
+    axis = choose_axis(rows, options["axis"])
+    losses = losses_at(axis, rows)
+    base = choose_base(axis, rows, list(losses), options["base"])
+    pairs = pair_losses(losses, base)
+    folder = options["to"] or folders[0]
+    make_folder(folder)
+    print(format_pairs(axis, base, pairs), figures.draw_scatter(axis, base, pairs, folder), sep="\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
