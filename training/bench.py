@@ -6,9 +6,13 @@ their range), milliseconds a step, the share of the device's peak (MFU), memory,
 
 # A command on top of train.py: nothing imports it
 
+import signal
 import sys
 import time
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 from configure import configure, run_cli
 from train import train
