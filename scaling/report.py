@@ -10,7 +10,11 @@ common settings; --to=DIR is where report.json and the figures go. Several DIRs 
 import functools
 import json
 import os
+import signal
 from statistics import mode
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while numpy is imported; run_cli ends it
 
 import numpy as np
 
@@ -19,7 +23,7 @@ from data.files import write_text
 from scaling import figures
 from scaling.cli import make_folder, parse_options
 from scaling.fits import interval, mean_losses, optimum, regret, slope
-from scaling.trials import read_trials
+from scaling.trials import FACTS, has_failed, read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
 BOOTSTRAP_DRAWS = 1000
@@ -30,7 +34,7 @@ def analyze(rows, swept="", base=None):
     alone. `base`: the proxy's size. Raises UserError when the rows form no ladder."""
     if swept:
         rows = rows_of_one_setting(rows, swept)
-    configs = [json.loads(row["config"]) for row in rows]
+    configs = settings_and_facts(rows)
     axis, swept, others = choose_axes(configs, swept)
     rows_by_ladder = {}
     for row, config in zip(rows, configs, strict=True):
@@ -41,12 +45,31 @@ def analyze(rows, swept="", base=None):
     return {"axis": axis, "swept": swept, "ladders": ladders}
 
 
-def rows_of_one_setting(rows, swept):
-    """The rows whose settings are the most common ones, but for axes, seed and `swept`."""
+def settings_and_facts(rows):
+    """{name: value} of each row: its settings, and how it was measured (FACTS). A row that does not say, as
+    those of older versions, is taken for what the others say, where these agree."""
     configs = [json.loads(row["config"]) for row in rows]
+    for name in FACTS:
+        known = [config[name] for config in configs if name in config]
+        agreed = known[0] if known and known.count(known[0]) == len(known) else None
+        for config in configs if known else ():
+            config.setdefault(name, agreed)
+    for config in configs:
+        if "tokens" in config:
+            config["tokens"] = str(config["tokens"])[:8]  # so much of a hash tells few texts apart
+    return configs
+
+
+def rows_of_one_setting(rows, swept):
+    """The rows whose settings are the most common ones, but for axes, seed and `swept`. Raises UserError."""
+    configs = settings_and_facts(rows)
     fixed = configs[0].keys() - {*AXES, "seed", swept}
     usual = {name: mode(config[name] for config in configs) for name in fixed}
-    return [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
+    found = [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
+    if not found:
+        raise UserError(f"swept: got {swept}, but no trial has the most common value of each other setting; "
+                        "takes folders of one setting each")
+    return found
 
 
 def choose_axes(configs, swept):
@@ -59,7 +82,8 @@ def choose_axes(configs, swept):
         if len(shapes) == len({config[axes[0]] for config in configs}):
             axes = axes[:1]  # the other axes depend on it, as with the sweep's --hold
     others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
-    numbers = [name for name in others if all(type(config[name]) in (int, float) for config in configs)]
+    numbers = [name for name in others if name not in FACTS
+               and all(type(config[name]) in (int, float) for config in configs)]
     candidates = numbers
     for preferred in ("lr", swept):
         if preferred in numbers:
@@ -68,7 +92,18 @@ def choose_axes(configs, swept):
         raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes one of "
                         f"{', '.join(AXES)}, and {swept or 'lr or one other number'}")
     found = candidates[0]
-    return axes[0] if axes else "width", found, [name for name in others if name != found]
+    others = [name for name in others if name != found]
+    if decide(others, "tokens", configs):
+        others.remove("tokens")  # which are others because the data set is
+    return axes[0] if axes else "width", found, others
+
+
+def decide(names, name, configs):
+    """Whether `name` is one of the settings `names`, and the others among them decide its value."""
+    rest = [other for other in names if other != name]
+    values = {json.dumps([config[other] for other in names]) for config in configs}
+    return name in names and len(values) == len({json.dumps([config[other] for other in rest])
+                                                 for config in configs})
 
 
 def analyze_ladder(axis, swept, rows, base):
@@ -192,6 +227,9 @@ def main(argv):
         reasons = sorted({row["failure"] for row in rows} - {""})
         raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed "
                         f"({reasons[0] if reasons else 'none failed'}); takes one with a loss at least")
+    failed = sum(map(has_failed, rows))
+    if failed:
+        print(f"{failed} of {len(rows)} trials failed, and count as diverged; their sweep tries them again")
     report = analyze(rows, options["swept"], options["base"])
     folder = options["to"] or folders[0]
     make_folder(folder)
