@@ -23,8 +23,12 @@ A pass does not prove that settings transfer: for that, sweep and report.
 """
 
 import math
+import signal
 from collections import defaultdict
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
 import torch.nn.functional as F

@@ -16,7 +16,11 @@ best), size (the best loss against parameters and compute, with a power law wher
 import functools
 import json
 import os
+import signal
 from statistics import mode
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while numpy is imported; run_cli ends it
 
 import numpy as np
 
@@ -25,7 +29,7 @@ from data.files import write_text
 from scaling import figures
 from scaling.cli import make_folder, parse_options
 from scaling.fits import interval, mean_losses, optimum, rank_correlation, regret, slope
-from scaling.trials import read_trials
+from scaling.trials import FACTS, has_failed, read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
 BOOTSTRAP_DRAWS = 1000
@@ -37,7 +41,7 @@ def analyze(rows, swept="", base=None, axis=""):
     alone. `base`: the proxy's size. `axis`: the ladder's. Raises UserError when the rows form no ladder."""
     if swept:
         rows = rows_of_one_setting(rows, swept)
-    configs = [json.loads(row["config"]) for row in rows]
+    configs = settings_and_facts(rows)
     axis, swept, others = choose_axes(configs, swept, axis)
     rows_by_ladder = {}
     for row, config in zip(rows, configs, strict=True):
@@ -54,12 +58,31 @@ def is_number(value):
     return type(value) in (int, float) and value > 0  # 0 has no logarithm
 
 
-def rows_of_one_setting(rows, swept):
-    """The rows whose settings are the most common ones, but for axes, seed and `swept`."""
+def settings_and_facts(rows):
+    """{name: value} of each row: its settings, and how it was measured (FACTS). A row that does not say, as
+    those of older versions, is taken for what the others say, where these agree."""
     configs = [json.loads(row["config"]) for row in rows]
+    for name in FACTS:
+        known = [config[name] for config in configs if name in config]
+        agreed = known[0] if known and known.count(known[0]) == len(known) else None
+        for config in configs if known else ():
+            config.setdefault(name, agreed)
+    for config in configs:
+        if "tokens" in config:
+            config["tokens"] = str(config["tokens"])[:8]  # so much of a hash tells few texts apart
+    return configs
+
+
+def rows_of_one_setting(rows, swept):
+    """The rows whose settings are the most common ones, but for axes, seed and `swept`. Raises UserError."""
+    configs = settings_and_facts(rows)
     fixed = configs[0].keys() - {*AXES, "seed", swept}
     usual = {name: mode(config[name] for config in configs) for name in fixed}
-    return [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
+    found = [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
+    if not found:
+        raise UserError(f"swept: got {swept}, but no trial has the most common value of each other setting; "
+                        "takes folders of one setting each")
+    return found
 
 
 def choose_axes(configs, swept, axis=""):
@@ -69,8 +92,9 @@ def choose_axes(configs, swept, axis=""):
     varied = [name for name in configs[0] if len(values_of(configs, name)) > 1]
     axes = [name for name in AXES if name in varied]
     others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
-    numbers = [name for name in others if all(type(config[name]) in (int, float) for config in configs)]
-    candidates = numbers or others
+    settings = [name for name in others if name not in FACTS]
+    numbers = [name for name in settings if all(type(config[name]) in (int, float) for config in configs)]
+    candidates = numbers or settings
     for preferred in ("lr", swept):
         if preferred in others:
             candidates = [preferred]
@@ -86,12 +110,21 @@ def choose_axes(configs, swept, axis=""):
         # An axis that depends on another, as with the sweep's --hold, tells nothing apart
         if not any(len(values_of(configs, one, name)) == len(values_of(configs, one)) for one in told_apart):
             told_apart.append(name)
-    return axis, found, [*told_apart[1:], *(name for name in others if name != found)]
+    others = [name for name in others if name != found]
+    if decide(others, "tokens", configs):
+        others.remove("tokens")  # which are others because the data set is
+    return axis, found, [*told_apart[1:], *others]
 
 
 def values_of(configs, *names):
     """The different values, or combinations of values, of these settings."""
     return {json.dumps([config[name] for name in names]) for config in configs}
+
+
+def decide(names, name, configs):
+    """Whether `name` is one of the settings `names`, and the others among them decide its value."""
+    rest = [other for other in names if other != name]
+    return name in names and len(values_of(configs, *names)) == len(values_of(configs, *rest))
 
 
 def analyze_ladder(axis, swept, rows, base):
@@ -264,6 +297,9 @@ def main(argv):
         reasons = sorted({row["failure"] for row in rows} - {""})
         raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed "
                         f"({reasons[0] if reasons else 'none failed'}); takes one with a loss at least")
+    failed = sum(map(has_failed, rows))
+    if failed:
+        print(f"{failed} of {len(rows)} trials failed, and count as diverged; their sweep tries them again")
     report = analyze(rows, options["swept"], options["base"], options["axis"])
     folder = options["to"] or folders[0]
     make_folder(folder)

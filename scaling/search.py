@@ -15,17 +15,20 @@ lr at the bottom of its own curve. Writes DIR/best.py, which is read after any c
 --stack=8                  train 8 proxies at once, on a GPU; none of them is stopped before its end
 --storage=URL --study=NAME keep the trials in any Optuna storage in place of DIR/study.log: sqlite:///FILE,
                            postgresql+psycopg2://...; optuna-dashboard shows either
-After an interruption, the same command resumes.
+After an interruption, the same command resumes, and tries again what failed.
 """
 
 import functools
-import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 from tqdm import tqdm
 
@@ -46,9 +49,10 @@ from scaling.study import (
     storage_errors_in_one_line,
     suggest,
 )
-from scaling.sweep import read_rows, say_stopped, torchrun_rank, train_group, trial_configs
-from scaling.trials import CURVE_POINTS, append_rows, identity
+from scaling.sweep import Trial, facts_of, say_failed, say_stopped, torchrun_rank, train_group, trial_configs
+from scaling.trials import CURVE_POINTS, append_rows, find_row, identity, read_results, settings_of
 from scaling.worker import Worker, pause
+from training.device import reuse_freed_memory
 
 SAMPLERS = ("gp", "tpe")
 LEADERS = 5  # are trained on other seeds too
@@ -64,7 +68,9 @@ def loss_of(row):
 
 
 def mean_and_error(losses):
-    """(mean, standard error of the mean); the error is nan for one loss."""
+    """(mean, standard error of the mean); the error is nan for one loss, and the mean infinite for none."""
+    if not losses:
+        return math.inf, math.nan
     mean = sum(losses) / len(losses)
     if len(losses) == 1 or not math.isfinite(mean):
         return mean, math.nan
@@ -74,21 +80,26 @@ def mean_and_error(losses):
 
 class Search:
     """One worker's part in a search: it draws, trains and reports, as do others on the same folder or
-    storage. options: `trials`, `seeds`, `stack`, `sampler`, `storage`, `study`, `out`. Raises UserError."""
+    storage. dataset: its TokenDataset. options: `trials`, `seeds`, `stack`, `sampler`, `storage`, `study`,
+    `out`. Raises UserError."""
 
-    def __init__(self, config, space, options, worker, storage):
-        self.space, self.options, self.worker = space, options, worker
+    def __init__(self, config, space, options, worker, storage, dataset):
+        self.space, self.options, self.worker, self.dataset = space, options, worker, dataset
         self.config = trial_configs(config, {})[0]
-        check_data(self.config)
+        self.facts = facts_of(self.config, dataset)
         self.points = all_points(space)
-        settings = identity(self.config)
+        settings = self.key_of(self.config)
         self.draws = SharedStudy(storage, options["study"], worker, settings)
         self.others = SharedStudy(storage, f"{options['study']}, seeds and lr", worker, settings)
         self.reported, self.leaders, self.best = time.monotonic(), [], None
 
-    def config_of(self, row):
-        """The Config of a row. What changes no number, as the device, is that of this worker."""
-        return replace(self.config, **json.loads(row["config"]))
+    def key_of(self, config):
+        """The identity() of a trial of this search."""
+        return identity(config, self.facts)
+
+    def config_of(self, key):
+        """The Config of an identity(). What changes no number is that of this worker."""
+        return replace(self.config, **settings_of(key))
 
     # Draws
 
@@ -96,13 +107,13 @@ class Search:
         """Params, distributions and settings of draw number `key`. `config` itself is the first."""
         domains = distributions(self.space)
         if key == "0":
-            return to_params(self.config, self.space), domains, identity(self.config)
+            return to_params(self.config, self.space), domains, self.key_of(self.config)
         if self.points is not None:
             start = to_params(self.config, self.space)
             params = [point for point in self.points if point != start][int(key) - 1]
         else:
-            params = suggest(self.draws, self.options["sampler"], self.config.seed, domains)
-        return params, domains, identity(to_config(self.config, params, self.space))
+            params = suggest(self.draws, self.options["sampler"], self.config.seed, domains, int(key))
+        return params, domains, self.key_of(to_config(self.config, params, self.space))
 
     def draw(self):
         """Trains all draws."""
@@ -124,29 +135,32 @@ class Search:
     # Other trials, each known by its settings
 
     def rows_of(self, configs, what):
-        """The rows of these Configs, trained by whoever shares the search."""
+        """The rows of these Configs, trained by whoever shares the search; None for one that failed."""
         done = {row["config"]: row for row in self.draws.rows().values() if not row["failure"]}
         done |= self.others.rows()
-        new = [config for config in dict.fromkeys(configs) if identity(config) not in done]
+        new = [config for config in dict.fromkeys(configs) if not find_row(done, self.key_of(config))]
         groups = [new]
         if self.options["stack"] > 1:  # models of one seed read one text, and run the code that is compiled
             seeds = sorted({config.seed for config in new})
             groups = [[config for config in new if config.seed == seed] for seed in seeds]
         for group in groups:
-            keys = [identity(config) for config in group]
+            keys = [self.key_of(config) for config in group]
             self.train_keys(self.others, keys, lambda key: ({}, {}, key), what)
         done |= self.others.rows()
-        return [done[identity(config)] for config in configs]
+        return [find_row(done, self.key_of(config)) for config in configs]
 
     def confirm(self):
         """The leaders on fresh seeds, and the lr of the best: fills `leaders` and `best`."""
         rows = sorted(self.draws.rows().values(), key=loss_of)
-        if not math.isfinite(loss_of(rows[0])):
-            reason = rows[0]["failure"] or "a loss that is not finite"
-            raise UserError(f"search: all {len(rows)} trials diverged or failed ({reason}); takes a smaller "
-                            "--lr, or a --space of smaller rates")
-        leaders = [self.config_of(row) for row in rows[:LEADERS] if math.isfinite(loss_of(row))]
+        leaders = [self.config_of(row["config"]) for row in rows[:LEADERS] if math.isfinite(loss_of(row))]
+        if not leaders and self.failed():
+            return  # which is said at the end
+        if not leaders:
+            raise UserError(f"search: all {len(rows)} trials diverged; takes a smaller --lr, or a --space of "
+                            "smaller rates")
         self.leaders = self.over_seeds(leaders, "leaders on other seeds")
+        if not math.isfinite(self.leaders[0][0]):
+            return  # none was confirmed
         self.best = self.leaders[0]
         if "lr" in self.space:
             self.tune_lr()
@@ -158,7 +172,7 @@ class Search:
         rows = self.rows_of([replace(config, seed=seed) for config in configs for seed in fresh], what)
         found = []
         for i, config in enumerate(configs):
-            losses = [loss_of(row) for row in rows[i * seeds:(i + 1) * seeds]]
+            losses = [loss_of(row) for row in rows[i * seeds:(i + 1) * seeds] if row]
             found.append((*mean_and_error(losses), config))
         return sorted(found, key=lambda result: result[0])
 
@@ -178,7 +192,8 @@ class Search:
     # Training
 
     def train_keys(self, study, keys, propose, what):
-        """Trains the trials of `keys` that have no result yet, this worker's part of them."""
+        """Trains the trials of `keys` that have no result yet, this worker's part of them. Returns when each
+        has one, or has failed and is not tried again by another worker."""
         with tqdm(total=len(keys), desc=what, disable=torchrun_rank()[0] > 0) as bar:
             while True:
                 claims = []
@@ -189,23 +204,23 @@ class Search:
                 finished = study.finished().keys() & set(keys)
                 bar.update(len(finished) - bar.n)
                 self.report_now_and_then()
-                if len(finished) == len(keys):
+                if finished | study.failed_keys() >= set(keys):
                     return
                 if not claims:
                     pause()
 
     def train_claims(self, study, claims):
         """Trains what was claimed, as one stack, and records it: in trials.csv, then in the study."""
-        rows = read_rows(self.worker.folder)
-        configs = {claim.config: self.config_of({"config": claim.config}) for claim in claims}
-        new = [config for key, config in configs.items() if key not in rows]
+        rows = read_results(self.worker.folder, stopped_early=study is self.draws)
+        new = [Trial(key, replace(self.config_of(key), dataset=self.dataset.folder))
+               for key in dict.fromkeys(claim.config for claim in claims) if not find_row(rows, key)]
         if new:
             stop_early = self.stop_early() if study is self.draws else None
             trained = train_group(new, self.options["stack"], stop_early)
             append_rows(self.worker.path, trained)
-            rows |= read_rows(self.worker.folder)
+            rows |= {row["config"]: row for row in trained}
         for claim in claims:
-            row = rows[claim.config]
+            row = find_row(rows, claim.config)
             curve = row["curve"] if study is self.draws else []
             study.finish(claim, row, {look: curve[look - 1] for look in LOOKS if look <= len(curve)})
 
@@ -215,6 +230,10 @@ class Search:
         """All rows: the draws in the order of their numbers, then the others."""
         draws = sorted(self.draws.rows().items(), key=lambda item: int(item[0]))
         return [row for _, row in draws], list(self.others.rows().values())
+
+    def failed(self):
+        """The rows of the trials that failed, and have no result by another worker."""
+        return [study.failed[key] for study in (self.draws, self.others) for key in study.failed_keys()]
 
     def report_now_and_then(self):
         """best.py, the table and the figure of what there is, so that a killed search leaves them too."""
@@ -230,12 +249,13 @@ class Search:
         if not finite:
             return "", ""
         lowest = min(finite, key=loss_of)
-        best = self.best or (loss_of(lowest), math.nan, self.config_of(lowest))
-        best_text = best_file(best, draws, others, self.options, finished=self.best is not None)
+        best = self.best or (loss_of(lowest), math.nan, self.config_of(lowest["config"]))
+        best_text = best_file(best, draws, others, self.options, self.best is not None, self.failed())
         report_text = self.format_report(best, draws, others)
-        write_text(os.path.join(self.worker.folder, "best.py"), best_text)
-        write_text(os.path.join(self.worker.folder, "search.txt"), report_text)
-        figures.draw_search(draws, others, best[0], self.worker.folder)
+        with self.worker.holding("report"):  # the same command, started twice, writes the same files
+            write_text(os.path.join(self.worker.folder, "best.py"), best_text)
+            write_text(os.path.join(self.worker.folder, "search.txt"), report_text)
+            figures.draw_search(draws, others, best[0], self.worker.folder)
         return best_text, report_text
 
     def format_report(self, best, draws, others):
@@ -246,6 +266,8 @@ class Search:
         lines = [f"{len(draws)} draws: best {finite[0]:.4f}, median {finite[len(finite) // 2]:.4f} of the "
                  f"{len(finite)} that were trained to the end; {stopped} stopped early, "
                  f"{len(draws) - len(finite) - stopped} diverged; {len(others)} more trials for seeds and lr"]
+        if self.failed():
+            lines.append(f"{len(self.failed())} trials failed, and are tried again by the same command")
         counts = [n for n in (1, 8, 16, 32, 64, 128, 256, 512) if n < len(draws)] + [len(draws)]
         reached = [f"{n}: {min(losses[:n]):.4f}" for n in counts]
         lines.append(f"best after so many draws: {', '.join(reached)}")
@@ -279,11 +301,12 @@ def check_search(config, space, options):
         raise UserError(f"trials: got {options['trials']}, takes {len(points)} or fewer with this space")
 
 
-def check_data(config):
-    """Prepares the data of a search, and raises UserError where no trial could train on it."""
+def open_data(config):
+    """The TokenDataset of a search. Raises UserError where no trial could train on it."""
     dataset = TokenDataset(prepare(config))
     dataset.check_fills_batch(config.context, config.batch)
     dataset.validation_windows(config.context, config.eval_tokens)
+    return dataset
 
 
 def is_above(median, start, losses):
@@ -304,12 +327,14 @@ def describe(config, space):
     return " ".join(values)
 
 
-def best_file(best, draws, others, options, finished):
+def best_file(best, draws, others, options, confirmed, failed):
     """The text of best.py: every setting that transfers, drawn or not, and how it was found."""
     mean, error, config = best
-    loss = f"{mean:.4f} ± {error:.4f}, the mean of {options['seeds']} seeds that no draw used"
-    if not finished:
-        loss = f"{mean:.4f} on one seed: the search is not finished"
+    loss = f"{mean:.4f} on one seed"
+    if confirmed:
+        loss = f"{mean:.4f} ± {error:.4f}, the mean of {options['seeds']} seeds that no draw used"
+    if failed or not confirmed:
+        loss += ": the search is not finished"
     docstring = (f'"""The best of {len(draws)} trials at width {config.width}, depth {config.depth}, '
                  f"{config.steps} steps of {config.batch}x{config.context} tokens.\n\n"
                  f"Validation loss {loss}.\n"
@@ -370,12 +395,13 @@ def run_search(config, space, options):
     """(the finished Search, the texts of best.py and of its report). Raises UserError, and KeyboardInterrupt
     when a signal stops it."""
     check_search(config, space, options)
+    dataset = open_data(config)
     storage = open_storage(options["storage"], options["out"]) if options["storage"] else None
     where = options["storage"] or options["out"]
     with storage_errors_in_one_line(where), Worker(options["out"]) as worker:
         if storage is None:
             storage = open_storage("", options["out"])  # a file in the folder, which is there now
-        search = Search(config, space, options, worker, storage)
+        search = Search(config, space, options, worker, storage, dataset)
         try:
             search.draw()
             search.confirm()
@@ -389,9 +415,8 @@ def run_search(config, space, options):
 def copy_rows(search):
     """Rows that workers in other folders trained are copied to this one's trials.csv."""
     draws, others = search.rows()
-    known = read_rows(search.worker.folder)
-    missing = [row | {"curve": " ".join(f"{loss:.4f}" for loss in row["curve"])}
-               for row in draws + others if row["config"] not in known]
+    known = read_results(search.worker.folder, stopped_early=True)
+    missing = [row for row in draws + others if not find_row(known, row["config"])]
     if missing:
         append_rows(search.worker.path, missing)
 
@@ -403,6 +428,7 @@ def main(argv):
     config, space, target = configure(words), parse_space(options["space"]), read_target(options["target"])
     options["seed"] = config.seed
     check_search(config, space, options)  # before the other workers start
+    reuse_freed_memory()
     workers = start_workers(argv, options["workers"])
     try:
         search, best_text, report_text = run_search(config, space, options)
@@ -411,11 +437,14 @@ def main(argv):
     finally:
         for process in workers:
             process.wait()
-    if torchrun_rank()[0] == 0:
-        draws, others = search.rows()
+    if torchrun_rank()[0] > 0:
+        return 0
+    draws, others = search.rows()
+    if best_text:
         print(f"{options['out']}/best.py:\n{best_text}\n{report_text}"
               f"{format_cost(draws + others, config, options['target'], target)}")
-    return 0
+    failed = search.failed()
+    return say_failed(options["out"], failed, len(draws + others + failed))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A trial of the study stands for a key: the number of a draw, or the settings of a trial that confirms a
 result. Whoever trains it adds it as a running trial, with all it needs to be trained again; of two that add
-the same key at once the lower number goes ahead. A trial whose worker died is marked as failed, and its key
-is free again.
+the same key at once the lower number goes ahead. A trial that failed, or whose worker died, is marked as
+failed, and its key is free again.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import statistics
 import time
 from typing import NamedTuple
 
-from configure import UserError, no_command
+from configure import UserError, complete_saved, no_command
+from scaling.trials import FACTS, has_failed
 
 STUDY_FILE = "study.log"
 STARTUP = 16  # draws from all of the space before the sampler has something to learn from
@@ -105,6 +106,7 @@ class SharedStudy:
     def __init__(self, storage, name, worker, settings):
         optuna = load_optuna()
         self.optuna, self.worker, self.token = optuna, worker, secrets.token_hex(8)
+        self.failed = {}  # {key: row} of trials that failed here, and are not tried again by this worker
         worker.claim(self.token)  # a sign of life for others
         self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         known = self.study.user_attrs.get("settings")
@@ -112,9 +114,9 @@ class SharedStudy:
             return
         if known is None:
             self.study.set_user_attr("settings", settings)
-        elif known != settings:
-            raise UserError(f"out: got the study {name!r} of other settings ({difference(known, settings)}); "
-                            "takes another --out, or another --study in the same storage")
+        elif different := difference(known, settings):
+            raise UserError(f"out: got the study {name!r} of other settings ({different}); takes another "
+                            "--out, or another --study in the same storage")
 
     def trials(self):
         """{key: FrozenTrial} of all trials but the failed ones."""
@@ -128,13 +130,18 @@ class SharedStudy:
         """{key: FrozenTrial} of those that have a result."""
         return {key: trial for key, trial in self.trials().items() if trial.state.is_finished()}
 
+    def failed_keys(self):
+        """The keys of the trials that failed here, but for those that another worker has tried or is trying
+        again."""
+        return self.failed.keys() - self.trials().keys()
+
     def claim(self, keys, propose):
         """A Claim to the first of `keys` that nobody has; None when there is none. propose(key): params,
         distributions and settings of its trial, unless an earlier worker has proposed them."""
         self.release_lost()
         live = self.trials()
         for key in keys:
-            if key in live:
+            if key in live or key in self.failed:
                 continue
             params, distributions, config = self.earlier_proposal(key) or propose(key)
             mine = {"key": key, "config": config, "token": self.token, "host": socket.gethostname(),
@@ -179,7 +186,12 @@ class SharedStudy:
         return age > max(LOST_AFTER, 10 * slowest)
 
     def finish(self, claim, row, curve):
-        """Records a result. row: as scaling.trials.read_trials() returns it. curve: {step: training loss}."""
+        """Records a result, or a failure: another worker, or the next start, tries that again. row: as
+        scaling.trials.read_trials() returns it. curve: {step: training loss}."""
+        if has_failed(row):
+            self.failed[claim.key] = row
+            self.fail(claim.number)
+            return
         trial_id = next(trial._trial_id for trial in self.study.get_trials(deepcopy=False)
                         if trial.number == claim.number)
         trial = self.optuna.trial.Trial(self.study, trial_id)
@@ -201,17 +213,19 @@ class SharedStudy:
 
 
 def difference(known, settings):
-    """The first setting in which two texts of identity() differ."""
+    """The first setting in which two texts of identity() differ, for people, or "". `known` may be of an
+    older version: settings it did not have are what they were then, and it does not say how it measured."""
     known, settings = json.loads(known), json.loads(settings)
+    known = complete_saved(known) | {name: settings[name] for name in FACTS if name not in known}
     for name in settings:
-        if known.get(name) != settings[name]:
-            return f"{name}: {known.get(name)}, here {settings[name]}"
-    return "an older version"
+        if known[name] != settings[name]:
+            return f"{name}: {known[name]}, here {settings[name]}"
+    return ""
 
 
-def make_sampler(optuna, kind, seed, count):
-    """The sampler of a draw after `count` others: the same one whenever a search is resumed there."""
-    seed = (seed * 1_000_003 + count) % 2**31
+def make_sampler(optuna, kind, seed, number):
+    """The sampler of draw `number`: the same one whenever it is drawn."""
+    seed = (seed * 1_000_003 + number) % 2**31
     if kind == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True,
@@ -251,9 +265,9 @@ def mirror(shared, sampler=None):
     return copy
 
 
-def suggest(shared, kind, seed, distributions):
-    """Params of the next draw."""
-    sampler = make_sampler(shared.optuna, kind, seed, len(shared.trials()))
+def suggest(shared, kind, seed, distributions, number):
+    """Params of draw `number`."""
+    sampler = make_sampler(shared.optuna, kind, seed, number)
     try:
         return mirror(shared, sampler).ask(distributions).params
     except ImportError as error:

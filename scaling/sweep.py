@@ -6,17 +6,25 @@ Lists are separated by commas; A..B goes from A to B by doubling, A..B:2 with tw
 All settings that are not named are held, and so is the number of steps; --hold=tokens gives every trial the
 tokens of CONFIG, by its steps; --hold=flops its training FLOPs, by the steps too; --hold=step_tokens gives
 every step as many tokens, by its batch. width,depth=64x2,128x4 moves two settings together. A trial that
-diverges or fails is a row too. After an interruption, the same command resumes. Processes with the same
-folder, started by torchrun or by hand, on one machine or on many, share the trials: each takes the next one
-when it is free. --stack=K trains K trials of one shape at once (scaling/stack.py).
+diverges or fails is a row too. After an interruption, the same command resumes, and tries again what failed.
+A row counts for a trial of the same settings that is measured in the same way: on the same tokens, device,
+precision and evaluation. Processes with the same folder, started by torchrun or by hand, on one machine or on
+many, share the trials: each takes the next one when it is free. --stack=K trains K trials of one shape at
+once (scaling/stack.py).
 """
 
 import functools
+import hashlib
 import json
 import os
+import signal
 import time
 from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 from tqdm import tqdm
 
@@ -25,10 +33,20 @@ from data.loader import TokenDataset, with_vocab_size
 from data.prepare import IDENTITY_SETTINGS, prepare
 from model import model_size
 from scaling.cli import parse_options, parse_values
-from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
-from scaling.trials import NOT_IDENTITY, append_rows, identity, read_trials, trial_row
+from scaling.stack import MAY_DIFFER, check_stackable, is_compiled, train_stacked
+from scaling.trials import (
+    FACTS,
+    NOT_IDENTITY,
+    append_rows,
+    find_row,
+    has_failed,
+    identity,
+    read_results,
+    trial_row,
+)
 from scaling.worker import Worker, pause
 from train import Result, train
+from training.device import precision_name, reuse_freed_memory, select_device
 from training.distributed import torchrun_variables
 
 # What is held: the setting that adapts
@@ -99,16 +117,51 @@ def estimate_flops(config):
     return flops_per_token(shape_of(config)) * config.tokens_before(config.steps)
 
 
-def group_flops(configs):
-    return sum(map(estimate_flops, configs))
+def facts_of(config, dataset):
+    """{name of FACTS: value}: what the numbers of `config`, trained on a TokenDataset, depend on besides its
+    settings. Raises UserError where there is no such device."""
+    device, autocast = select_device(config)
+    compiled = is_compiled(config, device)
+    return {"tokens": hashlib.sha256(json.dumps(dataset.hashes).encode()).hexdigest(),
+            "eval_tokens": config.eval_tokens, "device": device.type, "precision": precision_name(autocast),
+            "compile": compiled and ("blocks" if config.compile == "auto" else config.compile)}
 
 
-def group_trials(configs, size):
-    """Lists of at most `size` configurations that may be stacked, the most expensive first."""
+class Trial(NamedTuple):
+    """A configuration as it is trained."""
+    key: str  # identity()
+    config: Config  # on its prepared tokens, which stay what they are while its text changes
+
+
+def as_trials(configs):
+    """{config: its Trial}. One whose text or device cannot be had will fail, and its row say why. Raises
+    UserError where that is so of all."""
+    trials, datasets, errors = {}, {}, []
+    for config in dict.fromkeys(configs):
+        source = tuple(getattr(config, name) for name in (*IDENTITY_SETTINGS, "data_dir"))
+        try:
+            if source not in datasets:
+                datasets[source] = TokenDataset(prepare(config))
+            key = identity(config, facts_of(config, datasets[source]))
+            trials[config] = Trial(key, replace(config, dataset=datasets[source].folder))
+        except UserError as error:
+            errors.append(error)
+            trials[config] = Trial(identity(config), config)
+    if len(errors) == len(trials) > 0:
+        raise errors[0]
+    return trials
+
+
+def group_flops(trials):
+    return sum(estimate_flops(trial.config) for trial in trials)
+
+
+def group_trials(trials, size):
+    """Lists of at most `size` Trials that may be stacked, the most expensive first."""
     groups = {}
-    for config in configs:
-        unstackable = {name: value for name, value in vars(config).items() if name not in MAY_DIFFER}
-        groups.setdefault(json.dumps(unstackable), []).append(config)
+    for trial in trials:
+        unstackable = {name: value for name, value in vars(trial.config).items() if name not in MAY_DIFFER}
+        groups.setdefault(json.dumps(unstackable), []).append(trial)
     lists = [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
     return sorted(lists, key=group_flops, reverse=True)
 
@@ -120,65 +173,73 @@ def torchrun_rank():
 
 
 def run_trials(configs, folder, stack=1):
-    """Train those of `configs` that have no row in `folder`; return the rows of all, in order. Other workers
-    on the same folder train some of them meanwhile, or take over what this one leaves.
+    """Train those of `configs` that have no result in `folder`; return the rows of all, in order. Other
+    workers on the same folder train some of them meanwhile, or take over what this one leaves.
 
     Raises UserError, and KeyboardInterrupt when a signal stops it."""
     if stack > 1:
         for config in configs:
             check_stackable([config])
+    trials = as_trials(configs)
+    different = {trial.key: trial for trial in trials.values()}
     with Worker(folder) as worker:
-        return share_trials(configs, worker, stack)
+        rows = share_trials(list(different.values()), worker, stack)
+    return [rows[trials[config].key] for config in configs]
 
 
-def share_trials(configs, worker, stack):
-    """run_trials() for a Worker."""
-    rows = read_rows(worker.folder)
-    unfinished = [config for config in dict.fromkeys(configs) if identity(config) not in rows]
+def share_trials(trials, worker, stack):
+    """{key: row} of `trials`: run_trials() for a Worker."""
+    failed = {}  # {key: row}: what failed here is not tried again by this process
+    unfinished = without_result(trials, worker.folder)
     with tqdm(total=group_flops(unfinished), disable=torchrun_rank()[0] > 0,
               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while unfinished:
             group = claim_group(unfinished, worker, stack)
             if group:
-                append_rows(worker.path, train_group(group, pad_to=stack))
-                for config in group:
-                    worker.release(identity(config))
+                rows = train_group(group, pad_to=stack)
+                append_rows(worker.path, rows)
+                failed |= {row["config"]: row for row in rows if has_failed(row)}
+                for trial in group:
+                    worker.release(trial.key)
             else:
                 pause()  # all are being trained by others
-            rows = read_rows(worker.folder)
-            unfinished = [config for config in unfinished if identity(config) not in rows]
+            unfinished = [trial for trial in without_result(unfinished, worker.folder)
+                          if trial.key not in failed]
             bar.update(max(0, bar.total - group_flops(unfinished) - bar.n))
-            bar.set_postfix_str(f" {len(configs) - len(unfinished)} of {len(configs)}")
-    return [rows[identity(config)] for config in configs]
+            bar.set_postfix_str(f" {len(trials) - len(unfinished)} of {len(trials)}"
+                                + (f", {len(failed)} failed" if failed else ""))
+    results = read_results(worker.folder)
+    return {trial.key: find_row(results, trial.key) or failed[trial.key] for trial in trials}
 
 
-def read_rows(folder):
-    """{identity: row} of the trials in `folder`."""
-    return {row["config"]: row for row in read_trials(folder)}
+def without_result(trials, folder):
+    """Those of `trials` that have no result in `folder`."""
+    results = read_results(folder)
+    return [trial for trial in trials if not find_row(results, trial.key)]
 
 
 def claim_group(unfinished, worker, stack):
     """The most expensive of `unfinished` that no other worker is training, at most `stack` of one shape."""
     for group in group_trials(unfinished, stack):
-        claimed = [config for config in group if worker.claim(identity(config))]
+        claimed = [trial for trial in group if worker.claim(trial.key)]
         if not claimed:
             continue
-        rows = read_rows(worker.folder)  # another may have finished some before the claim
-        left = [config for config in claimed if identity(config) not in rows]
-        for config in claimed:
-            if config not in left:
-                worker.release(identity(config))
+        left = without_result(claimed, worker.folder)  # another may have finished some before the claim
+        for trial in claimed:
+            if trial not in left:
+                worker.release(trial.key)
         if left:
             return left
     return []
 
 
-def train_group(configs, pad_to=1, stop_early=None):
-    """The rows of `configs`, trained together if they are several. Raises KeyboardInterrupt.
+def train_group(trials, pad_to=1, stop_early=None):
+    """The rows of `trials`, trained together if they are several. Raises KeyboardInterrupt.
 
     pad_to: the size of the sweep's stacks, to which a smaller one is filled up where it is compiled, as that
     takes longer than the training. stop_early: as for train(); a stack is always trained to its end."""
     start = time.perf_counter()
+    configs = [trial.config for trial in trials]
     try:
         if pad_to > 1:
             results = train_stacked(configs, pad_to)
@@ -189,13 +250,24 @@ def train_group(configs, pad_to=1, stop_early=None):
     if isinstance(results[0], Result) and results[0].stopped:
         raise KeyboardInterrupt
     seconds = (time.perf_counter() - start) / len(configs)
-    return [trial_row(config, result, seconds) for config, result in zip(configs, results, strict=True)]
+    return [trial_row(trial.config, trial.key, result, seconds)
+            for trial, result in zip(trials, results, strict=True)]
 
 
 def say_stopped(folder):
     """What a command prints when a signal stopped it; returns its exit code."""
     print(f"{folder}: stopped; run the same command again to resume")
     return 130
+
+
+def say_failed(folder, failed, count):
+    """What a command prints when the trials of the rows `failed`, of `count`, failed; returns its exit code,
+    0 where none did."""
+    if not failed:
+        return 0
+    print(f"{folder}: {len(failed)} of {count} trials failed ({failed[0]['failure']}); the same command "
+          "tries them again")
+    return 1
 
 
 def print_table(axes, rows):
@@ -215,20 +287,22 @@ def main(argv):
         raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
     names = ",".join(axes).split(",")
     for name in sorted(names):
-        if name in NOT_IDENTITY:
+        if name in NOT_IDENTITY and name not in FACTS:
             raise UserError(f"{name}: does not tell trials apart, takes --{name}=VALUE")
         if names.count(name) > 1:
             raise UserError(f"{name}: got it on two axes, takes one")
     axes = {names: parse_values(names, text) for names, text in axes.items()}
     configs = trial_configs(configure(words), axes, options["hold"])
+    reuse_freed_memory()
     try:
         rows = run_trials(configs, options["out"], options["stack"])
     except KeyboardInterrupt:
         return say_stopped(options["out"])
     rank, _ = torchrun_rank()
-    if rank == 0:
-        print_table(axes, rows)
-    return 0
+    if rank > 0:
+        return 0
+    print_table(axes, rows)
+    return say_failed(options["out"], [row for row in rows if has_failed(row)], len(rows))
 
 
 if __name__ == "__main__":

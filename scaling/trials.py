@@ -18,20 +18,36 @@ COLUMNS = (*SETTING_COLUMNS, *EVALUATION_COLUMNS, "train_loss", "parameters", "f
 TEXT_COLUMNS = {"parametrization", "diverged", "failure", "curve", "config"}
 NUMBER_COLUMNS = [name for name in COLUMNS if name not in TEXT_COLUMNS]
 CURVE_POINTS = 25  # of a training curve: each is the mean loss of an equal share of the steps
+STOPPED_EARLY = "stopped early"  # by a search: how `failure` begins where the trial has not failed
 
 # Settings that do not change what a trial measures. `steps` does, though a resumed run may extend it.
 NOT_IDENTITY = MAY_CHANGE_ON_RESUME - {"steps"}
+# What its numbers depend on besides: the tokens (their sha256), and settings as the machine understood them
+FACTS = ("tokens", "eval_tokens", "device", "precision", "compile")
 
 
-def identity(config):
-    """The settings that make a trial this trial and no other, as JSON: the key of its row."""
-    return json.dumps({name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY})
+def identity(config, facts=None):
+    """What makes a trial this trial and no other, as JSON: its settings, and {name of FACTS: value}. The key
+    of its row. Rows of older versions do not say how they were measured: their keys have no facts."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    return json.dumps(settings | {name: facts[name] for name in FACTS if facts})
 
 
-def trial_row(config, result, seconds):
-    """The row of a trial, {column: value}. result: the Result of train(), or the exception it raised."""
-    row = {name: getattr(config, name) for name in SETTING_COLUMNS}
-    row |= {"seconds": round(seconds, 2), "config": identity(config), "diverged": False, "failure": ""}
+def settings_of(key):
+    """{setting: value} of an identity(), without its facts."""
+    return {name: value for name, value in json.loads(key).items() if name not in FACTS}
+
+
+def has_failed(row):
+    """Whether a trial ended in an error: it is no result, and is tried again. To diverge is a result."""
+    return bool(row["failure"]) and not row["failure"].startswith(STOPPED_EARLY)
+
+
+def trial_row(config, key, result, seconds):
+    """The row of a trial, as read_trials() returns it. key: its identity(). result: the Result of train(), or
+    the exception that it raised."""
+    row = dict.fromkeys(NUMBER_COLUMNS, math.nan) | {name: getattr(config, name) for name in SETTING_COLUMNS}
+    row |= {"seconds": round(seconds, 2), "config": key, "curve": [], "diverged": True}
     if isinstance(result, Exception):
         message = " ".join(f"{type(result).__name__}: {result}".split())
         return row | {"failure": message[:300]}
@@ -39,12 +55,13 @@ def trial_row(config, result, seconds):
     curve = training_curve(losses, config.steps)
     row |= {name: getattr(result, name) for name in EVALUATION_COLUMNS}
     row["train_loss"] = curve[-1] if curve else math.nan
-    row["curve"] = " ".join(f"{loss:.4f}" for loss in curve)
+    row["curve"] = [round(loss, 4) for loss in curve]
     row["parameters"] = sum(p.numel() for p in result.model.parameters())
     row["flops"] = result.model.flops_per_token() * config.tokens_before(len(losses))
-    row["diverged"] = result.diverged
+    row["diverged"] = result.diverged or result.stopped_early
+    row["failure"] = ""
     if result.stopped_early:
-        row["failure"] = f"stopped early, after {len(losses)} of {config.steps} steps"
+        row["failure"] = f"{STOPPED_EARLY}, after {len(losses)} of {config.steps} steps"
     return row
 
 
@@ -66,7 +83,7 @@ def append_rows(path, rows):
         file.truncate(complete)
         if complete == 0:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | {"curve": " ".join(f"{loss:.4f}" for loss in row["curve"])} for row in rows)
         file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
@@ -74,7 +91,8 @@ def append_rows(path, rows):
 
 def read_trials(folder):
     """The rows in `folder`, whichever process wrote them: dicts with numbers as float and the curve as a list
-    of them. Raises UserError when a row is damaged."""
+    of them. Of a trial that failed, the last row, and none where it has another. Raises UserError when a row
+    is damaged."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "trials*.csv"))):
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
@@ -87,18 +105,50 @@ def read_trials(folder):
             raise
         except (LookupError, TypeError, AttributeError, ValueError, csv.Error):
             raise UserError(f"{path}: line {reader.line_num} is damaged; remove it") from None
-    return rows
+    return drop_retried(rows)
 
 
 def parse_row(row, path):
     """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
-    saved = complete_saved(json.loads(row["config"]))
-    settings = {name: check_setting(name, value, f"{path}: ") for name, value in saved.items()}
+    saved = json.loads(row["config"])
+    tokens = saved.pop("tokens", None)
+    settings = {name: check_setting(name, value, f"{path}: ")
+                for name, value in complete_saved(saved).items()}
+    facts = None
+    if tokens is not None:
+        facts = {"tokens": tokens} | {name: settings[name] for name in FACTS if name in saved}
     parsed = row | {name: float(row[name] or "nan") for name in NUMBER_COLUMNS}
-    parsed["config"] = identity(Config(**settings))
+    parsed["config"] = identity(Config(**settings), facts)
     parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
     parsed["curve"] = [float(loss) for loss in row["curve"].split()]
     return parsed
+
+
+def drop_retried(rows):
+    """`rows` without the failures of trials that have another row. Where not even the text of a trial could
+    be read, its row has no facts, and a row with any is another."""
+    complete = {row["config"] for row in rows if not row["failure"]}
+    complete |= {without_facts(key) for key in complete}
+    last = {row["config"]: row for row in rows if row["failure"]}
+    return [row for row in rows if not row["failure"] or (
+        row["config"] not in complete and last[row["config"]] is row)]
+
+
+def without_facts(key):
+    return json.dumps(settings_of(key))
+
+
+def read_results(folder, stopped_early=False):
+    """{identity: row} of the trials in `folder` that have a result: not of those that failed, nor, unless
+    they are asked for, of those that a search stopped early."""
+    return {row["config"]: row for row in read_trials(folder)
+            if not row["failure"] or stopped_early and not has_failed(row)}
+
+
+def find_row(rows, key):
+    """The row of the trial `key` among `rows`, {identity: row}; None where there is none. Rows of older
+    versions do not say how they were measured, and are taken for it."""
+    return rows.get(key) or rows.get(without_facts(key))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ fcntl.lockf): the kernel drops them when their process ends, however it ends, so
 killed is free again at once. They work over machines where the file system has them, as NFS and Lustre do.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -53,6 +54,16 @@ class Worker:
         import fcntl
         self.held.discard(key)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, offset_of(key))
+
+    @contextlib.contextmanager
+    def holding(self, key):
+        """Within, nobody else holds `key`: waits for it."""
+        while not self.claim(key):
+            pause()
+        try:
+            yield
+        finally:
+            self.release(key)
 
     def is_held(self, key):
         """Whether some living worker holds `key`, this one or another."""

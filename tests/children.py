@@ -2,6 +2,7 @@
 
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -23,6 +24,12 @@ def run_train(words):
     import train
     sys.argv = ["train.py", *words]
     configure.run_cli(train.main)
+
+
+def run_command(name, words):
+    """What `python -m NAME WORDS` does."""
+    sys.argv = [name, *words]
+    runpy.run_module(name, run_name="__main__")
 
 
 def run_train_on_a_small_disk(words, largest_file):

@@ -1,6 +1,7 @@
 """Two processes in one folder, and folders that hold what others wrote: nothing is lost, mixed or deleted.
 
-`pytest --long` starts a hundred pairs, at random moments, and kills them at random.
+`pytest --long` starts a hundred pairs of runs and a hundred of sweeps and searches, at random moments, and
+kills them at random.
 """
 
 import csv
@@ -12,12 +13,16 @@ import signal
 import time
 
 import pytest
-from children import hold_folder, run_train, run_train_with
+from children import hold_folder, run_command, run_train, run_train_with
 from conftest import run
 from processes import Fork, start_ranks, start_train, to_words, wait_for_rows
 
 import train
 from configure import UserError
+from scaling import search, sweep
+from scaling.study import SharedStudy, open_storage
+from scaling.trials import read_trials
+from scaling.worker import Worker
 from training.checkpoint import read_checkpoint
 from training.folder import claim_folder, locked_folder
 
@@ -224,19 +229,22 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_training(corpus, tmp_path,
     assert float(last["val_loss"]) == expected.val_loss and resumed.best_step == expected.best_step
 
 
-def start_pair(settings, choose, tmp_path):
-    """Two runs in one folder, or without a name, that start at about the same moment."""
-    named = choose.random() < 0.7
-    words = to_words(settings | ({"out": "run"} if named else {}))
+def start_pair(function, *arguments, choose, folder):
+    """Two processes of function(*arguments) in one folder that start at about the same moment."""
     pair = []
     for _ in range(2):
-        pair.append(Fork(run_train, words, folder=str(tmp_path)))
+        pair.append(Fork(function, *arguments, folder=str(folder)))
         time.sleep(choose.choice([0.0, 0.0, choose.uniform(0.0, 0.5)]))
     return pair
 
 
-def check_pair(pair):
-    """Ends the pair: each process is killed, has ended well, or was rejected in a line."""
+def end_pair(pair, choose, longest):
+    """Ends the pair, some by SIGKILL within `longest` seconds: each process is killed, ends well, or was
+    rejected in a line."""
+    for process in pair:
+        time.sleep(choose.uniform(0.0, longest))
+        if choose.random() < 0.6:
+            process.kill()
     for process in pair:
         _, errors = process.communicate()
         if process.returncode == 2:
@@ -254,12 +262,9 @@ def test_pairs_of_runs_that_are_killed_lose_and_double_nothing(corpus, tmp_path,
         folder = tmp_path / str(i)
         folder.mkdir()
         for _ in range(3):
-            pair = start_pair(settings, choose, folder)
-            for process in pair:
-                time.sleep(choose.uniform(0.0, 0.4))
-                if choose.random() < 0.6:
-                    process.kill()
-            check_pair(pair)
+            named = {"out": "run"} if choose.random() < 0.7 else {}
+            pair = start_pair(run_train, to_words(settings | named), choose=choose, folder=folder)
+            end_pair(pair, choose, 0.4)
             rejected += any(process.returncode == 2 for process in pair)
         for out in [folder / "run", *folder.glob("out/*")]:
             result = run(settings, out=str(out))
@@ -268,3 +273,55 @@ def test_pairs_of_runs_that_are_killed_lose_and_double_nothing(corpus, tmp_path,
             assert result.val_loss == expected.val_loss
             assert read_steps(out) == list(range(61)) and not list(out.glob("*.tmp"))
     print(f"{rejected} second runs were rejected")
+
+
+def losses_in(folder):
+    """[(what tells a trial apart, its loss)] of the rows in a folder of trials, in an order of their own."""
+    return sorted((row["config"], row["val_loss"], row["curve"]) for row in read_trials(folder))
+
+
+def test_pairs_of_sweeps_that_are_killed_share_all_trials_and_lose_and_double_none(corpus, tmp_path, request):
+    words = [*to_words(corpus | {"steps": 20}), "lr=2**-8..2**-6", "width=32,64"]
+    assert sweep.main([*words, f"--out={tmp_path}/alone"]) == 0
+    expected, choose = losses_in(tmp_path / "alone"), random.Random(0)
+    assert len(expected) == 6
+    long = request.config.getoption("--long")
+    for i in range(17 if long else 1):
+        folder = tmp_path / str(i)
+        for _ in range(3 if long else 1):
+            pair = start_pair(run_command, "scaling.sweep", [*words, f"--out={folder}"], choose=choose,
+                              folder=tmp_path)
+            end_pair(pair, choose, 0.3)
+            assert {process.returncode for process in pair} <= {0, -signal.SIGKILL}
+        assert sweep.main([*words, f"--out={folder}"]) == 0
+        assert losses_in(folder) == expected
+
+
+def finished_keys(folder):
+    """The keys of all trials with a result in a folder's two studies, in order."""
+    found = []
+    with Worker(str(folder)) as worker:
+        for name in "search", "search, seeds and lr":
+            shared = SharedStudy(open_storage("", str(folder)), name, worker, None)
+            found += [trial.user_attrs["key"] for trial in shared.study.get_trials(deepcopy=False)
+                      if trial.state.is_finished() and trial.state.name != "FAIL"]
+    return sorted(found)
+
+
+def test_pairs_of_searches_that_are_killed_lose_and_double_no_trial(corpus, tmp_path, request):
+    if not request.config.getoption("--long"):
+        pytest.skip("takes --long")
+    words = [*to_words(corpus | {"steps": 10}), "--trials=8", "--seeds=1", "--sampler=tpe", "--space=lr"]
+    assert search.main([*words, f"--out={tmp_path}/alone"]) == 0
+    expected, choose = losses_in(tmp_path / "alone"), random.Random(0)
+    for i in range(17):
+        folder = tmp_path / str(i)
+        for _ in range(3):
+            pair = start_pair(run_command, "scaling.search", [*words, f"--out={folder}"], choose=choose,
+                              folder=tmp_path)
+            end_pair(pair, choose, 2.0)
+            assert {process.returncode for process in pair} <= {0, -signal.SIGKILL}
+        assert search.main([*words, f"--out={folder}"]) == 0
+        assert losses_in(folder) == expected
+        assert finished_keys(folder) == finished_keys(tmp_path / "alone")
+        assert (folder / "best.py").read_text() == (tmp_path / "alone/best.py").read_text()

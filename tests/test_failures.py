@@ -1,5 +1,6 @@
 """What is wrong with `python train.py ...` is reported in one line, exit code 2, and nothing is written."""
 
+import glob
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -209,6 +211,39 @@ def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(corpus, worksp
     assert contents(workspace) == before, "something was written"
     new = set(os.listdir(corpus["data_dir"])) - prepared
     assert all(os.path.exists(f"{corpus['data_dir']}/{name}/meta.json") for name in new)
+
+
+HEAVY = "import os, time; open(os.environ['READY'], 'w').close(); time.sleep(60)"
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """{command: Popen} of each that a Ctrl-C reached while it imported the first large library."""
+    folder, started = tmp_path_factory.mktemp("heavy"), {}
+    for name in ("torch", "numpy", "tqdm"):
+        (folder / f"{name}.py").write_text(HEAVY)
+    for path in [f"{ROOT}/train.py", *glob.glob(f"{ROOT}/data/*.py"), *glob.glob(f"{ROOT}/training/*.py"),
+                 *glob.glob(f"{ROOT}/scaling/*.py")]:
+        with open(path, encoding="utf-8") as file:
+            if "\n    run_cli(main)" not in file.read() or path.endswith("__main__.py"):
+                continue
+        command = os.path.relpath(path, ROOT).removesuffix(".py").replace("/", ".")
+        environment = os.environ | {"PYTHONPATH": str(folder), "READY": str(folder / command)}
+        started[command] = subprocess.Popen([sys.executable, "-m", command], env=environment, cwd=ROOT,
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for command, process in started.items():
+        while not (folder / command).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+    return started
+
+
+def test_an_interrupt_while_a_command_imports_gives_no_traceback(interrupted):
+    assert {"train", "data.prepare", "training.bench", "scaling.sweep", "scaling.search", "scaling.report",
+            "scaling.coordinate_check"} <= interrupted.keys()
+    for command, process in interrupted.items():
+        assert process.communicate() == ("", ""), command
+        assert process.returncode == -signal.SIGINT, "which a shell calls 130"
 
 
 def test_a_closed_pipe_gives_no_traceback(processes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GPT2_BLOCK, column, cuda, run
 
-from configure import Config
+from configure import Config, UserError
 from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
@@ -125,3 +125,17 @@ def test_gradients_that_would_add_up_in_bf16_and_other_optimizers_keep_torchs_up
     for options in ({"optimizer_class": torch.optim.NAdam}, {"group": {"betas": (0.9, 0.99)}},
                     {"amsgrad": True}, {"maximize": True}):
         assert chosen(corpus, **options) is ClipAndStep, options
+
+
+@pytest.mark.parametrize("kind", [ClipAndStep, FusedClipAndStep])
+def test_a_parameter_that_the_loss_does_not_depend_on_is_named(corpus, monkeypatch, kind):
+    config = Config(**corpus | FUSED, vocab_size=257)
+    model = GPT(config)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model.blocks[1].forward = lambda x_BTC, *rest: x_BTC
+    update = kind(model, optimizer.build_optimizer(model), config)
+    tokens_BT = torch.zeros(2, 16, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens_BT, tokens_BT).backward()
+    with pytest.raises(UserError, match=r"^blocks\.1\.attention_norm\.weight: got no gradient, .* \(8 such"):
+        update()

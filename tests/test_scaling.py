@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +28,7 @@ from scaling.report import analyze, format_report
 from scaling.report import main as report_main
 from scaling.stack import train_stacked
 from scaling.sweep import run_trials, trial_configs
-from scaling.trials import identity, read_trials
+from scaling.trials import append_rows, identity, read_trials, settings_of
 from train import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -211,12 +213,149 @@ def test_a_trial_that_fails_or_diverges_is_a_row_and_the_others_continue(corpus,
 
 def test_trials_are_trained_in_the_order_of_the_models_own_flops(corpus):
     configs = trial_configs(Config(**corpus), {"depth": [1, 3, 2], "width": [32, 64], "lr": [0.1, 0.2]})
-    groups = sweep.group_trials(configs, 2)
+    groups = sweep.group_trials(sweep.as_trials(configs).values(), 2)
     assert [len(group) for group in groups] == [2] * 6
-    sizes = [sweep.estimate_flops(group[0]) for group in groups]
+    sizes = [sweep.estimate_flops(group[0].config) for group in groups]
     assert sizes == sorted(sizes, reverse=True)
-    sized = dataclasses.replace(groups[0][0], vocab_size=sweep.TYPICAL_VOCAB_SIZE)
+    sized = dataclasses.replace(groups[0][0].config, vocab_size=sweep.TYPICAL_VOCAB_SIZE)
     assert sizes[0] == model.GPT(sized).flops_per_token() * sized.batch * sized.context * sized.steps
+
+
+def loss_in(folder, config, **changes):
+    [row] = run_trials(trial_configs(dataclasses.replace(config, **changes), {"seed": [0]}), str(folder))
+    return row["val_loss"]
+
+
+def test_a_trial_that_is_measured_otherwise_is_another_trial(corpus, tmp_path):
+    text, folder = tmp_path / "text", tmp_path / "sweep"
+    shutil.copytree(corpus["dataset"], text)
+    config = Config(**corpus | {"dataset": str(text)})
+    first = loss_in(folder, config)
+    assert loss_in(folder, config) == first and len(read_trials(folder)) == 1
+    others = [{"eval_tokens": 64}, {"precision": "bf16"}, {"precision": "fp32"}, {"device": "auto"}]
+    losses = [loss_in(folder, config, **change) for change in others]
+    assert losses[:2] != [first, first] and len(set(losses)) == 3
+    (text / "00.txt").write_text("quite another text, which is long enough to matter here. " * 40)
+    changed = loss_in(folder, config)
+    assert changed != first and changed == train(trial_configs(config, {})[0], quiet=True).val_loss
+    rows = read_trials(folder)
+    assert len(rows) == (4 if torch.cuda.is_available() is False else 5)
+    assert {json.loads(row["config"])["eval_tokens"] for row in rows} == {512, 64}
+
+
+def test_a_report_keeps_trials_apart_that_were_measured_otherwise(corpus, tmp_path):
+    """But takes rows that do not say how, of older versions, for what the others are."""
+    facts = {"tokens": "a" * 64, "eval_tokens": 512, "device": "cpu", "precision": "fp32", "compile": False}
+
+    def measured(rows, **changes):
+        for row in rows:
+            row["config"] = identity(Config(**settings_of(row["config"])), facts | changes)
+        return rows
+
+    some, more = measured(ladder([-7, -7.5, -8])), ladder([-7, -7, -7])
+    assert analyze(some[:50] + ladder([-7, -7.5, -8])[50:])["ladders"].keys() == {"mup"}
+    for changes, names in [({"eval_tokens": 64}, {"mup, eval_tokens=512", "mup, eval_tokens=64"}),
+                           ({"tokens": "b" * 64}, {"mup, tokens=aaaaaaaa", "mup, tokens=bbbbbbbb"})]:
+        ladders = analyze(some + measured(more, **changes))["ladders"]
+        assert ladders.keys() == names
+        assert {round(ladder["drift"], 3) for ladder in ladders.values()} == {-0.5, 0}
+    tokenizers = measured(ladder([-7, -7, -7], tokenizer="bytes"), tokens="b" * 64)
+    assert analyze(some + tokenizers)["ladders"].keys() == {"mup, tokenizer=bpe:2048", "mup, tokenizer=bytes"}
+
+
+def test_rows_that_do_not_say_how_they_were_measured_are_still_used(corpus, tmp_path, monkeypatch):
+    configs = trial_configs(Config(**corpus), {"seed": [0, 1]})
+    rows = run_trials(configs, str(tmp_path))
+    path = tmp_path / "trials.csv"
+    path.write_text(re.sub(r', ""tokens"": [^}]*', "", path.read_text()))
+    assert '""device""' not in path.read_text()
+    monkeypatch.setattr(sweep, "train", None)
+    found = run_trials(configs, str(tmp_path))
+    assert [row["val_loss"] for row in found] == [row["val_loss"] for row in rows]
+
+
+def test_a_sweep_trains_on_the_tokens_that_it_began_with(corpus, tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    shutil.copytree(corpus["dataset"], text)
+    configs = trial_configs(Config(**corpus | {"dataset": str(text)}), {"seed": [0, 1]})
+    expected = [train(config, quiet=True).val_loss for config in configs]
+
+    def train_and_edit(config, **options):
+        result = train(config, **options)
+        (text / "00.txt").write_text("quite another text, which is long enough to matter here. " * 40)
+        return result
+
+    monkeypatch.setattr(sweep, "train", train_and_edit)
+    assert [row["val_loss"] for row in run_trials(configs, str(tmp_path / "sweep"))] == expected
+
+
+def test_a_failed_trial_is_shown_and_tried_again_and_makes_the_exit_code_1(corpus, tmp_path, monkeypatch,
+                                                                           capsys):
+    words = [*to_words(corpus), "lr=2**-8,2**-7,2**-6", f"--out={tmp_path}"]
+
+    def fail(config, **options):
+        if config.lr == 2**-8:
+            return train(config, **options)
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):  # what failed is tried again, but only once a start; what did not is not
+        monkeypatch.setattr(sweep, "train", fail)
+        assert sweep.main(words) == 1
+        output = capsys.readouterr().out
+        assert output.count("nan  OSError: [Errno 28] No space left") == 2
+        assert output.splitlines()[-1] == (
+            f"{tmp_path}: 2 of 3 trials failed (OSError: [Errno 28] No space left on device); the same "
+            "command tries them again")
+        assert [bool(row["failure"]) for row in read_trials(tmp_path)] == [False, True, True]
+    assert len((tmp_path / "trials.csv").read_text().splitlines()) == 1 + 3 + 2
+    with pytest.raises(UserError, match="^report: got rows that vary lr|nothing"):
+        report_main([str(tmp_path), "--swept=eps"])
+    assert "2 of 3 trials failed, and count as diverged" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert sweep.main(words) == 0
+    assert [row["failure"] for row in read_trials(tmp_path)] == ["", "", ""]
+    monkeypatch.setattr(sweep, "train", None)
+    assert sweep.main(words) == 0
+
+
+def test_a_trial_without_its_text_fails_until_the_text_is_there(corpus, tmp_path):
+    shutil.copytree(corpus["dataset"], tmp_path / "a")
+    datasets = {"dataset": [str(tmp_path / "a"), str(tmp_path / "b")]}
+    configs = trial_configs(Config(**corpus), datasets)
+    rows = run_trials(configs, str(tmp_path / "sweep"))
+    assert [row["failure"][:35] for row in rows] == ["", "UserError: dataset: no such file or"]
+    shutil.copytree(corpus["dataset"], tmp_path / "b")
+    rows = run_trials(configs, str(tmp_path / "sweep"))
+    assert rows[0]["val_loss"] == rows[1]["val_loss"]
+    assert len(read_trials(tmp_path / "sweep")) == 2, "of the failed try no row is left"
+
+
+def test_a_trial_that_diverges_is_a_result_and_not_tried_again(corpus, tmp_path, monkeypatch):
+    words = [*to_words(corpus), "readout_std=1e38", f"--out={tmp_path}"]
+    assert sweep.main(words) == 0
+    assert read_trials(tmp_path)[0]["diverged"]
+    monkeypatch.setattr(sweep, "train", None)
+    assert sweep.main(words) == 0
+
+
+def test_a_value_that_is_listed_twice_is_trained_once(corpus, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(sweep, "train",
+                        lambda config, **options: trained.append(config) or train(config, **options))
+    axes = {"lr": [0.01, 0.01], "precision": ["auto", "fp32"]}
+    rows = run_trials(trial_configs(Config(**corpus), axes), str(tmp_path))
+    assert len(trained) == len(read_trials(tmp_path)) == 1 and rows == rows[:1] * 4
+
+
+def test_a_trial_that_a_search_stopped_early_is_trained_to_its_end_by_a_sweep(corpus, tmp_path):
+    configs = trial_configs(Config(**corpus), {"seed": [0]})
+    [trial] = sweep.as_trials(configs).values()
+    stopped = sweep.train_group([trial], stop_early={2: lambda losses: True})
+    append_rows(str(tmp_path / "trials.csv"), stopped)
+    assert str(read_trials(tmp_path)[0]["curve"]) == str(stopped[0]["curve"])
+    assert read_trials(tmp_path)[0]["failure"] == "stopped early, after 2 of 6 steps"
+    [row] = run_trials(configs, str(tmp_path))
+    assert row["val_loss"] == train(configs[0], quiet=True).val_loss and read_trials(tmp_path) == [row]
 
 
 def test_a_shape_that_the_model_rejects_is_a_row_too(corpus, tmp_path):
@@ -450,6 +589,7 @@ TYPING_ERRORS = {
     "sweep": {"lr=2**-8 lr=2**-9": "lr: got 2**-8 and 2**-9, takes 2**-8,2**-9",
               "out=a,b": "out: does not tell trials apart, takes --out=VALUE",
               "lr=1..2:100000000": "lr: got 1..2:100000000, takes a range of at most 10,000 values",
+              "lr=1,2 --dataset=nope.txt": "dataset: no such file or folder: nope.txt",
               "lr=1,2 --stack=2 --dropout=0.1": "stack: got dropout=0.1, takes dropout=0.0"},
     "search": {"width=64": "width: got width=64, takes --width=64",
                "--space=lr,width": "space: got width, takes some of lr,",
@@ -458,6 +598,7 @@ TYPING_ERRORS = {
                "--sampler=sobol": "sampler: got sobol, takes gp or tpe",
                "--storage=postgresql+nothing://": "storage: got postgresql+nothing://, which does not answer",
                "--space=zero_query,schedule --trials=5": "trials: got 5, takes 4 or fewer with this space",
+               "--dataset=nope.txt": "dataset: no such file or folder: nope.txt",
                "--stack=2 --dropout=0.1": "stack: got dropout=0.1"},
     "report": {"FOLDER --base=3": "base: got 3, takes one of 32",
                "FOLDER --to=FILE": "out: cannot write FILE: "},

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -19,7 +20,7 @@ from processes import Fork, to_words
 from configure import Config, UserError, configure
 from scaling import search, space, study, sweep
 from scaling.space import SPACE, Choice, Range, parse_space
-from scaling.trials import identity, read_trials
+from scaling.trials import read_trials, settings_of
 from scaling.worker import Worker
 from train import train
 
@@ -60,7 +61,7 @@ def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path
     mean, error, best = found.best
     draws, others = found.rows()
     assert best.lr > 2**-8, "the default, 2**-9, is too low for 20 steps"
-    assert identity(found.config) == draws[0]["config"], "the config's own settings are the first draw"
+    assert found.key_of(found.config) == draws[0]["config"], "the config's own settings are the first draw"
     finals = [row for row in others if row["lr"] == best.lr]
     assert [row["seed"] for row in finals] == [1, 2], "no seed that chose"
     assert mean == pytest.approx(sum(row["val_loss"] for row in finals) / 2) and error > 0
@@ -75,7 +76,7 @@ def test_the_rows_of_a_search_are_those_of_train(corpus, tmp_path):
     run(corpus, tmp_path, {"readout_std": Range(0.5, 2.0)}, trials=3)
     rows = read_trials(tmp_path)
     assert len(rows) == len({row["config"] for row in rows}) == 5, "3 draws, and two on another seed"
-    settings = json.loads(rows[2]["config"])
+    settings = settings_of(rows[2]["config"])
     alone = train(Config(**corpus | settings | {"eval_every": None}), quiet=True)
     assert rows[2]["val_loss"] == alone.val_loss
 
@@ -119,11 +120,11 @@ def test_a_sampler_proposes_the_same_again_and_keeps_away_from_what_is_running(c
             claim = shared.claim([str(number)], lambda key, rate=rate: ({"lr": rate}, domains, "{}"))
             row = {"val_loss": abs(number - 12.0), "diverged": number == 3, "failure": ""}
             shared.finish(claim, row, {9: 5.0})
-        first = study.suggest(shared, sampler, 0, domains)
-        assert study.suggest(shared, sampler, 0, domains) == first
-        assert study.suggest(shared, sampler, 1, domains) != first
+        first = study.suggest(shared, sampler, 0, domains, 18)
+        assert study.suggest(shared, sampler, 0, domains, 18) == first
+        assert study.suggest(shared, sampler, 1, domains, 18) != first
         shared.claim(["99"], lambda key: (first, domains, "{}"))
-        assert study.suggest(shared, sampler, 0, domains) != first
+        assert study.suggest(shared, sampler, 0, domains, 19) != first
         losses = study.capped_losses(shared.finished())
         assert losses["12"] == 0 and losses["3"] == max(losses.values()) < 9, "bad draws are all alike"
 
@@ -143,15 +144,83 @@ def test_a_hopeless_draw_is_stopped_early_and_its_flops_are_counted(corpus, tmp_
 
 
 def test_a_search_in_which_every_draw_diverges_ends_in_a_line(corpus, tmp_path):
-    with pytest.raises(UserError, match="^search: all 3 trials diverged or failed .a loss that is not fin"):
+    with pytest.raises(UserError, match="^search: all 3 trials diverged; takes a smaller --lr"):
         run(corpus, tmp_path, {"readout_lr_mult": Range(1e20, 1e25)}, trials=3, lr=1e30, readout_lr_mult=1e22)
     assert len(read_trials(tmp_path)) == 3
 
 
-def test_a_study_of_other_settings_is_rejected(corpus, tmp_path):
+def test_a_study_of_other_settings_or_another_measure_is_rejected(corpus, tmp_path):
     run(corpus, tmp_path, LR_ONLY, trials=1, steps=2)
-    with pytest.raises(UserError, match="^out: got the study 'search' of other settings .steps: 2, here 3"):
-        run(corpus, tmp_path, LR_ONLY, trials=1, steps=3)
+    for change in "steps: 2, here 3", "eval_tokens: 512, here 64", "precision: fp32, here bf16":
+        name, value = change.split(":")[0], change.split(" ")[-1]
+        value = value if name == "precision" else int(value)
+        with pytest.raises(UserError, match=f"^out: got the study 'search' of other settings .{change}.; "):
+            run(corpus | {"steps": 2, name: value}, tmp_path, LR_ONLY, trials=1)
+
+
+def test_a_study_of_an_older_version_goes_on(corpus, tmp_path, monkeypatch):
+    """It does not say how it was measured, and lacks settings that are younger."""
+    settings = corpus | {"steps": 2}
+    before = run(settings, tmp_path, LR_ONLY, trials=2)[0].rows()
+    for name in ("study.log", "trials.csv"):
+        text = (tmp_path / name).read_text()
+        old = re.sub(r', (\\*"+)tokens\1: .*?false(?=\\*"*\}|\})', "", text)
+        old = re.sub(r'(\\*"+)momentum\1: 0.95, ', "", old)
+        assert old.count("momentum") == old.count("eval_tokens") == 0 < text.count("momentum")
+        (tmp_path / name).write_text(old)
+    monkeypatch.setattr(sweep, "train", None)
+    after = run(settings, tmp_path, LR_ONLY, trials=2)[0].rows()
+    assert [row["val_loss"] for row in after[0]] == [row["val_loss"] for row in before[0]]
+
+
+def fail_on(keys):
+    """A train() that runs out of memory on the trials of these numbers, counted from 0."""
+    count = iter(range(10**6))
+
+    def fail_or_train(config, **options):
+        if next(count) in keys:
+            raise MemoryError("of this test")
+        return train(config, **options)
+
+    return fail_or_train
+
+
+def test_a_failed_trial_of_a_search_is_shown_and_is_tried_again_as_it_was(corpus, tmp_path, monkeypatch,
+                                                                        capsys):
+    words = ["--trials=4", "--seeds=1", "--space=lr", f"--out={tmp_path}/a", "--sampler=tpe",
+             *to_words(corpus | {"steps": 2})]
+    monkeypatch.setattr(sweep, "train", fail_on({1, 4}))  # a draw, and a leader's other seed
+    assert search.main(words) == 1
+    output = capsys.readouterr().out
+    assert "3 draws: best" in output and "2 trials failed, and are tried again by the same command" in output
+    assert output.splitlines()[-1].endswith(
+        "2 of 8 trials failed (MemoryError: of this test); the same command tries them again")
+    assert "the search is not finished" in (tmp_path / "a/best.py").read_text()
+    assert sum(row["failure"] != "" for row in read_trials(tmp_path / "a")) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(search, "LEADERS", 2)
+    monkeypatch.setattr(search, "OCTAVES", (-1, 1))
+    assert search.main(words) == 0
+    assert "is not finished" not in (tmp_path / "a/best.py").read_text() + capsys.readouterr().out
+    assert not any(row["failure"] for row in read_trials(tmp_path / "a"))
+    assert search.main([word.replace("/a", "/b") for word in words]) == 0
+    draws = [[trial.user_attrs["config"] for _, trial in sorted(draws_of(tmp_path / folder).items())]
+             for folder in "ab"]
+    assert draws[0] == draws[1], "the search that nothing interrupted draws the same"
+
+
+def test_a_search_in_which_all_trials_fail_ends_in_a_line_and_writes_no_best_py(corpus, tmp_path, monkeypatch,
+                                                                             capsys):
+    words = ["--trials=3", f"--out={tmp_path}/a", "--sampler=tpe", *to_words(corpus)]
+    monkeypatch.setattr(sweep, "train", fail_on(range(10)))
+    for _ in range(2):
+        assert search.main(words) == 1
+        assert capsys.readouterr().out == (f"{tmp_path}/a: 3 of 3 trials failed (MemoryError: of this test); "
+                                           "the same command tries them again\n")
+        assert not {"best.py", "search.txt", "search.png"} & {*os.listdir(tmp_path / "a")}
+    monkeypatch.setattr(sweep, "train", train)
+    assert search.main(words) == 0 and (tmp_path / "a/best.py").exists()
+    assert len(draws_of(tmp_path / "a")) == 3
 
 
 def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp_path, monkeypatch, request):
@@ -267,18 +336,19 @@ def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corp
 def test_a_sweep_hands_each_trial_to_the_worker_that_is_free(corpus, tmp_path):
     """A worker that holds a trial keeps it; what a dead one held is free."""
     configs = sweep.trial_configs(Config(**corpus | {"steps": 1}), {"seed": [0, 1, 2]})
-    keys = [identity(config) for config in configs]
+    trials = list(sweep.as_trials(configs).values())
+    keys = [trial.key for trial in trials]
     holder = Fork(hold_trial, str(tmp_path), keys[0])
     while not (tmp_path / "held").exists():
         assert holder.poll() is None, holder.communicate()
         time.sleep(0.01)
     with Worker(str(tmp_path)) as worker:
         assert worker.path == str(tmp_path / "trials-1.csv"), "no two workers write one file"
-        assert sweep.claim_group(configs[:1], worker, 1) == []
-        assert sweep.claim_group(configs, worker, 3) == configs[1:]
+        assert sweep.claim_group(trials[:1], worker, 1) == []
+        assert sweep.claim_group(trials, worker, 3) == trials[1:]
         assert worker.is_held(keys[0]) and worker.is_held(keys[1])
         holder.kill()
         holder.communicate()
-        assert not worker.is_held(keys[0]) and sweep.claim_group(configs[:1], worker, 1) == configs[:1]
+        assert not worker.is_held(keys[0]) and sweep.claim_group(trials[:1], worker, 1) == trials[:1]
     rows = sweep.run_trials(configs, str(tmp_path))
     assert [row["seed"] for row in rows] == [0, 1, 2]

@@ -16,10 +16,14 @@ after each of --samples prompts of 8 tokens.
 import functools
 import importlib.util
 import math
+import signal
 import sys
 import tempfile
 import time
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
 

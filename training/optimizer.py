@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from configure import UserError
 from parametrization import matrices_in, param_groups
 from training.distributed import full_tensor, world_size
 from training.muon import MuonWithAdamW
@@ -41,10 +42,13 @@ class ClipAndStep:
 
     def __init__(self, model, optimizer, config):
         self.model, self.optimizer = model, optimizer
+        self.names = [name for name, _ in model.named_parameters()]
         self.max_norm = config.grad_clip or math.inf
 
     def __call__(self):
-        norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters()]))
+        grads = [p.grad for p in self.model.parameters()]
+        check_gradients(self.names, grads)
+        norms = torch.stack(torch._foreach_norm(grads))
         norm = torch.linalg.vector_norm(norms)
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_norm, norm)
         self.optimizer.step()
@@ -53,6 +57,14 @@ class ClipAndStep:
 
     def close(self):
         """Leave the model as it was found, but for its weights."""
+
+
+def check_gradients(names, grads):
+    """Raises UserError where the parameter of one of `names` got no gradient."""
+    missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
+    if missing:
+        raise UserError(f"{missing[0]}: got no gradient, as the loss does not depend on it ({len(missing)} "
+                        "such parameters); takes a forward pass that uses it, or a model without it")
 
 
 def scaled_grad_norm(grad, factor):
@@ -87,6 +99,7 @@ class FusedClipAndStep:
 
     def __init__(self, model, optimizer, config):
         self.groups = optimizer.param_groups
+        self.names = [name for name, _ in model.named_parameters()]
         self.one = next(model.parameters()).new_ones(())
         self.betas = self.one.new_tensor(self.groups[0]["betas"])
         self.max_norm = self.one * (config.grad_clip or math.inf)
@@ -113,7 +126,8 @@ class FusedClipAndStep:
         return FusedParameter(p.detach(), leaf, factor, state, group, settings)
 
     def grad_norms(self):
-        """The norm of each parameter's gradient, (parameters,)."""
+        """The norm of each parameter's gradient, (parameters,). Raises UserError where one has none."""
+        check_gradients(self.names, [parameter.leaf.grad for parameter in self.parameters])
         norms = {}
         for (_, factor_dim), parameters in self.kinds.items():
             grads = [parameter.leaf.grad for parameter in parameters]
