@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configure import UserError
+from configure import UserError, no_command
 
 HUBER = 1e-3  # residuals of log loss above it count linearly: one bad trial moves the fit little
 DRAWS = 200  # of a bootstrap
@@ -195,3 +195,7 @@ def backtest(form, N, D, loss, flops, share=0.1):
         return None
     law = fit_law(form, N[small], D[small], loss[small])
     return loss[~small] - law.loss(N[~small], D[~small])
+
+
+if __name__ == "__main__":
+    no_command("scaling.law_fits")

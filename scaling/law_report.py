@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from configure import no_command
+
 PUBLISHED = {  # of web text and much larger models: a comparison of exponents, not of constants
     "chinchilla": "the replication of Chinchilla, arXiv 2404.10102: alpha 0.35, beta 0.37, N_opt ~ C^0.51",
     "kaplan": "Kaplan, arXiv 2001.08361: alpha_N 0.076, alpha_D 0.103, N_opt ~ C^0.73, D ~ N^0.74"}
@@ -114,3 +116,7 @@ def format_laws(report, counts):
     for forecast in report["forecasts"]:
         lines += format_forecast(forecast)
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    no_command("scaling.law_report")

@@ -33,6 +33,7 @@ from scaling.law_report import format_laws
 from scaling.law_slices import frontier_law, isoflop, largest_horizon_law
 from scaling.report import rows_of
 from scaling.sweep import shape_of
+from scaling.trials import settings_of
 
 COUNTS = {"all": "N with embedding and readout", "body": "N without embedding and readout"}
 FEWEST_STEPS = 100  # of a model that is recommended
@@ -77,7 +78,7 @@ def vocab_size_of(config, parameters):
 
 
 def read_trial(row):
-    config = Config(**json.loads(row["config"]))
+    config = Config(**settings_of(row["config"]))
     sized = replace(config, vocab_size=vocab_size_of(config, row["parameters"]))
     numbers, _ = count_parameters(sized)
     free = dict.fromkeys(("width", "depth", "steps", "batch", "seed"))

@@ -123,7 +123,8 @@ def test_help_says_what_each_setting_takes(capsys):
         configure(["--help"])
     entries = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)[1:]
     text = {entry.partition("=")[0]: " ".join(entry.split()) for entry in entries}
-    assert "[gelu, relu2, swiglu]" in text["mlp"] and "[auto, blocks, model, False]" in text["compile"]
+    assert "[gelu, gelu_tanh, relu2, swiglu]" in text["mlp"]
+    assert "[auto, blocks, model, False]" in text["compile"]
     for name, setting in SETTINGS.items():
         takes = setting.description.replace("a ", "", 1).replace("finite ", "")
         assert f"[{takes}{', or none' * setting.optional}]" in text[name] or setting.kind is str, name

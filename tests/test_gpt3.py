@@ -21,7 +21,7 @@ from scaling import lr_table
 from scaling.coordinate_check import short_run
 from scaling.stack import check_stackable
 from scaling.sweep import trial_configs
-from scaling.trials import trial_row
+from scaling.trials import identity, trial_row
 from training.bench import bench
 from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
@@ -123,7 +123,7 @@ def test_metrics_count_the_tokens_that_were_seen(corpus, capsys):
     assert column(result, "tokens") == [config.tokens_before(row["step"]) for row in result.history]
     assert column(result, "tokens")[-1] < 16 * 16 * 16, "all at the full batch"
     assert all(row["tokens_per_second"] > 0 for row in result.history[1:])
-    row = trial_row(config, result, seconds=1.0)
+    row = trial_row(config, identity(config), result, seconds=1.0)
     assert row["flops"] == result.model.flops_per_token() * config.tokens_before(16)
 
 
@@ -209,7 +209,7 @@ def test_a_warmup_in_steps_beyond_the_end_of_the_decay_is_followed_by_final_lr(s
 def sees(model, x_BTC, block):
     """(T, S) bool: whether the output of this block at each position depends on each input."""
     rotary = model.rotary_cos[:x_BTC.size(1)], model.rotary_sin[:x_BTC.size(1)]
-    mask_TS = model.attention_masks(0, x_BTC.size(1), "cpu")[block % 2]
+    mask_TS = model.attention_masks(x_BTC.size(1), "cpu")[block % 2]
 
     def outputs_TC(x_TC):
         return model.blocks[block](x_TC[None], rotary, mask_TS=mask_TS)[0].sum(-1)
@@ -235,7 +235,7 @@ def test_the_mask_that_flex_attention_gets_is_the_band(window):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         plain, flex = (model.blocks[1](x_BTC, rotary, mask_TS=mask)
-                       for mask in (model.attention_masks(0, 16, "cpu")[1], band_mask(window, 16, "cpu")))
+                       for mask in (model.attention_masks(16, "cpu")[1], band_mask(window, 16, "cpu")))
     assert (plain - flex).abs().max() < 1e-5 < (plain - model.blocks[1](x_BTC, rotary)).abs().max()
 
 
@@ -257,11 +257,10 @@ def test_flex_attention_is_used_in_compiled_training_on_cuda_and_nowhere_else(mo
         assert not training.compile.can_use_flex(Config(**settings | change), device)
     model = GPT(tiny(window=5))
     model.block_mask = "flex"
-    assert model.attention_masks(0, 16, "cpu") == (None, "flex")
-    for past, T in ((0, 8), (3, 1)):
-        assert model.attention_masks(past, T, "cpu")[1].shape == (T, past + T)
+    assert model.attention_masks(16, "cpu") == (None, "flex")
+    assert model.attention_masks(8, "cpu")[1].shape == (8, 8)
     with torch.no_grad():
-        assert model.attention_masks(0, 16, "cpu")[1].dtype == torch.bool
+        assert model.attention_masks(16, "cpu")[1].dtype == torch.bool
 
 
 @pytest.mark.parametrize(("settings", "blocks"), [  # context 64: a dense block counts 64, a band 2w - w^2/64

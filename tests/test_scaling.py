@@ -735,7 +735,7 @@ class GroupedAttention(model.Attention):
         super().__init__(config)
         self.keys_and_values = model.Linear(config.width, config.width, False)
 
-    def forward(self, x_BTC, rotary=None, cache=None):
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
         q_BHTD = self.qkv(x_BTC)[..., :x_BTC.size(-1)].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         kv_BHTD = self.keys_and_values(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k_BHTD, v_BHTD = kv_BHTD.chunk(2, dim=1)

@@ -91,7 +91,7 @@ def cost_of_loss(config, loss):
         before = row
         if row.get("val_loss", math.inf) <= loss:
             flops = row["tokens"] * result.model.flops_per_token()
-            return {"seconds": f"{seconds:.1f}", "step": f"{row['step']:,}", "tokens": f"{row['tokens']:,}",
+            return {"seconds": f"{seconds:.4g}", "step": f"{row['step']:,}", "tokens": f"{row['tokens']:,}",
                     "FLOPs": f"{flops:.2e}", "loss": f"{row['val_loss']:.4f}"}
     raise UserError(f"loss: got {loss:g}, but the lowest of {config.steps} steps was "
                     f"{result.best_val_loss:.4f}; takes more steps or a higher loss")

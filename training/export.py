@@ -10,7 +10,11 @@ RUN_DIR/last.pt for the newest.
 import json
 import os
 import shutil
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 from configure import UserError, is_from_run, run_cli, run_of
 from data.files import write_text

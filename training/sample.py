@@ -47,6 +47,8 @@ def sampling_config(argv):
     """(what to sample from, Config) where the command line asks a trained model: a run directory, a
     checkpoint in one or a folder of a Hugging Face model, and nothing but settings of SAMPLING. Else None.
     Raises UserError."""
+    if "-h" in argv or "--help" in argv:
+        return None
     sources, flags = split_words(argv)
     if len(sources) != 1 or not flags or not flags.keys() <= SAMPLING or sources[0].endswith(".py"):
         return None
