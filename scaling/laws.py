@@ -17,7 +17,11 @@ where laws.json and the figures go. Tokens must not repeat: the laws are of fres
 import functools
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 import torch

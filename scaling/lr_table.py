@@ -7,7 +7,11 @@ rules that are off by default, for the tokens of a batch, by the square root, an
 power of -0.32. These reach far beyond what was measured here. Settings apply to the proxy. Trains nothing.
 """
 
+import signal
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 from configure import UserError, configure, run_cli
 from model import model_size

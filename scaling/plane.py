@@ -11,6 +11,10 @@ plane.png go.
 
 import json
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 

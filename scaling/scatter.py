@@ -9,6 +9,10 @@ width and other settings, or searches at several widths.
 """
 
 import json
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 

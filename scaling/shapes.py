@@ -11,7 +11,11 @@ another text, for --finetune_steps. Rows go to --out=DIR, which resumes; so do s
 
 import json
 import os
+import signal
 from dataclasses import asdict, replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 

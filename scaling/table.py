@@ -5,8 +5,12 @@ sp: the standard deviation at the start, the learning rate, lr x weight decay, A
 the forward pass. Any setting may have several values; --width=64,512 is the same as width=64,512.
 """
 
+import signal
 from dataclasses import replace
 from itertools import product
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
 

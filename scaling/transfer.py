@@ -13,7 +13,11 @@ are looked up between their own runs: a pretrained model that is better than the
 
 import json
 import os
+import signal
 from dataclasses import replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 
