@@ -238,6 +238,10 @@ def tokenizer_of(source):
 def family_of(config):
     """The Family that holds the block of `config`, a Config. Raises ValueError that names the setting that
     stands in the way of the nearest one."""
+    if config.window is not None:
+        raise ValueError(f"window: got {config.window}, which no class of transformers here has in every other "
+                         "block; takes a run with window=none")
+
     def misfits(family):
         return [name for name, values in family.block.items() if getattr(config, name) not in values]
 
