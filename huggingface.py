@@ -239,7 +239,7 @@ def family_of(config):
     """The Family that holds the block of `config`, a Config. Raises ValueError that names the setting that
     stands in the way of the nearest one."""
     if config.window is not None:
-        raise ValueError(f"window: got {config.window}, which no class of transformers here has in every other "
+        raise ValueError(f"window: got {config.window}, which no class of transformers has in every other "
                          "block; takes a run with window=none")
 
     def misfits(family):
