@@ -1,4 +1,4 @@
-"""An earlier best of 230 trials with the default block, at 500 steps of 16 sequences: 3.568 nats over 3 seeds."""
+"""An earlier best of 230 trials with the default block, 500 steps of 16: 3.568 nats over 3 seeds, H100."""
 
 batch = 16
 depth_alpha = 0.8
