@@ -507,10 +507,14 @@ def split_words(argv):
     return sources, flags
 
 
+def asks_for_help(argv):
+    return "-h" in argv or "--help" in argv
+
+
 def configure(argv, usage=None, names=None):
     """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits: the
     command's `usage`, and those of its settings that it uses, `names`. None: train.py's, and all."""
-    if "-h" in argv or "--help" in argv:
+    if asks_for_help(argv):
         print(help_text(usage, names))
         sys.exit()
     sources, flags = split_words(argv)

@@ -4,7 +4,16 @@ import math
 import os
 import sys
 
-from configure import SETTINGS, UserError, advice_for, check_setting, closest, no_command, parse_value
+from configure import (
+    SETTINGS,
+    UserError,
+    advice_for,
+    asks_for_help,
+    check_setting,
+    closest,
+    no_command,
+    parse_value,
+)
 
 SETTINGS_HELP = "Settings, as --name=value, are those of train.py: `python train.py --help` lists them."
 MAX_VALUES = 10_000  # of one range: more is a typing error
@@ -19,7 +28,7 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     words: all other words, in order: for configure(), unless the command takes no settings. --help prints
     `doc` and exits. Raises UserError.
     """
-    if "-h" in argv or "--help" in argv:
+    if asks_for_help(argv):
         print(doc.strip(), *[SETTINGS_HELP] * takes_settings, sep="\n\n")
         sys.exit()
     options, axes, words, remaining = dict(defaults), {}, [], iter(argv)

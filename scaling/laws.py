@@ -87,15 +87,19 @@ def read_trial(row):
     numbers, _ = count_parameters(sized)
     free = dict.fromkeys(("width", "depth", "steps", "batch", "seed"))
     group = json.dumps(asdict(config) | free, sort_keys=True)
-    tokens = config.steps * config.batch * config.context
-    return Trial(sized, group, numbers, tokens, row["flops"], row["val_loss"])
+    return Trial(sized, group, numbers, config.tokens_before(config.steps), row["flops"], row["val_loss"])
+
+
+def finished_trials(folders):
+    """The Trials of all rows that have a loss."""
+    rows = [row for folder in folders for row in rows_of(folder)]
+    return [read_trial(row) for row in rows if not row["diverged"] and row["flops"] > 0]
 
 
 def read_folders(folders):
     """The Trials of all finished rows. Raises UserError where there are none, or they are of different
     data."""
-    rows = [row for folder in folders for row in rows_of(folder)]
-    trials = [read_trial(row) for row in rows if not row["diverged"] and row["flops"] > 0]
+    trials = finished_trials(folders)
     if not trials:
         raise UserError(f"laws: every trial of {', '.join(folders)} diverged or failed; takes finished ones")
     for name in SAME:
@@ -173,7 +177,7 @@ def forecast(report, config):
     """The prediction for one training of `config`, whose vocab_size is known: a dict with `loss` and
     `interval` of the chosen law, and the losses by the `others`."""
     numbers, flops_per_token = count_parameters(config)
-    tokens = config.steps * config.batch * config.context
+    tokens = config.tokens_before(config.steps)
     predicted = {}
     for (form, count), fit in report["fits"].items():
         predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens)
@@ -196,10 +200,10 @@ def allocate(report, trials, flops):
         width = heads * base.head_dim
         config = replace(base, width=width, depth=max(1, round(np.exp(offset + slope * np.log(width)))))
         numbers, flops_per_token = count_parameters(config)
-        steps = round(flops / (flops_per_token * base.batch * base.context))
+        steps = base.steps_for(flops / flops_per_token)
         if steps < FEWEST_STEPS:
             break
-        loss = float(law.loss(numbers[count], steps * base.batch * base.context))
+        loss = float(law.loss(numbers[count], base.tokens_before(steps)))
         candidates.append((loss, replace(config, steps=steps)))
         heads = max(heads + 1, round(1.1 * heads))
     if not candidates:

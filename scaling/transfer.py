@@ -28,7 +28,6 @@ from scaling.cli import make_folder, parse_options, parse_values
 from scaling.figures import BESIDE, load_pyplot, save
 from scaling.law_figures import label_loss, shades
 from scaling.law_fits import DRAWS, fit_law, interval_of
-from scaling.report import rows_of
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
 from train import train
 
@@ -206,9 +205,8 @@ def draw_transfer_law(report, folder):
 
 def report_rows(folders, to):
     """Prints and writes the transfer law of the rows in `folders`. Raises UserError."""
-    from scaling.laws import best_settings, read_trial  # which imports this for --transfer
-    rows = [row for folder in folders for row in rows_of(folder)]
-    trials = [read_trial(row) for row in rows if not row["diverged"] and row["flops"] > 0]
+    from scaling.laws import best_settings, finished_trials  # which imports this for --transfer
+    trials = finished_trials(folders)
     scratch = best_settings([trial for trial in trials if trial.config.init_from is None])
     tuned = best_settings([trial for trial in trials if trial.config.init_from is not None])
     report = analyze(scratch, tuned)

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 import torch
 
-from configure import UserError, configure, is_from_run, run_cli
+from configure import UserError, asks_for_help, configure, is_from_run, run_cli
 from train import train
 from training.device import GIB, peak_flops, precision_name, select_device
 from training.distributed import init_distributed, rank, world_size
@@ -178,7 +178,7 @@ def parse_loss(word):
 
 
 def main(argv):
-    if "-h" in argv or "--help" in argv:
+    if asks_for_help(argv):
         print(__doc__)
         sys.exit()
     sources = [word for word in argv if word.startswith("--sample=")]

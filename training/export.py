@@ -16,7 +16,7 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
-from configure import UserError, is_from_run, run_cli, run_of
+from configure import UserError, asks_for_help, is_from_run, run_cli, run_of
 from data.files import write_text
 from data.tokenizer_json import write_tokenizer_json
 from training.exchange import import_safetensors, write_model
@@ -103,7 +103,7 @@ def export(source, folder):
 
 
 def main(argv):
-    if "-h" in argv or "--help" in argv:
+    if asks_for_help(argv):
         print(__doc__)
         sys.exit()
     folders = [word.removeprefix("--to=") for word in argv if word.startswith("--to=")]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from configure import (
     Config,
+    asks_for_help,
     check_setting,
     is_from_run,
     read_settings,
@@ -47,7 +48,7 @@ def sampling_config(argv):
     """(what to sample from, Config) where the command line asks a trained model: a run directory, a
     checkpoint in one or a folder of a Hugging Face model, and nothing but settings of SAMPLING. Else None.
     Raises UserError."""
-    if "-h" in argv or "--help" in argv:
+    if asks_for_help(argv):
         return None
     sources, flags = split_words(argv)
     if len(sources) != 1 or not flags or not flags.keys() <= SAMPLING or sources[0].endswith(".py"):
