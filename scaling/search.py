@@ -15,6 +15,7 @@ lr at the bottom of its own curve. Writes DIR/best.py, which is read after any c
 --stack=8                  train 8 proxies at once, on a GPU; none of them is stopped before its end
 --storage=URL --study=NAME keep the trials in any Optuna storage in place of DIR/study.log: sqlite:///FILE,
                            postgresql+psycopg2://...; optuna-dashboard shows either
+--eval_tokens=N            validation tokens; by default at most half of what a trial trains on
 After an interruption, the same command resumes, and tries again what failed.
 """
 
@@ -32,7 +33,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from configure import UserError, check_setting, configure, read_settings, run_cli
+from configure import Config, UserError, check_setting, configure, read_settings, run_cli
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
@@ -301,6 +302,15 @@ def check_search(config, space, options):
         raise UserError(f"trials: got {options['trials']}, takes {len(points)} or fewer with this space")
 
 
+def with_brief_evaluation(config):
+    """`config`, evaluated on no more than half the tokens that a trial trains on, where eval_tokens is not set
+    to something of its own: a trial of 60 small steps would spend half its time on being measured."""
+    if config.eval_tokens != Config.eval_tokens:
+        return config
+    windows = max(1, config.tokens_before(config.steps) // 2 // config.context)
+    return replace(config, eval_tokens=min(config.eval_tokens, windows * config.context))
+
+
 def open_data(config):
     """The TokenDataset of a search. Raises UserError where no trial could train on it."""
     dataset = TokenDataset(prepare(config))
@@ -425,7 +435,8 @@ def main(argv):
     defaults = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE),
                 "target": "", "sampler": "gp", "storage": "", "study": "search", "workers": 1}
     options, _, words = parse_options(argv, defaults, __doc__)
-    config, space, target = configure(words), parse_space(options["space"]), read_target(options["target"])
+    config = with_brief_evaluation(configure(words))
+    space, target = parse_space(options["space"]), read_target(options["target"])
     options["seed"] = config.seed
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()

@@ -149,6 +149,14 @@ def test_a_search_in_which_every_draw_diverges_ends_in_a_line(corpus, tmp_path):
     assert len(read_trials(tmp_path)) == 3
 
 
+def test_a_small_trial_is_measured_on_half_of_what_it_trains_on_unless_one_says_otherwise():
+    small = Config(steps=60, batch=8, context=64)
+    assert search.with_brief_evaluation(small).eval_tokens == 60 * 8 * 64 // 2
+    assert search.with_brief_evaluation(Config(steps=1, batch=1, context=64)).eval_tokens == 64
+    for own in replace(small, eval_tokens=2**17), Config():
+        assert search.with_brief_evaluation(own).eval_tokens == own.eval_tokens
+
+
 def test_a_study_of_other_settings_or_another_measure_is_rejected(corpus, tmp_path):
     run(corpus, tmp_path, LR_ONLY, trials=1, steps=2)
     for change in "steps: 2, here 3", "eval_tokens: 512, here 64", "precision: fp32, here bf16":
