@@ -303,7 +303,7 @@ def check_search(config, space, options):
 
 
 def with_brief_evaluation(config):
-    """`config`, evaluated on no more than half the tokens that a trial trains on, where eval_tokens is not set
+    """`config`, evaluated on at most half the tokens that a trial trains on, where eval_tokens is not set
     to something of its own: a trial of 60 small steps would spend half its time on being measured."""
     if config.eval_tokens != Config.eval_tokens:
         return config

@@ -1,4 +1,5 @@
-"""The settings of the rows in this folder: those of config/proxy.py when they were measured, at twice its batch."""
+"""The settings of the rows in this folder: those of config/proxy.py when they were measured, at twice its
+batch."""
 
 batch, base_batch = 16, 8  # sequences of 256 tokens: lr is that of the proxy times the square root of 2
 head_dim = base_head_dim = 32  # so that models of width 32 are of the family
