@@ -12,6 +12,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configure import UserError, no_command
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
@@ -19,7 +20,7 @@ from data.prepare import prepare
 from model import GPT
 from parametrization import matrices_in
 from train import Result
-from training.compile import CudaGraphed, fall_back_or_raise, use_cuda_graph
+from training.compile import CudaGraphed, allow_recompiling, fall_back_or_raise, use_cuda_graph
 from training.device import batches_on_device, select_device
 from training.evaluate import PIECE_TOKENS, summarize
 from training.muon import MuonWithAdamW, orthogonal_update
@@ -74,6 +75,13 @@ class StackedOptimizer:
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in params.items()
                            if self.settings[name]["momentum"] is None}
         self.steps = self.tensor(0.0)
+        self.adamw, self.muon = adamw_step, muon_step
+
+    def compile(self):
+        """Steps through compiled code from now on. Each shape of a parameter is compiled once, by itself:
+        as one piece with all parameters and the model it would take the compiler twice as long."""
+        self.adamw = torch.compile(adamw_step, dynamic=False)
+        self.muon = torch.compile(muon_step, dynamic=False)
 
     def tensor(self, numbers):
         return torch.tensor(numbers, device=self.device)
@@ -102,33 +110,36 @@ class StackedOptimizer:
         clip_K = (self.max_norm_K / (norm_K + 1e-6)).clamp(max=1.0)
         bias_corrections = 1 - self.betas ** self.steps
         for name, p in params.items():
-            shape = self.settings[name]["lr"].shape
-            grad, lr = clip_K.view(shape) * grads[name], lr_factor_K.view(shape) * self.settings[name]["lr"]
-            if self.settings[name]["momentum"] is None:
-                self.adamw_step(name, p, grad, lr, bias_corrections)
+            its = self.settings[name]
+            shape = its["lr"].shape
+            clip, lr = clip_K.view(shape), lr_factor_K.view(shape) * its["lr"]
+            if its["momentum"] is None:
+                self.adamw(p, grads[name], clip, self.exp_avg[name], self.exp_avg_sq[name], lr,
+                           its["weight_decay"], its["eps"], [beta_K.view(shape) for beta_K in self.betas],
+                           [correction_K.view(shape) for correction_K in bias_corrections])
             else:
-                self.muon_step(name, p, grad, lr)
+                self.muon(p, grads[name], clip, self.exp_avg[name], lr, its["weight_decay"], its["momentum"],
+                          matrices_in(name))
         return norm_K
 
-    def adamw_step(self, name, p, grad, lr, bias_corrections):
-        its = self.settings[name]
-        adamw_update(p, grad, self.exp_avg[name], self.exp_avg_sq[name], lr, its["weight_decay"], its["eps"],
-                     [beta_K.view(lr.shape) for beta_K in self.betas],
-                     [correction_K.view(lr.shape) for correction_K in bias_corrections])
 
-    def muon_step(self, name, p, grad, lr):
-        its = self.settings[name]
-        average = self.exp_avg[name]
-        average.copy_(average + (1 - its["momentum"]) * (grad - average))
-        direction = grad + its["momentum"] * (average - grad)  # Nesterov
-        count = matrices_in(name)
-        matrices = direction.view(-1, p.size(1) // count, p.size(2))
-        update = orthogonal_update(matrices).view(p.shape).to(p.dtype)
-        p.copy_(p - lr * (its["weight_decay"] * p + update))
+def adamw_step(p, grad, clip, *state_and_settings):
+    """AdamW, in place, of one stacked parameter (K, ...), whose gradient is multiplied by `clip`."""
+    adamw_update(p, clip * grad, *state_and_settings)
 
 
-def stacked_step(model, optimizer, params, buffers, batch, lr_factor_K):
-    """One optimizer step of all models, in place: (losses, gradient norms), (2, K).
+def muon_step(p, grad, clip, average, lr, weight_decay, momentum, count):
+    """Muon, in place, of one stacked parameter (K, count x O, I)."""
+    grad = clip * grad
+    average.copy_(average + (1 - momentum) * (grad - average))
+    direction = grad + momentum * (average - grad)  # Nesterov
+    matrices = direction.view(-1, p.size(1) // count, p.size(2))
+    update = orthogonal_update(matrices).view(p.shape).to(p.dtype)
+    p.copy_(p - lr * (weight_decay * p + update))
+
+
+def losses_and_grads(model, params, buffers, batch):
+    """({parameter name: gradients of all models}, losses (K,)).
 
     batch: (2, B, T) of tokens and targets for all models, or (2, K, B, T), a text each. The function closes
     over nothing, so that its compiled code serves every stack of a shape.
@@ -138,8 +149,7 @@ def stacked_step(model, optimizer, params, buffers, batch, lr_factor_K):
 
     batch_dim = 0 if batch.dim() == 4 else None
     in_dims = (0, 0, batch_dim, batch_dim)
-    grads, losses_K = vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
-    return torch.stack((losses_K, optimizer.step(params, grads, lr_factor_K)))
+    return vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
 
 
 def train_stacked(configs, pad_to=1):
@@ -190,7 +200,7 @@ def evaluate_stacked(model, params, buffers, dataset, config, device, autocast):
         return loss_N.view_as(targets_BT).mean(1)
 
     losses = []
-    with no_vmap_warnings(), autocast:
+    with under_vmap(config, device), autocast:
         for piece_BT in windows_NT.split(max(1, PIECE_TOKENS // config.context // K)):
             losses.append(vmap(losses_of, (0, 0, None))(params, buffers, piece_BT.to(device)))
     losses_KN = torch.cat(losses, dim=1).double().cpu()
@@ -208,18 +218,21 @@ def run_steps(configs, models, dataset, device, autocast):
     lr_factors = [[lr_factor(config, step) for config in configs] for step in range(first.steps)]
     lr_factors = torch.tensor(lr_factors).to(device)
     lr_factor_K = torch.zeros(K, device=device)  # one tensor for all steps: a CUDA graph reads it
-    step_function = stacked_step
+    grads_of = losses_and_grads
     if is_compiled(first, device):
-        step_function = torch.compile(stacked_step, dynamic=False)
+        allow_recompiling()
+        grads_of = torch.compile(losses_and_grads, dynamic=False)
+        optimizer.compile()
 
     def step(batch):
         with autocast:
-            return step_function(models[0], optimizer, params, buffers, batch, lr_factor_K)
+            grads, losses_K = grads_of(models[0], params, buffers, batch)
+        return torch.stack((losses_K, optimizer.step(params, grads, lr_factor_K)))
 
     take_step = CudaGraphed(step, use_cuda_graph(first, device),
                             lambda error: fall_back_or_raise("graph", first, error, print))
     batches, numbers = stacked_batches(configs, dataset, device), []
-    with no_vmap_warnings():
+    with under_vmap(first, device):
         for factors_K in lr_factors:
             lr_factor_K.copy_(factors_K)
             numbers.append(take_step(next(batches)))
@@ -242,10 +255,13 @@ def stacked_batches(configs, dataset, device):
 
 
 @contextlib.contextmanager
-def no_vmap_warnings():
-    """Without the warning that vmap is slow on a CPU: its numbers are right."""
-    with warnings.catch_warnings():
+def under_vmap(config, device):
+    """Without the warning that vmap is slow on a CPU: its numbers are right. And with plain attention where
+    there is a window, as the fused kernels of CUDA take no mask under vmap."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.filterwarnings("ignore", "There is a performance drop")
+        if config.window is not None and device.type == "cuda":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 

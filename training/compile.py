@@ -41,6 +41,12 @@ def compile_for_training(method):
     return call
 
 
+def allow_recompiling():
+    """Compiled code is kept for every shape that a sweep trains."""
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
+
+
 @contextlib.contextmanager
 def compiled_training(model, parallel_model, config, device, autocast, say):
     """Within, training of `model` goes through torch.compile, where config.compile asks for it and it works.
@@ -49,9 +55,7 @@ def compiled_training(model, parallel_model, config, device, autocast, say):
     longer, for a faster step. parallel_model: `model`, or what distributed.parallelize() made of it. Raises
     UserError.
     """
-    # Compiled code is kept for every shape that a sweep trains
-    torch._dynamo.config.recompile_limit = 1000
-    torch._dynamo.config.accumulated_recompile_limit = 10_000
+    allow_recompiling()
     methods = methods_to_compile(model, config, device)
     if methods and can_use_flex(config, device):
         model.block_mask = band_mask(config.window, config.context, device)
