@@ -1,23 +1,21 @@
-"""The proxy with Muon on the hidden matrices. The best of 262 trials at 500 steps of 16 sequences: 3.444 nats
-over 3 seeds on a GPU. Muon's rate has no power of the width (parametrization.py).
+"""The proxy with Muon on the hidden matrices: 2.94 nats where AdamW ends at 3.40 (H100, standard library).
+
+The best of two searches of 60 draws, on the standard library and on English documentation, by its mean over
+both texts on a seed that no draw used. Muon's rate has no power of the width (parametrization.py).
 """
 
 from config.proxy import *
 
 optimizer = "muon"
-batch, base_batch, steps = 16, None, 500
-eval_every = checkpoint_every = 100
-lr = 0.0206  # of orthogonal updates, so not AdamW's
-embedding_lr_mult = 16.0
-readout_lr_mult = 3.0
-norm_lr_mult = 2.3
-embedding_std = 0.2
-hidden_std = 0.125
-readout_std = 0.75
-logit_mult = 0.29
-attention_mult = 1.44
-weight_decay = 0.002
-beta1, beta2 = 0.7, 0.99
-warmup = 0.05
-schedule, final_lr = "cosine", 0.1
-grad_clip = 0.5
+lr = 0.0217  # of orthogonal updates, so not AdamW's
+embedding_lr_mult, readout_lr_mult, norm_lr_mult = 4.5, 0.875, 1.45
+embedding_std, hidden_std, readout_std = 0.0455, 0.467, 1.7
+zero_residual_out = False
+embedding_mult = 0.82
+logit_mult = 0.9
+attention_mult = 1.58
+weight_decay = 0.0065
+beta1, beta2 = 0.777, 0.986
+warmup = 0.0665
+schedule, final_lr = "linear", 0.06
+grad_clip = 0.134

@@ -81,9 +81,15 @@ def law_frontier(law, models, budgets):
 
 
 def draw_isoflop(report, pyplot):
-    """Loss against N at equal FLOPs, with the parabola of each budget; beside it N_opt against FLOPs."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6))
+    """Loss against N at equal FLOPs, with the parabola of each budget; beside it, where three budgets or more
+    have a best N, that against the FLOPs."""
     budgets, count = report["isoflop"]["budgets"], report["chosen"][1]
+    found = [its for its in budgets if its["best"]]
+    beside = len(found) > 2
+    figure, axes = pyplot.subplots(1, 1 + beside, figsize=(13 if beside else 8, 4.6), squeeze=False,
+                                   layout="constrained")
+    left = axes[0, 0]
+    parameters = {"all": "parameters", "body": "parameters without embedding and readout"}[count]
     for its, color in zip(budgets, shades(len(budgets)), strict=True):
         n, loss, _ = np.array(its["points"]).T
         left.plot(n, loss, "o", color=color, markersize=5, label=f"{its['flops']:.1e} FLOPs")
@@ -91,16 +97,24 @@ def draw_isoflop(report, pyplot):
             x = its["best"]["N"] * np.geomspace(1 / 3, 3, 60)  # where the parabola was fitted
             left.plot(x, np.polyval(its["best"]["coefficients"], np.log(x)), color=color, linewidth=1)
             left.plot(its["best"]["N"], its["best"]["loss"], "*", color=color, markersize=13, mec="k")
-            right.plot(its["flops"], its["best"]["N"], "*", color=color, markersize=13, mec="k")
-    parameters = {"all": "parameters", "body": "parameters without embedding and readout"}[count]
     left.set(xscale="log", xlabel=parameters, ylabel="validation loss, nats per token",
              title="At equal FLOPs (star: lowest)")
     left.xaxis.set_minor_formatter("")  # these overlap
-    exponent = report["isoflop"]["exponent"]
-    right.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {parameters}",
-              title=f"N ~ C^{exponent:.2f}" if np.isfinite(exponent) else "One budget has a best size")
     left.legend(fontsize=9)
+    if beside:
+        draw_best_sizes(axes[0, 1], budgets, report["isoflop"]["exponent"], parameters)
     return figure
+
+
+def draw_best_sizes(ax, budgets, exponent, parameters):
+    """The best N of each budget that has one against its FLOPs."""
+    for its, color in zip(budgets, shades(len(budgets)), strict=True):
+        if its["best"]:
+            ax.plot(its["flops"], its["best"]["N"], "*", color=color, markersize=13, mec="k")
+    ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {parameters}",
+           title=f"N ~ C^{exponent:.2f}")
+    ax.xaxis.set_minor_formatter("")
+    ax.yaxis.set_minor_formatter("")
 
 
 def draw_sizes(report, pyplot):
