@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import platform
+import warnings
 
 import torch
 
@@ -43,6 +44,8 @@ def select_device(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    if bf16:  # RMSNorm's gains stay in fp32, as they are meant to
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
