@@ -29,7 +29,7 @@ from data.files import write_text
 from scaling import figures
 from scaling.cli import make_folder, parse_options
 from scaling.fits import interval, mean_losses, optimum, rank_correlation, regret, slope
-from scaling.trials import FACTS, has_failed, read_trials
+from scaling.trials import FACTS, HASHES, has_failed, read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
 BOOTSTRAP_DRAWS = 1000
@@ -68,8 +68,9 @@ def settings_and_facts(rows):
         for config in configs if known else ():
             config.setdefault(name, agreed)
     for config in configs:
-        if "tokens" in config:
-            config["tokens"] = str(config["tokens"])[:8]  # so much of a hash tells few texts apart
+        for name in HASHES:
+            if name in config:
+                config[name] = str(config[name])[:8]  # so much of a hash tells few texts apart
     return configs
 
 
@@ -111,8 +112,9 @@ def choose_axes(configs, swept, axis=""):
         if not any(len(values_of(configs, one, name)) == len(values_of(configs, one)) for one in told_apart):
             told_apart.append(name)
     others = [name for name in others if name != found]
-    if decide(others, "tokens", configs):
-        others.remove("tokens")  # which are others because the data set is
+    for name in HASHES:
+        if decide(others, name, configs):
+            others.remove(name)  # which is another because the data set is, or init_from
     return axis, found, [*told_apart[1:], *others]
 
 

@@ -216,7 +216,8 @@ def difference(known, settings):
     """The first setting in which two texts of identity() differ, for people, or "". `known` may be of an
     older version: settings it did not have are what they were then, and it does not say how it measured."""
     known, settings = json.loads(known), json.loads(settings)
-    known = complete_saved(known) | {name: settings[name] for name in FACTS if name not in known}
+    unsaid = {name for name in FACTS if name in settings and name not in known}
+    known = complete_saved(known) | {name: settings[name] for name in unsaid}
     for name in settings:
         if known[name] != settings[name]:
             return f"{name}: {known[name]}, here {settings[name]}"

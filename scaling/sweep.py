@@ -7,10 +7,10 @@ All settings that are not named are held, and so is the number of steps; --hold=
 tokens of CONFIG, by its steps; --hold=flops its training FLOPs, by the steps too; --hold=step_tokens gives
 every step as many tokens, by its batch. width,depth=64x2,128x4 moves two settings together. A trial that
 diverges or fails is a row too. After an interruption, the same command resumes, and tries again what failed.
-A row counts for a trial of the same settings that is measured in the same way: on the same tokens, device,
-precision and evaluation. Processes with the same folder, started by torchrun or by hand, on one machine or on
-many, share the trials: each takes the next one when it is free. --stack=K trains K trials of one shape at
-once (scaling/stack.py).
+A row counts for a trial of the same settings that is measured in the same way: from the same weights, on the
+same tokens, device, precision and evaluation. Processes with the same folder, started by torchrun or by hand,
+on one machine or on many, share the trials: each takes the next one when it is free. --stack=K trains K
+trials of one shape at once (scaling/stack.py).
 """
 
 import functools
@@ -48,6 +48,7 @@ from scaling.worker import Worker, pause
 from train import Result, train
 from training.device import precision_name, reuse_freed_memory, select_device
 from training.distributed import torchrun_variables
+from training.pretrained import hash_weights
 
 # What is held: the setting that adapts
 HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}
@@ -119,12 +120,15 @@ def estimate_flops(config):
 
 def facts_of(config, dataset):
     """{name of FACTS: value}: what the numbers of `config`, trained on a TokenDataset, depend on besides its
-    settings. Raises UserError where there is no such device."""
+    settings. Raises UserError where there is no such device, or no such weights to start from."""
     device, autocast = select_device(config)
     compiled = is_compiled(config, device)
-    return {"tokens": hashlib.sha256(json.dumps(dataset.hashes).encode()).hexdigest(),
-            "eval_tokens": config.eval_tokens, "device": device.type, "precision": precision_name(autocast),
-            "compile": compiled and ("blocks" if config.compile == "auto" else config.compile)}
+    facts = {"tokens": hashlib.sha256(json.dumps(dataset.hashes).encode()).hexdigest(),
+             "eval_tokens": config.eval_tokens, "device": device.type, "precision": precision_name(autocast),
+             "compile": compiled and ("blocks" if config.compile == "auto" else config.compile)}
+    if config.init_from is not None:
+        facts["weights"] = hash_weights(config.init_from)
+    return facts
 
 
 class Trial(NamedTuple):

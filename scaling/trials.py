@@ -22,15 +22,17 @@ STOPPED_EARLY = "stopped early"  # by a search: how `failure` begins where the t
 
 # Settings that do not change what a trial measures. `steps` does, though a resumed run may extend it.
 NOT_IDENTITY = MAY_CHANGE_ON_RESUME - {"steps"}
-# What its numbers depend on besides: the tokens (their sha256), and settings as the machine understood them
-FACTS = ("tokens", "eval_tokens", "device", "precision", "compile")
+# What its numbers depend on besides: hashes of the tokens and of the weights that it starts from, if any; and
+# settings as the machine understood them
+FACTS = ("tokens", "weights", "eval_tokens", "device", "precision", "compile")
+HASHES = ("tokens", "weights")
 
 
 def identity(config, facts=None):
     """What makes a trial this trial and no other, as JSON: its settings, and {name of FACTS: value}. The key
     of its row. Rows of older versions do not say how they were measured: their keys have no facts."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
-    return json.dumps(settings | {name: facts[name] for name in FACTS if facts})
+    return json.dumps(settings | {name: facts[name] for name in FACTS if name in (facts or {})})
 
 
 def settings_of(key):
@@ -111,12 +113,12 @@ def read_trials(folder):
 def parse_row(row, path):
     """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
     saved = json.loads(row["config"])
-    tokens = saved.pop("tokens", None)
+    hashes = {name: saved.pop(name) for name in HASHES if name in saved}
     settings = {name: check_setting(name, value, f"{path}: ")
                 for name, value in complete_saved(saved).items()}
     facts = None
-    if tokens is not None:
-        facts = {"tokens": tokens} | {name: settings[name] for name in FACTS if name in saved}
+    if hashes:
+        facts = hashes | {name: settings[name] for name in FACTS if name in saved}
     parsed = row | {name: float(row[name] or "nan") for name in NUMBER_COLUMNS}
     parsed["config"] = identity(Config(**settings), facts)
     parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
@@ -138,6 +140,11 @@ def without_facts(key):
     return json.dumps(settings_of(key))
 
 
+def without_weights(key):
+    """A key as it was before it held the hash of the weights that its trial starts from."""
+    return json.dumps({name: value for name, value in json.loads(key).items() if name != "weights"})
+
+
 def read_results(folder, stopped_early=False):
     """{identity: row} of the trials in `folder` that have a result: not of those that failed, nor, unless
     they are asked for, of those that a search stopped early."""
@@ -148,7 +155,7 @@ def read_results(folder, stopped_early=False):
 def find_row(rows, key):
     """The row of the trial `key` among `rows`, {identity: row}; None where there is none. Rows of older
     versions do not say how they were measured, and are taken for it."""
-    return rows.get(key) or rows.get(without_facts(key))
+    return rows.get(key) or rows.get(without_weights(key)) or rows.get(without_facts(key))
 
 
 if __name__ == "__main__":

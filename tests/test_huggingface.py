@@ -22,7 +22,7 @@ from parametrization import ROLES, forward_multipliers, hyperparameters
 from training.exchange import WEIGHTS, read_huggingface, write_model
 from training.export import export
 from training.export import main as export_main
-from training.pretrained import load
+from training.pretrained import hash_weights, load
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors, an optional package")
 TEXT = ["the model learns; a teacher reads, that river moves over one gradient and into the next. " * 40]
@@ -246,6 +246,19 @@ def test_weights_in_several_files_and_without_their_first_names_are_read(tmp_pat
     _, weights = read_huggingface(str(tmp_path / "in"))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_what_a_trial_starts_from_is_told_by_the_content_of_its_files(tmp_path):
+    folder = str(tmp_path / "in")
+    write(lively(), folder)
+    first = hash_weights(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert hash_weights(folder) == hash_weights(str(tmp_path / "copy")) == first
+    change_tensors(lambda tensors: tensors["model.norm.weight"].add_(1))(tmp_path / "in")
+    assert hash_weights(folder) != first
+    (tmp_path / "in" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"^init_from: {folder} holds no {WEIGHTS}"):
+        hash_weights(folder)
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,30 @@ def test_a_trial_that_is_measured_otherwise_is_another_trial(corpus, tmp_path):
     assert {json.loads(row["config"])["eval_tokens"] for row in rows} == {512, 64}
 
 
+def test_a_trial_that_starts_from_other_weights_under_the_same_path_is_another_trial(corpus, tmp_path,
+                                                                                     monkeypatch):
+    source, folder = str(tmp_path / "source"), str(tmp_path / "sweep")
+    scratch = trial_configs(Config(**corpus, eval_every=None), {"seed": [0]})
+    tuned = [dataclasses.replace(config, init_from=source) for config in scratch]
+    found = []
+    for seed in (0, 1):
+        shutil.rmtree(source, ignore_errors=True)
+        train(Config(**corpus, out=source, seed=seed), quiet=True)
+        train(Config(**corpus, out=source, seed=seed), quiet=True)  # of a finished run changes no weights
+        found.append([row["val_loss"] for row in run_trials(scratch + tuned, folder)])
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "train", None)
+            assert [row["val_loss"] for row in run_trials(scratch + tuned, folder)] == found[-1]
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+    assert found[1][1] == train(tuned[0], quiet=True).val_loss
+    assert ["weights" in json.loads(row["config"]) for row in read_trials(folder)] == [False, True, True]
+
+    path = tmp_path / "sweep/trials.csv"  # rows of versions that did not say so are taken for it
+    path.write_text(re.sub(r' ""weights"": ""[0-9a-f]*"",', "", path.read_text()))
+    monkeypatch.setattr(sweep, "train", None)
+    assert [row["val_loss"] for row in run_trials(scratch + tuned, folder)][0] == found[0][0]
+
+
 def test_a_report_keeps_trials_apart_that_were_measured_otherwise(corpus, tmp_path):
     """But takes rows that do not say how, of older versions, for what the others are."""
     facts = {"tokens": "a" * 64, "eval_tokens": 512, "device": "cpu", "precision": "fp32", "compile": False}

@@ -1,5 +1,7 @@
 """Trained weights to start from or to use: those of a run of ours, or of a Hugging Face model."""
 
+import functools
+import hashlib
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -24,8 +26,15 @@ from data.tokenizer import (
     ranks_sha256,
 )
 from model import GPT
-from training.checkpoint import folders_of, load_weights, read_checkpoint, settings_of_checkpoint
-from training.exchange import read_huggingface
+from training.checkpoint import (
+    DIGEST_BYTES,
+    digest,
+    folders_of,
+    load_weights,
+    read_checkpoint,
+    settings_of_checkpoint,
+)
+from training.exchange import read_huggingface, weight_files
 
 
 class Pretrained(NamedTuple):
@@ -58,6 +67,30 @@ def read_pretrained(source):
     path = checkpoint_path(source)
     checkpoint = read_checkpoint(path)
     return Pretrained(path, settings_of_checkpoint(checkpoint), checkpoint["model"], checkpoint)
+
+
+def hash_weights(source):
+    """The sha256 of the files that read_pretrained(source) takes weights from. Raises UserError."""
+    paths = [checkpoint_path(source)] if is_from_run(source) else weight_files(source)
+    hashes = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+            hashes.append(hash_file(path, status.st_size, status.st_mtime_ns))
+        except OSError as error:
+            raise UserError(f"init_from: {path}: {error.strerror}") from None
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+@functools.cache
+def hash_file(path, size, time):
+    """The sha256 of a file, read again when its size or time of change are others. A checkpoint ends in the
+    sha256 of the rest: only that is read, and stands for all of it. Raises OSError."""
+    if not path.endswith(".pt"):
+        return digest(path, size)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - DIGEST_BYTES))
+        return file.read()
 
 
 def check_same_function(config, pretrained):
