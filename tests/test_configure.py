@@ -8,6 +8,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 
 from configure import MAY_CHANGE_ON_RESUME, SETTINGS, Config, UserError, configure
@@ -48,6 +49,23 @@ def test_a_file_can_build_on_another_and_compute(tmp_path, monkeypatch):
     """.replace("\n        ", "\n"))
     config, proxy = configure([path]), configure(["config/proxy.py"])
     assert config == dataclasses.replace(proxy, width=512, lr=2 * proxy.lr)
+
+
+def test_a_file_that_another_builds_on_is_read_anew_each_time(tmp_path, monkeypatch):
+    (tmp_path / "my_presets").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write(tmp_path / "mine.py", "from my_presets.base import *\n")
+    for width in (192, 64):
+        write(tmp_path / "my_presets/base.py", f"width = {width}" + width * " ")  # of another size: no .pyc fits
+        assert configure([path]).width == width
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = Config(lr=np.float64(0.1), width=np.int64(128), tied=np.bool_(True), warmup=np.array(0.5))
+    assert config == Config(lr=0.1, width=128, tied=True, warmup=0.5)
+    assert {type(getattr(config, name)) for name in ("lr", "width", "tied", "warmup")} == {float, int, bool}
+    with pytest.raises(UserError, match="^width: got"):
+        Config(width=np.array([64, 128]))
 
 
 @pytest.mark.parametrize(("words", "name", "value"), [

@@ -1,7 +1,9 @@
 """What is wrong with `python train.py ...` is reported in one line, exit code 2, and nothing is written."""
 
+import errno
 import glob
 import importlib.util
+import io
 import json
 import os
 import re
@@ -93,6 +95,7 @@ FAILURES = {
     "unknown tokenizer": ("--tokenizer=gtp2", "tokenizer: got gtp2, .*did you mean gpt2"),
     "no merges": ("--tokenizer=bpe:100", "tokenizer: got bpe:100, takes bpe:N with N from 258"),
     "data_dir in a file": ("--data_dir=notes.txt/in", "data_dir: cannot write notes.txt/in"),
+    "prompt that is no UTF-8": ("--prompt=\udcff", "prompt: got .*udcff', takes text in UTF-8"),
     "line break in a name": ("--dataset=a\nb.txt", "dataset: no such file or folder: a"),
     # run directories
     "folder that is no run": ("empty", r"empty.config\.json: No such file or directory"),
@@ -249,6 +252,31 @@ def test_an_interrupt_while_a_command_imports_gives_no_traceback(interrupted):
 def test_a_closed_pipe_gives_no_traceback(processes):
     process = processes["closed pipe"]
     assert process.stderr.read() == "" and process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+class ClosedPipe(io.StringIO):
+    def reconfigure(self, **options):
+        pass
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_pipe_that_is_closed_while_a_run_trains_is_not_called_a_fault_of_its_folder(
+        corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    argv = [*[f"--{name}={value}" for name, value in corpus.items()], f"--out={tmp_path}/run"]
+    code, _, errors = run_in_this_process(argv, monkeypatch, capfd)
+    assert code == 128 + signal.SIGPIPE and errors == ""
+
+
+def test_a_terminal_that_shows_ascii_alone_gets_escapes(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    with pytest.raises(SystemExit) as caught:
+        run_cli(lambda argv: print("loss 3.0 ± 0.1"))
+    assert not caught.value.code and shown.getvalue() == b"loss 3.0 \\xb1 0.1\n"
 
 
 def test_there_are_thirty_cases():

@@ -1,6 +1,7 @@
 """Small-to-large transfer: sweeps, stacked trials, the report, the search, the coordinate check."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -20,7 +21,9 @@ from processes import Fork, to_words
 
 import model
 import parametrization
-from configure import Config, UserError
+from configure import Config, UserError, run_cli
+from data.loader import TokenDataset
+from data.prepare import prepare
 from scaling import figures, scatter, stack, sweep
 from scaling.cli import parse_values
 from scaling.coordinate_check import coordinate_check, expected_powers
@@ -241,6 +244,9 @@ def test_a_trial_that_is_measured_otherwise_is_another_trial(corpus, tmp_path):
     (text / "00.txt").write_text("quite another text, which is long enough to matter here. " * 40)
     changed = loss_in(folder, config)
     assert changed != first and changed == train(trial_configs(config, {})[0], quiet=True).val_loss
+    compiled = [sweep.facts_of(dataclasses.replace(config, compile=how), TokenDataset(prepare(config)))
+                for how in (False, "blocks", "model")]
+    assert [facts["compile"] for facts in compiled] == [False, "blocks", "model"]
     rows = read_trials(folder)
     assert len(rows) == (4 if torch.cuda.is_available() is False else 5)
     assert {json.loads(row["config"])["eval_tokens"] for row in rows} == {512, 64}
@@ -343,6 +349,24 @@ def test_a_failed_trial_is_shown_and_tried_again_and_makes_the_exit_code_1(corpu
     assert [row["failure"] for row in read_trials(tmp_path)] == ["", "", ""]
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.main(words) == 0
+
+
+@pytest.mark.parametrize("command", ["sweep", "search", "report"])
+def test_a_full_disk_is_one_line_in_the_lab_too(corpus, tmp_path, monkeypatch, capsys, command):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run_trials(trial_configs(Config(**corpus | {"steps": 1}), {"lr": [2**-7, 2**-6]}), f"{tmp_path}/kept")
+    words = {"sweep": [*to_words(corpus), "lr=2**-6,2**-7", f"--out={tmp_path}/new"],
+             "search": [*to_words(corpus), "--trials=1", f"--out={tmp_path}/new"],
+             "report": [f"{tmp_path}/kept"]}[command]
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(importlib.import_module(f"scaling.{command}").main)
+    assert caught.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert re.match("error: cannot write .*: No space left on device", line)
 
 
 def test_a_trial_without_its_text_fails_until_the_text_is_there(corpus, tmp_path):
@@ -615,6 +639,8 @@ def test_a_size_at_which_every_trial_diverged_is_in_the_report(tmp_path):
 TYPING_ERRORS = {
     "sweep": {"lr=2**-8 lr=2**-9": "lr: got 2**-8 and 2**-9, takes 2**-8,2**-9",
               "out=a,b": "out: does not tell trials apart, takes --out=VALUE",
+              "lr=1e-300..1e300": "lr: got 1e-300..1e300, takes a range of at most 1,000 doublings",
+              "lr=1,2 --stack=2 --beta2=0.99999999": "stack: got beta2=0.99999999, takes at most 0.9999",
               "lr=1..2:100000000": "lr: got 1..2:100000000, takes a range of at most 10,000 values",
               "lr=1,2 --dataset=nope.txt": "dataset: no such file or folder: nope.txt",
               "lr=1,2 --stack=2 --dropout=0.1": "stack: got dropout=0.1, takes dropout=0.0"},
@@ -624,10 +650,12 @@ TYPING_ERRORS = {
                "--space=warmup:0.1..2": "warmup: got 2.0, takes a number from 0 to below 1",
                "--sampler=sobol": "sampler: got sobol, takes gp or tpe",
                "--storage=postgresql+nothing://": "storage: got postgresql+nothing://, which does not answer",
+               "--trials=²": "trials: got '²', takes a whole number",
                "--space=zero_query,schedule --trials=5": "trials: got 5, takes 4 or fewer with this space",
                "--dataset=nope.txt": "dataset: no such file or folder: nope.txt",
                "--stack=2 --dropout=0.1": "stack: got dropout=0.1"},
-    "report": {"FOLDER --base=3": "base: got 3, takes one of 32",
+    "report": {"FOLDER nofolder": "report: nofolder has no trials; takes a folder that",
+               "FOLDER --base=3": "base: got 3, takes one of 32",
                "FOLDER --to=FILE": "out: cannot write FILE: "},
     "coordinate_check": {"--widths=64,99": "width: got 99, takes a multiple of head_dim",
                          "--widths=64,64": "coordinate_check: takes --widths or --depths, 2 or more",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GPT2_BLOCK, column, cuda, run
-from processes import start_command, start_train, wait_for_rows
+from processes import start_command, start_train, to_words, wait_for_rows
 
 import train
 from configure import Config, UserError, configure
@@ -619,6 +619,41 @@ def test_weights_and_biases_gets_the_numbers_of_metrics_csv(corpus, tmp_path, mo
     for loss in column(result):
         assert repr(loss).encode() in content
     assert repr(result.val_loss).encode() in content
+
+
+def test_weights_and_biases_that_cannot_begin_are_one_line_before_the_training(corpus, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    for error in (wandb.errors.CommError("no answer"), wandb.errors.AuthenticationError("bad key"),
+                  ValueError("API key must be 40 characters long"), ConnectionError("no network")):
+        def fail(error=error, **options):
+            raise error
+        monkeypatch.setattr("wandb.init", fail)
+        monkeypatch.setattr("train.loop", None)
+        with pytest.raises(UserError, match=f"^wandb: cannot begin .*: {error}.*takes false, a login"):
+            run(corpus, wandb=True, out=str(tmp_path / "run"))
+
+
+def test_documents_of_one_character_are_trained_on(corpus, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{chr(97 + i % 26)}"}}\n' for i in range(90)))
+    for context in (1, 16):
+        result = run(corpus, dataset=str(tmp_path / "rows.jsonl"), context=context, data_dir=str(tmp_path))
+        assert math.isfinite(result.val_loss) and result.val_bits_per_byte > 0
+
+
+def test_the_first_interrupt_while_a_finished_run_samples_ends_it(corpus, monkeypatch):
+    monkeypatch.setattr(train, "write_samples", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus)
+
+
+def test_the_script_alone_changes_how_the_process_frees_memory(corpus, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "reuse_freed_memory", lambda: calls.append("script"))
+    run(corpus)
+    assert calls == []
+    train.main([*to_words(corpus), f"--out={tmp_path}/run"])
+    assert calls == ["script"]
 
 
 @cuda
