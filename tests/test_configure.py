@@ -56,7 +56,7 @@ def test_a_file_that_another_builds_on_is_read_anew_each_time(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     path = write(tmp_path / "mine.py", "from my_presets.base import *\n")
     for width in (192, 64):
-        write(tmp_path / "my_presets/base.py", f"width = {width}" + width * " ")  # of another size: no .pyc fits
+        write(tmp_path / "my_presets/base.py", f"width = {width}" + width * " ")  # another size: no .pyc fits
         assert configure([path]).width == width
 
 
