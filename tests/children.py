@@ -29,6 +29,7 @@ def run_train(words):
 def run_command(name, words):
     """What `python -m NAME WORDS` does."""
     sys.argv = [name, *words]
+    sys.modules.pop(name, None)  # imported before the fork; runpy warns of it
     runpy.run_module(name, run_name="__main__")
 
 
@@ -51,6 +52,22 @@ def run_train_until_killed(words, name, calls):
 
     setattr(os, name, call)
     run_train(words)
+
+
+def prepare_endless_text(data_dir):
+    """Prepare a text that never ends, into `data_dir`; says "midway" when some of it is written."""
+    from data import prepare
+
+    def endless_documents(config):
+        for i in range(10**9):
+            if i == 1000:
+                print("midway", flush=True)
+                time.sleep(60)
+            yield f"text {i}"
+
+    prepare.BATCH_CHARS = 100
+    prepare.documents = endless_documents
+    prepare.prepare(configure.Config(tokenizer="bytes", data_dir=data_dir))
 
 
 def hold_trial(folder, key):

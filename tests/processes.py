@@ -52,6 +52,11 @@ class Fork:
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
+    def output(self):
+        """What it has written to stdout so far."""
+        with open(self.outputs[0].name) as file:
+            return file.read()
+
     def communicate(self, timeout=TIMEOUT):
         """(stdout, stderr), when the process has ended. Raises TimeoutError."""
         self.process.join(timeout)

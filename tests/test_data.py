@@ -24,7 +24,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from children import prepare_endless_text, run_command
 from huggingface_hub import errors
+from processes import Fork
 
 import data.prepare
 from configure import Config, UserError
@@ -578,29 +580,13 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-KILLED = """
-import sys, time
-import data.prepare
-from configure import Config
-
-def endless_documents(config):
-    for i in range(10**9):
-        if i == 1000:
-            print("midway", flush=True)
-            time.sleep(60)
-        yield f"text {i}"
-
-data.prepare.BATCH_CHARS = 100
-data.prepare.documents = endless_documents
-data.prepare.prepare(Config(tokenizer="bytes", data_dir=sys.argv[1]))
-"""
-
-
 def test_a_killed_preparation_leaves_nothing_that_looks_complete_and_is_deleted_a_day_later(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
-    with process:
-        assert process.stdout.readline() == b"midway\n"
-        process.kill()
+    process = Fork(prepare_endless_text, str(tmp_path))
+    while not process.output().endswith("midway\n"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
     [left] = os.listdir(tmp_path)
     assert left.startswith(".") and "meta.json" not in os.listdir(tmp_path / left)
     remove_stale_folders(str(tmp_path))
@@ -749,10 +735,9 @@ def test_too_little_text_for_a_batch_or_a_window_is_rejected_with_what_fits(data
 
 
 def test_the_command_prepares_the_standard_library_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", "--tokenizer=bpe:500"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    right = subprocess.Popen([*command, "--max_tokens=300000"], **pipes)
-    wrong = subprocess.Popen([*command, "--dataset=stdlb"], **pipes)  # at the same time, as both import torch
+    words = [f"--data_dir={tmp_path}", "--tokenizer=bpe:500"]
+    right = Fork(run_command, "data.prepare", [*words, "--max_tokens=300000"])
+    wrong = Fork(run_command, "data.prepare", [*words, "--dataset=stdlb"])
     output, error_output = right.communicate()
     assert right.returncode == 0 and error_output == "", error_output
     dataset = TokenDataset(output.splitlines()[0])
