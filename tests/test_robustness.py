@@ -29,6 +29,7 @@ from data.datasets import documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
+from scaling import search
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import read_trials
 from training.checkpoint import read_checkpoint, read_newest, write_checkpoint
@@ -427,3 +428,23 @@ def test_a_damaged_trials_csv_is_read_or_rejected_in_a_line(corpus, tmp_path, re
         (tmp_path / "trials.csv").write_bytes(damaged)
         with contextlib.suppress(UserError):  # any other error fails
             assert len(read_trials(str(tmp_path))) <= len(rows)
+
+
+def test_a_damaged_study_is_read_or_rejected_in_a_line(corpus, tmp_path, request, monkeypatch):
+    if not request.config.getoption("--long"):
+        pytest.skip("takes --long")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "LEADERS", 1)
+    monkeypatch.setattr(search, "OCTAVES", ())
+    words = [*to_words(corpus | {"steps": 1}), "--trials=2", "--seeds=1", "--sampler=tpe", "--space=lr"]
+    assert search.main([*words, "--out=search"]) == 0
+    content = (tmp_path / "search/study.log").read_bytes()
+    shutil.copytree("search", "kept")
+    for _, damaged in damages(content, 70):
+        (tmp_path / "search/study.log").write_bytes(damaged)
+        with contextlib.suppress(UserError):  # any other error fails
+            assert search.main([*words, "--out=search"]) == 0
+            assert len(read_trials("search")) >= 2
+        shutil.rmtree("search")
+        shutil.copytree("kept", "search")
+    assert sorted(os.listdir()) == ["kept", "search"], "something in a file was executed"
