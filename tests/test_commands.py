@@ -1,4 +1,4 @@
-"""The commands as they are typed: help, slips, more steps, Slurm; and the README's change of the model."""
+"""The commands as they are typed: help, slips, more steps, Slurm; and HACKING.md's change of the model."""
 
 import ast
 import importlib
@@ -242,7 +242,7 @@ def test_the_table_shows_mup_beside_sp_at_each_size(capsys):
     assert rows[1]["logits"] == ["mup", "x", "0.25,", "sp", "x", "1"]
 
 
-# Hacking: the README's example
+# HACKING.md's example
 
 def changed_source(name, diff):
     """The source of the project's file `name` after the change that `diff` describes: each hunk's lines with
@@ -258,9 +258,9 @@ def changed_source(name, diff):
     return source
 
 
-def readme_example():
-    """{file name: its source after the README's change}."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+def hacking_example():
+    """{file name: its source after HACKING.md's change}."""
+    with open(os.path.join(ROOT, "HACKING.md"), encoding="utf-8") as file:
         [diff] = re.findall(r"^```diff\n(.*?)^```", file.read(), re.MULTILINE | re.DOTALL)
     parts = re.split(r"^\+\+\+ (\S+)\n", diff, flags=re.MULTILINE)[1:]
     return {name: changed_source(name, part) for name, part in zip(parts[::2], parts[1::2], strict=True)}
@@ -268,8 +268,8 @@ def readme_example():
 
 @pytest.fixture
 def smeared(monkeypatch):
-    """The GPT of the README's example, as what is trained and checked."""
-    sources = readme_example()
+    """The GPT of HACKING.md's example, as what is trained and checked."""
+    sources = hacking_example()
     assert {*sources} == {"model.py", "parametrization.py"}
     roles = next(node.value for node in ast.parse(sources["parametrization.py"]).body
                  if isinstance(node, ast.Assign) and node.targets[0].id == "ROLES")
@@ -286,7 +286,7 @@ CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, 
            "base_head_dim": 16, "context": 64}
 
 
-def test_the_coordinate_check_passes_the_readmes_example_and_fails_its_wrong_exponent(corpus, smeared,
+def test_the_coordinate_check_passes_the_hacking_example_and_fails_its_wrong_exponent(corpus, smeared,
                                                                                       monkeypatch):
     config = Config(**corpus | CHECKED)
 
@@ -306,7 +306,7 @@ def test_the_coordinate_check_passes_the_readmes_example_and_fails_its_wrong_exp
     assert not check()["smear"]
 
 
-def test_the_readmes_example_lowers_the_loss_and_reads_the_same_by_the_cache(corpus, smeared, monkeypatch):
+def test_the_hacking_example_lowers_the_loss_and_reads_the_same_by_the_cache(corpus, smeared, monkeypatch):
     settings = corpus | {"steps": 60, "embedding_lr_mult": 8.0, "embedding_std": 1.0, "lr": 2**-7}
     changed = run(settings)
     monkeypatch.setattr(train, "GPT", model.GPT)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ MAY_IMPORT = {
     "scaling": {"configure", "parametrization", "model", "data", "training", "train"},
     "config": {"config"},
 }
+DOCUMENTS = ["README.md", "HACKING.md", "USING.md", "config/gpt3/README.md", "scaling/LAWS.md",
+             "scaling/results/README.md", "training/BENCHMARKS.md"]
 # Commands on top of train.py. They lie in the package that they are about, and nothing imports them
 COMMANDS = {"training.bench": MAY_IMPORT["scaling"], "training.export": MAY_IMPORT["training"]}
 
@@ -198,3 +201,28 @@ def test_a_report_of_a_folder_imports_no_torch_and_neither_do_the_settings(tmp_p
     names = ("transfer", "excess", "size", "curves")
     assert {*os.listdir(figures)} == {"report.json", *(f"{name}.{end}" for name in names
                                                        for end in ("png", "svg"))}
+
+
+def anchors_of(text):
+    """The anchors that GitHub gives the headings of a Markdown text, outside of its code."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path):
+    """The links of the Markdown file at `path` to files or headings that are not there."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", read_source(path)):
+        name, _, anchor = link.partition("#")
+        target = os.path.join(os.path.dirname(path), name) if name else path
+        if name.startswith("https://"):
+            continue
+        if not os.path.exists(target) or (anchor and anchor not in anchors_of(read_source(target))):
+            broken.append(link)
+    return broken
+
+
+def test_every_link_of_the_documents_leads_to_a_file_and_a_heading_that_exist():
+    paths = [os.path.join(ROOT, path) for path in DOCUMENTS]
+    assert {os.path.relpath(path, ROOT): broken_links(path) for path in paths} == dict.fromkeys(DOCUMENTS, [])
