@@ -178,11 +178,11 @@ def constants_with_intervals(law, laws):
             for name, value in law.constants().items()}
 
 
-def predict(law, laws, N, D):
+def predict(law, laws, N, D, missed=0.0):
     """(loss, [low, high]) of one new trial at N, D: the interval has the noise of the fit, by its bootstrap,
-    and that of the trial itself."""
+    that of the trial itself, and `missed`, nats by which such laws miss what lies beyond their fit."""
     random = np.random.default_rng(1)
-    sigma = np.hypot(law.sigma_cell, law.sigma_seed)
+    sigma = np.linalg.norm((law.sigma_cell, law.sigma_seed, missed / law.loss(N, D)))
     drawn = [other.loss(N, D) * np.exp(random.normal(0, sigma)) for other in laws for _ in range(10)]
     return float(law.loss(N, D)), interval_of(drawn)
 

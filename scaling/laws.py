@@ -10,7 +10,8 @@ Fits L(N, D), loss by parameters and training tokens, in Chinchilla's form (arXi
 (arXiv 2001.08361), with N counted with the embedding and readout and without. From it: how N and D should
 grow with the FLOPs; beside it isoFLOP parabolas, and power laws on the longest runs and on the frontier.
 Under μP one tuned setting serves every size of the grid. Where other settings vary, a pair (N, D) is taken
-at its best one. Intervals: 95%, by a parametric bootstrap with the noise of pairs and of seeds. --to=DIR is
+at its best one. Intervals: 95%, by a parametric bootstrap with the noise of pairs and of seeds; that of a
+forecast beyond the fit also has what a law fitted to a tenth of the FLOPs misses of the others. --to=DIR is
 where laws.json and the figures go. Tokens must not repeat: the laws are of fresh text.
 """
 
@@ -178,13 +179,17 @@ def forecast(report, config):
     `interval` of the chosen law, and the losses by the `others`."""
     numbers, flops_per_token = count_parameters(config)
     tokens = config.tokens_before(config.steps)
+    beyond = flops_per_token * tokens / report["flops"][1]
     predicted = {}
     for (form, count), fit in report["fits"].items():
-        predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens)
+        missed = 0.0
+        if beyond > 1 and fit["backtest"] is not None:
+            missed = np.sqrt(np.mean(fit["backtest"] ** 2))
+        predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens, missed)
     loss, interval = predicted[report["chosen"]]
     return {"width": config.width, "depth": config.depth, "steps": config.steps, "batch": config.batch,
             "context": config.context, "parameters": numbers, "tokens": tokens,
-            "flops": flops_per_token * tokens, "beyond": flops_per_token * tokens / report["flops"][1],
+            "flops": flops_per_token * tokens, "beyond": beyond,
             "loss": loss, "interval": interval,
             "others": {f"{form}, {count}": value for (form, count), (value, _) in predicted.items()}}
 

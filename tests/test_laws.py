@@ -42,6 +42,13 @@ def test_a_fit_finds_the_law_that_rows_were_made_from_and_forecasts_100_times_th
     assert law.sigma_seed == pytest.approx(SEED_NOISE, rel=0.4) and law.sigma_cell < SEED_NOISE
 
 
+def test_a_forecast_is_as_unsure_as_such_laws_have_missed():
+    law = Law("chinchilla", np.array([0.0, 0.0, 0.5, 0.3, 0.3]), np.log(1e6), np.log(1e8), 0.001, 0.001)
+    loss, (low, high) = predict(law, [law], 1e8, 1e9)
+    _, (lower, higher) = predict(law, [law] * 200, 1e8, 1e9, missed=0.1)
+    assert high - low < 0.02 and lower == pytest.approx(loss - 0.196, abs=0.02) and higher > loss + 0.17
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     true, held, predicted = TRUE["chinchilla"], 0, 0
     for draw in range(8):
