@@ -257,9 +257,14 @@ def format_report(report):
         lines += [format_size(axis, size) for size in ladder["rungs"]]
         if not report["numeric"]:
             lines += [f"{axis} {size[axis]:.0f}, from the best: {', '.join(size['order'])} (rank correlation "
-                      f"with {ladder['base']:.0f}: {size['rank_correlation']:+.2f})"
+                      f"with {ladder['base']:.0f}: {format_rank(size['rank_correlation'])})"
                       for size in ladder["rungs"]]
     return "\n".join(lines)
+
+
+def format_rank(correlation):
+    """A rank correlation, or - where there is none: of fewer than three."""
+    return "-" if np.isnan(correlation) else f"{correlation:+.2f}"
 
 
 def format_drift(name, ladder, report):

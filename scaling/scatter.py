@@ -1,8 +1,8 @@
 """Does the proxy rank settings as the target does? python -m scaling.scatter DIR [DIR ...] [--base=SIZE]
 
 Pairs the trials of the same settings at two sizes, proxy and target: rows of trials.csv, mean over seeds. The
-sizes are those of the axis that varies (--axis=NAME where several do); the proxy is the size at the base
-shape, or --base, or the smallest; each other size is a panel. Prints Spearman's rank correlation, over all
+sizes are those of the axis that varies (--axis=NAME where several do: a grid's other axes are settings like
+any); the proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. Prints Spearman's rank correlation, over all
 pairs and over the better half by the proxy, and what the proxy's favourite costs on the target: its loss
 there less the lowest. Draws scatter.png and scatter.svg into DIR, or --to=DIR. The trials may be a sweep over
 width and other settings, or searches at several widths.
@@ -20,7 +20,7 @@ from configure import UserError, run_cli
 from scaling import figures
 from scaling.cli import make_folder, parse_options
 from scaling.fits import rank_correlation
-from scaling.report import AXES, choose_base, rows_of, values_of
+from scaling.report import AXES, choose_base, format_rank, rows_of, values_of
 
 FEWEST = 3  # pairs: of fewer there is no order to speak of
 
@@ -28,10 +28,15 @@ FEWEST = 3  # pairs: of fewer there is no order to speak of
 def losses_at(axis, rows):
     """{size: {other settings, as JSON: mean loss over the seeds}}; infinite where a trial diverged. What
     changes with the size by itself, as the steps of a sweep with --hold, is no other setting."""
+    configs = [json.loads(row["config"]) for row in rows]
+    told_apart = [axis]
+    for name in AXES:
+        if len(values_of(configs, *told_apart, name)) > len(values_of(configs, *told_apart)):
+            told_apart.append(name)
+    left_out = {*AXES, "seed"} - {*told_apart[1:]}
     by_size = {}
-    for row in rows:
-        config = json.loads(row["config"])
-        key = json.dumps({name: value for name, value in config.items() if name not in (*AXES, "seed")})
+    for row, config in zip(rows, configs, strict=True):
+        key = json.dumps({name: value for name, value in config.items() if name not in left_out})
         loss = np.inf if row["diverged"] else row["val_loss"]
         by_size.setdefault(config[axis], {}).setdefault(key, []).append(loss)
     return {size: {key: float(np.mean(losses)) for key, losses in found.items()}
@@ -73,8 +78,8 @@ def choose_axis(rows, axis):
 
 def format_pairs(axis, base, pairs):
     lines = [f"{axis} {base:g} and   pairs   rank correlation   of the better half   cost of its favourite"]
-    lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}{pair['rank']:>+19.2f}"
-              f"{pair['rank_of_better_half']:>+21.2f}{pair['cost']:>24.4f}" for pair in pairs]
+    lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}{format_rank(pair['rank']):>19}"
+              f"{format_rank(pair['rank_of_better_half']):>21}{pair['cost']:>24.4f}" for pair in pairs]
     return "\n".join(lines)
 
 

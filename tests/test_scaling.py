@@ -595,8 +595,19 @@ def test_a_scatter_pairs_the_same_settings_of_two_sizes(tmp_path):
     assert {*os.listdir(tmp_path)} == {"scatter.png", "scatter.svg"} and path.endswith(".png")
     text = scatter.format_pairs("width", 64, [near, far])
     assert text.splitlines()[1].split()[:2] == ["128", "11"]
+    few = scatter.format_pairs("width", 64, [near | {"rank_of_better_half": np.nan}])
+    assert few.splitlines()[1].split()[3] == "-", "fewer than three have no order"
     with pytest.raises(UserError, match="^scatter: got no size with 3 trials of the same settings"):
         scatter.pair_losses({64: {"a": 1.0}, 128: {"a": 1.0}}, 64)
+
+
+def test_a_scatter_of_a_grid_pairs_equal_sizes_of_the_other_axis_and_averages_over_seeds_alone():
+    rows = [row for depth in (2, 4) for row in ladder([-7.7, -7.5, -7.3], seeds=2, depth=depth)]
+    assert {len(found) for found in scatter.losses_at("width", rows).values()} == {22}
+    held = [row | {"config": json.dumps(json.loads(row["config"]) | {"steps": 64000 // row["width"]})}
+            for row in rows]
+    near, far = scatter.pair_losses(scatter.losses_at("width", held), 64)
+    assert len(near["proxy"]) == len(far["proxy"]) == 22, "steps that follow from the size are no setting"
 
 
 def test_one_seed_has_no_interval():
