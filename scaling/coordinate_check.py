@@ -48,18 +48,19 @@ from training.step import TrainStep
 BOUND = 0.25  # of a power. Finite sizes leave up to 0.20 under μP; a wrong exponent leaves 0.4 or more
 SLOW = 1 / 8  # x lr: at the tuned rate, without its warmup, 5 steps are already chaotic
 BATCH, CONTEXT = 2, 64  # sequences, tokens: small, so that the check is quick
-CHECKED_ROLES = ("embedding", "hidden", "final_norm")  # of the layers whose output is looked at
+# Of layers whose output is not looked at: the logits and the vectors have rows of their own
+OTHERWISE_CHECKED = {"readout", "norm", "bias"}
 STREAM = "residual stream"
 
 
 def checked_layers(model):
-    """[(layer, module)]: what owns a parameter of CHECKED_ROLES, and STREAM for each block, whose output is
-    the residual stream. Layers of all blocks go by one name, such as mlp.up."""
+    """[(layer, module)]: what owns a parameter of a role not in OTHERWISE_CHECKED, and STREAM for each block,
+    whose output is the residual stream. Layers of all blocks go by one name, such as mlp.up."""
     layers = [(STREAM, block) for block in model.blocks]
     for module_name, module in model.named_modules():
         roles = {role_of(f"{module_name}.{name}".lstrip(".")) for name, _ in
                  module.named_parameters(recurse=False)}
-        if roles & {*CHECKED_ROLES} and module not in (model, *model.blocks):
+        if roles - OTHERWISE_CHECKED and module not in (model, *model.blocks):
             layers.append((short_name(module_name), module))
     return layers
 

@@ -26,7 +26,7 @@ from data.loader import TokenDataset
 from data.prepare import prepare
 from scaling import figures, scatter, stack, sweep
 from scaling.cli import parse_values
-from scaling.coordinate_check import coordinate_check, expected_powers
+from scaling.coordinate_check import checked_layers, coordinate_check, expected_powers
 from scaling.report import analyze, format_report
 from scaling.report import main as report_main
 from scaling.stack import train_stacked
@@ -814,6 +814,15 @@ class GroupedAttention(model.Attention):
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=1.0,
                                                 enable_gqa=True)
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
+
+
+def test_the_coordinate_check_looks_at_a_layer_whose_role_is_new(corpus, monkeypatch):
+    gpt = model.GPT(Config(**corpus | CHECKED | {"vocab_size": 5}))
+    known = checked_layers(gpt)
+    hidden = parametrization.ROLES["hidden"]
+    monkeypatch.setitem(parametrization.ROLES, "hidden", rf"(?!.*attention\.out){hidden}")
+    monkeypatch.setitem(parametrization.ROLES, "attention_out", r"blocks\.\d+\.attention\.out\.weight")
+    assert checked_layers(gpt) == known and "attention.out" in dict(known)
 
 
 def test_the_coordinate_check_computes_attention_logits_of_grouped_queries(corpus, monkeypatch):
