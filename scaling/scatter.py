@@ -2,10 +2,10 @@
 
 Pairs the trials of the same settings at two sizes, proxy and target: rows of trials.csv, mean over seeds. The
 sizes are those of the axis that varies (--axis=NAME where several do: a grid's other axes are settings like
-any); the proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. Prints Spearman's rank correlation, over all
-pairs and over the better half by the proxy, and what the proxy's favourite costs on the target: its loss
-there less the lowest. Draws scatter.png and scatter.svg into DIR, or --to=DIR. The trials may be a sweep over
-width and other settings, or searches at several widths.
+any); the proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. Prints
+Spearman's rank correlation, over all pairs and over the better half by the proxy, and what the proxy's
+favourite costs on the target: its loss there less the lowest. Draws scatter.png and scatter.svg into DIR, or
+--to=DIR. The trials may be a sweep over width and other settings, or searches at several widths.
 """
 
 import json
