@@ -5,10 +5,11 @@ of the size to which the mean |change| of each layer's output is proportional (T
 2203.03466, appendix D.1). Under μP it is 0, or what the table says; the standard parametrization, the control
 in the figure, fails. Exit code 0 for PASS, 1 for FAIL. Also --steps=5, --seeds=3, --out=DIR.
 
-The rows, in the order of the forward pass: the logits, first; what owns a matrix, by the change of its
-output; the logits of attention; the residual stream after each block; and each vector, such as a norm's gain,
-by the length of its own steps. Layers of all blocks are one row. A new layer is found by itself; a parameter
-that lies in GPT or Block directly, and is no vector, shows in the logits or the residual stream only.
+The rows, in the order of the forward pass: the logits, first, and the share of the readout in their change;
+what owns a matrix, by the change of its output; the logits of attention; the residual stream after each
+block; and each vector, such as a norm's gain, by the length of its own steps. Layers of all blocks are one
+row. A new layer is found by itself; a parameter that lies in GPT or Block directly, and is no vector, shows
+in the logits or the residual stream only.
 
 How to read a FAIL: the cause is the first row from the top that is off, logits left out, as what follows it
 inherits its error. Above what is expected: it moves more at each larger size, so its lr or its initial size
@@ -17,9 +18,10 @@ seeds (--widths=256,512,1024 --seeds=5): what only small sizes do fades, a wrong
 which the shares of several parts change with the width fails too: give each part a matrix of its own.
 
 A layer may be smaller at the start of a wider model without failing: logits start as width^-1/2, as their
-weights are independent and they are multiplied by 1/width_mult; what starts at 0 has no power. The check
-cannot see errors in what hardly acts within a few steps: weight decay, Adam's eps, the length of the run.
-A pass does not prove that settings transfer: for that, sweep and report.
+weights are independent and they are multiplied by 1/width_mult, and change so where these weights are large
+beside what they learn; what starts at 0 has no power. The check cannot see errors in what hardly acts within
+a few steps: weight decay, Adam's eps, the length of the run. A pass does not prove that settings transfer:
+for that, sweep and report.
 """
 
 import math
@@ -119,23 +121,39 @@ def measure_run(config, dataset, steps):
     """
     device, autocast = select_device(config)
     model = GPT(with_vocab_size(config, dataset)).to(device)
+    readout = None if config.tied else model.readout.weight.detach().clone()
     take_step = TrainStep(model, build_optimizer(model), config, autocast)
     batch = torch.stack(dataset.batch(config.seed, 0, config.batch, config.context)).to(device)
     tokens_BT = batch[0]
     initial = layer_outputs(model, tokens_BT)
     before, moved = vectors(model), defaultdict(float)
-    measured = {(layer, 0): output.abs().mean().item() for layer, output in (initial | before).items()}
+    measured = {("logits", 0): 0.0} | ({} if readout is None else {("readout", 0): 0.0})  # first in the table
+    for layer, output in (initial | before).items():
+        measured[layer, 0] = output.abs().mean().item()
     for step in range(steps):
         take_step.set_learning_rate(step)
         take_step(batch[:, None], step)
-        for layer, output in layer_outputs(model, tokens_BT).items():
+        outputs = layer_outputs(model, tokens_BT)
+        for layer, output in outputs.items():
             measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()
+        if readout is not None:
+            by_readout = outputs["logits"] - with_readout(model, readout, tokens_BT)
+            measured["readout", step + 1] = by_readout.abs().mean().item()
         now = vectors(model)
         for name, values in now.items():
             moved[name] += (values - before[name]).abs().mean().item()
             measured[name, step + 1] = moved[name]
         before = now
     return measured
+
+
+def with_readout(model, weight, tokens_BT):
+    """The logits of `model` with the readout's `weight` in place of its own."""
+    own = model.readout.weight.detach().clone()
+    model.readout.weight.data.copy_(weight)
+    logits_BTV = layer_outputs(model, tokens_BT)["logits"]
+    model.readout.weight.data.copy_(own)
+    return logits_BTV
 
 
 def short_run(config, steps):
@@ -167,8 +185,11 @@ def coordinate_check(config, axis="width", sizes=(64, 128, 256, 512), steps=5, s
         change, error = fit_power(measured[layer, steps])
         power = expected.get(layer, 0.0)
         grows = start > BOUND  # nan, which a layer that starts at 0 has, is not above
+        shrinks = change - power < -BOUND
+        if layer == "logits" and not config.tied:
+            shrinks = False  # where random weights of the readout do most; `readout` shows what it learns
         rows.append({"layer": layer, "start": start, "change": change, "expected": power,
-                     "interval": 2 * error, "passes": abs(change - power) <= BOUND and not grows})
+                     "interval": 2 * error, "passes": change - power <= BOUND and not (shrinks or grows)})
     return rows, measured
 
 

@@ -758,6 +758,21 @@ MUTANTS = {  # role and its wrong exponents, and the axis on which they show
     "branch": ("branch", (0, 0), "depth"), "hidden lr over depth": ("hidden", {"lr": (-1, -1)}, "depth")}
 
 
+def test_a_large_random_readout_hides_neither_a_right_table_nor_a_wrong_one(corpus, monkeypatch):
+    config = Config(**corpus | {"width": 64, "base_width": 64, "context": 64})  # small embeddings by default
+    rows, _ = coordinate_check(config, "width", (64, 256), seeds=1)
+    powers = {row["layer"]: row["change"] for row in rows}
+    assert powers["logits"] < -0.3 and abs(powers["readout"]) < 0.2 and all(row["passes"] for row in rows)
+    original = parametrization.TABLES["mup"]
+
+    def mutant(alpha):
+        rows, forward = original(alpha)
+        return rows | {"readout": rows["readout"]._replace(lr=(-1, 0))}, forward
+
+    monkeypatch.setitem(parametrization.TABLES, "mup", mutant)
+    assert "readout" in failing(config, "width", (64, 256), seeds=1)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
     key, wrong, axis = MUTANTS[name]
@@ -796,7 +811,7 @@ def test_the_coordinate_check_looks_at_layers_that_are_new(corpus, monkeypatch, 
     if config.qk_norm:
         gains[1:1] = ["attention.q_norm.weight", "attention.k_norm.weight"]
     assert [row["layer"] for row in rows] == [
-        "logits", *embeddings, "attention.qkv", "attention logits", "attention.out", *of_mlp, "mlp.down",
+        "logits", "readout", *embeddings, "attention.qkv", "attention logits", "attention.out", *of_mlp, "mlp.down",
         "residual stream", "final_norm", *gains]
 
 
