@@ -811,8 +811,8 @@ def test_the_coordinate_check_looks_at_layers_that_are_new(corpus, monkeypatch, 
     if config.qk_norm:
         gains[1:1] = ["attention.q_norm.weight", "attention.k_norm.weight"]
     assert [row["layer"] for row in rows] == [
-        "logits", "readout", *embeddings, "attention.qkv", "attention logits", "attention.out", *of_mlp, "mlp.down",
-        "residual stream", "final_norm", *gains]
+        "logits", "readout", *embeddings, "attention.qkv", "attention logits", "attention.out", *of_mlp,
+        "mlp.down", "residual stream", "final_norm", *gains]
 
 
 class GroupedAttention(model.Attention):
