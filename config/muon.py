@@ -17,5 +17,5 @@ attention_mult = 1.58
 weight_decay = 0.0065
 beta1, beta2 = 0.777, 0.986
 warmup = 0.0665
-schedule, final_lr = "linear", 0.06
+final_lr = 0.06
 grad_clip = 0.134

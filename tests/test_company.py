@@ -79,7 +79,7 @@ def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus,
     wait_for_rows(ranks[0], tmp_path / "out/run-2", 5)
     second = start_ranks(2, corpus | LONG | {"out": tmp_path / "out/run-2"})
     texts = [rank.communicate()[1] for rank in second]
-    assert [rank.returncode for rank in second] == [2, 2] and "Traceback" not in "".join(texts)
+    assert [rank.returncode for rank in second] == [2, 2] and "Traceback" not in "".join(texts), texts
     assert f"out/run-2 is in use by process {ranks[0].pid} " in texts[0]
     assert "another process died" in texts[1]
     ranks[1].send_signal(signal.SIGINT)

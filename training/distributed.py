@@ -21,7 +21,11 @@ def init_distributed():
     os.environ.update(torchrun_variables(os.environ))
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+        except dist.DistError as error:  # one that met a mistake at once may be gone before all have met
+            reason = str(error).splitlines()[0]
+            raise UserError(f"torchrun: another process died before all had met ({reason})") from None
 
 
 def torchrun_variables(environment):
