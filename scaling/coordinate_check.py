@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from configure import UserError, configure, run_cli
 from data.loader import TokenDataset, with_vocab_size
@@ -137,23 +138,15 @@ def measure_run(config, dataset, steps):
         for layer, output in outputs.items():
             measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()
         if readout is not None:
-            by_readout = outputs["logits"] - with_readout(model, readout, tokens_BT)
-            measured["readout", step + 1] = by_readout.abs().mean().item()
+            with torch.no_grad():
+                before_BTV = functional_call(model, {"readout.weight": readout}, (tokens_BT,))
+            measured["readout", step + 1] = (outputs["logits"] - before_BTV).abs().mean().item()
         now = vectors(model)
         for name, values in now.items():
             moved[name] += (values - before[name]).abs().mean().item()
             measured[name, step + 1] = moved[name]
         before = now
     return measured
-
-
-def with_readout(model, weight, tokens_BT):
-    """The logits of `model` with the readout's `weight` in place of its own."""
-    own = model.readout.weight.detach().clone()
-    model.readout.weight.data.copy_(weight)
-    logits_BTV = layer_outputs(model, tokens_BT)["logits"]
-    model.readout.weight.data.copy_(own)
-    return logits_BTV
 
 
 def short_run(config, steps):

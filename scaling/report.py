@@ -106,16 +106,21 @@ def choose_axes(configs, swept, axis=""):
         raise UserError(f"axis: got {axis}, takes one that varies: {', '.join(axes) or 'none does'}")
     found = candidates[0]
     axis = axis or max(axes, key=lambda name: len(values_of(configs, name)), default="width")
-    told_apart = [axis]
-    for name in axes:
-        # An axis that depends on another, as with the sweep's --hold, tells nothing apart
-        if not any(len(values_of(configs, one, name)) == len(values_of(configs, one)) for one in told_apart):
-            told_apart.append(name)
     others = [name for name in others if name != found]
     for name in HASHES:
         if decide(others, name, configs):
             others.remove(name)  # which is another because the data set is, or init_from
-    return axis, found, [*told_apart[1:], *others]
+    return axis, found, [*axes_beside(axis, axes, configs), *others]
+
+
+def axes_beside(axis, axes, configs):
+    """Those of `axes` that tell trials of one size of `axis` apart. One that follows from the others, as the
+    steps of a sweep with --hold, does not."""
+    told_apart = [axis]
+    for name in axes:
+        if len(values_of(configs, *told_apart, name)) > len(values_of(configs, *told_apart)):
+            told_apart.append(name)
+    return told_apart[1:]
 
 
 def values_of(configs, *names):

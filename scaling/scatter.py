@@ -20,7 +20,7 @@ from configure import UserError, run_cli
 from scaling import figures
 from scaling.cli import make_folder, parse_options
 from scaling.fits import rank_correlation
-from scaling.report import AXES, choose_base, format_rank, rows_of, values_of
+from scaling.report import AXES, axes_beside, choose_base, format_rank, rows_of, values_of
 
 FEWEST = 3  # pairs: of fewer there is no order to speak of
 
@@ -29,11 +29,7 @@ def losses_at(axis, rows):
     """{size: {other settings, as JSON: mean loss over the seeds}}; infinite where a trial diverged. What
     changes with the size by itself, as the steps of a sweep with --hold, is no other setting."""
     configs = [json.loads(row["config"]) for row in rows]
-    told_apart = [axis]
-    for name in AXES:
-        if len(values_of(configs, *told_apart, name)) > len(values_of(configs, *told_apart)):
-            told_apart.append(name)
-    left_out = {*AXES, "seed"} - {*told_apart[1:]}
+    left_out = {*AXES, "seed"} - {*axes_beside(axis, AXES, configs)}
     by_size = {}
     for row, config in zip(rows, configs, strict=True):
         key = json.dumps({name: value for name, value in config.items() if name not in left_out})
