@@ -54,7 +54,7 @@ def test_stacked_models_are_those_trained_alone(corpus, block, seeds, where):
     shared = corpus | block | {"steps": 20, "bias": True, "device": where, "precision": "fp32",
                                "compile": False}  # in bf16 rounding grows to 0.05 in 20 steps
     configs = [Config(**shared | settings | ({"seed": seeds} if seeds else {})) for settings in MIXED]
-    noise = 1e-4 if where == "cpu" else 5e-3
+    noise = 1e-3 if where == "cpu" else 5e-3  # rounding differs between processors, too, and grows to 1e-4
     for config, together in zip(configs, train_stacked(configs), strict=True):
         alone = train(config, quiet=True)
         assert losses(together) == pytest.approx(losses(alone), abs=noise)
