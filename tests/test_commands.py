@@ -36,7 +36,8 @@ def modules_of(folder):
 
 # Help and slips
 
-COMMANDS = ["data.prepare", "training.bench", *(f"scaling.{name}" for name in scaling_commands.commands())]
+COMMANDS = ["data.prepare", "training.bench", "training.peers",
+            *(f"scaling.{name}" for name in scaling_commands.commands())]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
