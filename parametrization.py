@@ -76,6 +76,9 @@ def between(start, end, init, lr):
     agree; so does the branch multiplier, which is a rule of depth.
     """
     (start_roles, start_factors), (end_roles, end_factors) = start, end
+    for role in start_roles.keys() ^ end_roles.keys():
+        raise UserError(f"parametrization.py: role {role} has a row in one table and none in the other; "
+                        "takes one in mup() and one in sp()")
     roles = {}
     for role, its_end in end_roles.items():
         its_start = start_roles[role]._asdict()
@@ -142,6 +145,8 @@ def hyperparameters(config, role, fan_in=None):
     nothing is drawn at random, as for norms and biases.
     """
     roles, _ = table_of(config)
+    if role not in roles:
+        raise UserError(f"parametrization.py: role {role} is in ROLES, but has no row in mup() and sp()")
     exponents = roles[role]
     muon = config.optimizer == "muon" and exponents.muon_lr is not None
     lr_exponents = exponents.muon_lr if muon else exponents.lr

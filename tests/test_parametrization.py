@@ -434,6 +434,16 @@ def test_a_parameter_with_two_roles_is_rejected_by_name(monkeypatch):
         GPT(tiny())
 
 
+def test_a_role_that_a_table_lacks_is_named(monkeypatch):
+    with pytest.raises(UserError, match="^parametrization.py: role gate is in ROLES, but has no row in mup"):
+        hyperparameters(tiny(), "gate")
+    roles, factors = TABLES["mup"](1.0)
+    with_gate = roles | {"gate": roles["hidden"]}, factors
+    monkeypatch.setitem(parametrization.TABLES, "mup", lambda a: with_gate)
+    with pytest.raises(UserError, match="^parametrization.py: role gate has a row in one table and none"):
+        GPT(tiny())
+
+
 def test_a_norm_added_inside_attention_is_not_treated_as_a_hidden_matrix(monkeypatch):
     monkeypatch.setattr(model_module, "Attention", edited(
         "Attention", "v_norm", lambda c: torch.nn.LayerNorm(c.head_dim, bias=False)))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import warnings
 from datetime import timedelta
 
 import torch
@@ -103,7 +104,9 @@ def parallelize(model, config, device):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return model
     if world_size() > 1:
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # of the name that the setting has since torch 2.13
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
 
 
