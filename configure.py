@@ -128,8 +128,8 @@ class Config:
     data_dir: Text = "data/prepared"  # folder of prepared data sets
     out: Text | None = None  # run directory; None: out/NAME on the command line, none from Python
     device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest available
-    precision: one_of("auto", "bf16", "fp32") = "auto"  # matrix products; auto: bf16 on cuda
-    compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; auto: blocks, on cuda
+    precision: one_of("auto", "bf16", "fp32") = "auto"  # of matrix products; auto: bf16 where it is fast
+    compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; auto: blocks, for bf16
     graph: one_of("auto", True, False) = "auto"  # the optimizer step as one CUDA graph; auto: on one GPU
     shard: Flag = False  # split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
     log_roles: Flag = False  # per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv

@@ -25,6 +25,7 @@ from training.compile import compiled_training, use_cuda_graph
 from training.device import (
     batches_on_device,
     check_memory,
+    is_compiled,
     peak_flops,
     peak_memory,
     precision_name,
@@ -153,6 +154,8 @@ def describe(run):
     modes = f"{run.device}"
     if run.autocast._enabled:
         modes += ", bf16"
+    if is_compiled(config, run.device):
+        modes += ", compiled"
     if use_cuda_graph(config, run.device):
         modes += ", one CUDA graph a step"
     return (f"{dataset.folder}: {len(dataset.train):,} training tokens, vocabulary {dataset.vocab_size:,}\n"

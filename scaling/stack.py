@@ -21,7 +21,7 @@ from model import GPT
 from parametrization import matrices_in
 from train import Result
 from training.compile import CudaGraphed, allow_recompiling, fall_back_or_raise, use_cuda_graph
-from training.device import batches_on_device, select_device
+from training.device import batches_on_device, is_compiled, select_device
 from training.evaluate import PIECE_TOKENS, summarize
 from training.muon import MuonWithAdamW, orthogonal_update
 from training.optimizer import adamw_update, build_optimizer
@@ -180,10 +180,6 @@ def train_stacked(configs, pad_to=1):
         result.diverged = not finite
         results.append(result)
     return results
-
-
-def is_compiled(config, device):
-    return bool(config.compile) and (config.compile != "auto" or device.type == "cuda")
 
 
 @torch.no_grad()

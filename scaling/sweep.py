@@ -33,7 +33,7 @@ from data.loader import TokenDataset, with_vocab_size
 from data.prepare import IDENTITY_SETTINGS, prepare
 from model import model_size
 from scaling.cli import parse_options, parse_values
-from scaling.stack import MAY_DIFFER, check_stackable, is_compiled, train_stacked
+from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
     FACTS,
     NOT_IDENTITY,
@@ -46,7 +46,7 @@ from scaling.trials import (
 )
 from scaling.worker import Worker, pause
 from train import Result, train
-from training.device import precision_name, reuse_freed_memory, select_device
+from training.device import is_compiled, precision_name, reuse_freed_memory, select_device
 from training.distributed import torchrun_variables
 from training.pretrained import hash_weights
 

@@ -244,9 +244,9 @@ def test_two_compiled_codes_serve_the_dense_and_the_banded_blocks(corpus, compil
     settings = corpus | {"steps": 2, "window": 5, "depth": 4}
     plain = run(settings)
     assert column(run(settings, compile="blocks")) == pytest.approx(column(plain), abs=1e-5)
-    assert len(compiled) == 4, "embed, two blocks, read_out"
+    assert len(compiled) == 3, "two blocks, read_out; on a CPU, embed is not"
     run(settings, compile="blocks", depth=5, lr=2**-8)
-    assert len(compiled) == 4
+    assert len(compiled) == 3
 
 
 def test_flex_attention_is_used_in_compiled_training_on_cuda_and_nowhere_else(monkeypatch):

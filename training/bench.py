@@ -99,7 +99,7 @@ def cost_of_loss(config, loss):
 
 def bench_sampling(source, config):
     """{what writes: tokens per second in all texts together} for the model `source`."""
-    device, autocast = select_device(config)
+    device, autocast = select_device(config, training=False)
     model, tokenizer = load(source, device)
     n = min(config.sample_tokens, model.config.context - PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(config.seed)

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from configure import UserError
+from training.device import is_compiled
 from training.distributed import world_size
 
 
@@ -21,11 +22,14 @@ def fall_back_or_raise(name, config, error, say):
 
 def methods_to_compile(model, config, device):
     """[(module, method name)] that training runs compiled: none, the whole forward pass, or its parts."""
-    if not config.compile or config.compile == "auto" and device.type != "cuda":
+    if not is_compiled(config, device):
         return []
     if config.compile == "model":
         return [(model, "forward")]
-    return [*((block, "forward") for block in model.blocks), (model, "embed"), (model, "read_out")]
+    methods = [*((block, "forward") for block in model.blocks), (model, "read_out")]
+    if device.type != "cpu":  # there its backward pass adds in any order: a resumed run would have other bits
+        methods.append((model, "embed"))
+    return methods
 
 
 def compile_for_training(method):
@@ -63,6 +67,8 @@ def compiled_training(model, parallel_model, config, device, autocast, say):
         for module, name in methods:
             setattr(module, name, compile_for_training(getattr(module, name)))
         if methods:
+            if device.type == "cpu":
+                say("compiling: half a minute the first time, unless --compile=false")
             error = try_one_pass(model, parallel_model, config, device, autocast)
             if error is not None:
                 restore(model, methods)

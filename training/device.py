@@ -17,6 +17,7 @@ from training.evaluate import piece_rows
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
          "RTX 4090": 165e12, "RTX 3090": 71e12}
 GIB = 2**30
+LONG_RUN = 5e12  # FLOPs in blocks: a minute on two cores, where compiling takes half of one the first time
 
 
 def reuse_freed_memory():
@@ -27,8 +28,9 @@ def reuse_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
 
 
-def select_device(config):
-    """(device, autocast): where to run, and the context manager for its precision. Raises UserError."""
+def select_device(config, training=True):
+    """(device, autocast): where to run, and the context manager for its precision. training: else for
+    sampling, which gains from bf16 on a GPU only. Raises UserError."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     available = [name for name, count in counts.items() if count]
     device = torch.device(available[0] if config.device == "auto" else config.device)
@@ -43,10 +45,29 @@ def select_device(config):
         raise UserError(f"device: got {device}, which this machine does not have; takes {choices}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    bf16 = config.precision == "bf16"
+    if config.precision == "auto":
+        bf16 = is_fast_in_bf16(config, device) if training else device.type == "cuda"
     if bf16:  # RMSNorm's gains stay in fp32, as they are meant to
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def is_fast_in_bf16(config, device):
+    """Whether compiled bf16 pays: on a GPU, and on a CPU that multiplies bf16 in its hardware (AVX512-BF16,
+    AMX) for a run that is long enough to make up for the compiling. Uncompiled bf16 gains nothing there."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    flops = 6 * 12 * config.depth * config.width**2 * config.tokens_before(config.steps)
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
+    return flops >= LONG_RUN and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def is_compiled(config, device):
+    """Whether training goes through torch.compile, unless that fails."""
+    if config.compile == "auto":
+        return is_fast_in_bf16(config, device) and (device.type == "cuda" or config.precision != "fp32")
+    return bool(config.compile)
 
 
 def precision_name(autocast):

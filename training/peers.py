@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from configure import UserError, asks_for_help, configure, run_cli
 from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
-from training.device import GIB, batches_on_device, peak_memory, select_device
+from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device
 from training.evaluate import piece_rows, summarize
 
 RATES = {"nanogpt": "lr", "nanochat": "factor"}
@@ -149,8 +149,7 @@ def train_peer(name, folder, config, rate, plain=False):
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"{name}: got {folder}, where its code does not load ({error}); takes a clone of "
                         f"github.com/karpathy/{'nanoGPT' if name == 'nanogpt' else name}") from None
-    compiled = bool(config.compile) and (config.compile != "auto" or device.type == "cuda")
-    model = torch.compile(peer.model, dynamic=False) if compiled else peer.model
+    model = torch.compile(peer.model, dynamic=False) if is_compiled(config, device) else peer.model
     chunks = prefetch_batches(dataset, config, 0, pin_memory=device.type == "cuda")
     batches, speeds = batches_on_device(chunks, device), []
     window_start, window_steps = time.perf_counter(), 0

@@ -65,7 +65,7 @@ def sampling_config(argv):
 def sample(source, config):
     """Print what the model of `source` writes after config.prompt or, where that is -, after each line of
     standard input. Raises UserError."""
-    device, autocast = select_device(config)
+    device, autocast = select_device(config, training=False)
     model, tokenizer = load(source, device)
     graphed = faster_on_gpu(device)
     with autocast:
