@@ -12,13 +12,15 @@ from data.prepare import prepare
 from training import peers
 
 # What is used of either project, written anew as a bigram model that notes which tokens it is shown
-NANOGPT = """
+HEAD = """
     import torch, torch.nn.functional as F
-    seen, rates = [], []
 
     class GPTConfig:
         def __init__(self, **settings):
             self.__dict__ = settings
+"""
+NANOGPT = HEAD + """
+    seen = []
 
     class GPT(torch.nn.Module):
         def __init__(self, config):
@@ -35,16 +37,11 @@ NANOGPT = """
             logits = self.table(tokens)
             return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 """
-NANOCHAT = """
-    import torch, torch.nn.functional as F
+NANOCHAT = HEAD + """
     groups = []
 
     def has_ve(layer, layers):
         return True
-
-    class GPTConfig:
-        def __init__(self, **settings):
-            self.__dict__ = settings
 
     class GPT(torch.nn.Module):
         def __init__(self, config):

@@ -8,12 +8,14 @@ theirs; the shape, the tokens of each step and the validation windows are CONFIG
 its own. nanoGPT (its commit 3adf61e is known to work): heads of head_dim, no biases, AdamW with beta 0.9 and
 0.99, decay 0.1, clipping at 1, 5% warmup, cosine to 10%. nanochat (92d63d4): heads of 128, full windows, its
 base_train's rates x sqrt(tokens of a step / 2^19) x the factor, decay 0.28 falling by a cosine, 40 steps of
-warmup, the last 65% down to 5%, its momentum schedule; plain: without value embeddings and smear.
+warmup or a quarter of a short run, the last 65% down to 5%, its momentum schedule; plain: without value
+embeddings and smear.
 
 Prints the loss, its standard error, the seconds from the first line of set-up to the last step, evaluation
 left out, tokens per second and GiB. On a GPU: bf16, compiled, unless --compile=false.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -27,13 +29,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
-import torch.nn.functional as F
 
 from configure import UserError, asks_for_help, configure, run_cli
 from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
 from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device
-from training.evaluate import piece_rows, summarize
+from training.evaluate import evaluate
 
 RATES = {"nanogpt": "lr", "nanochat": "factor"}
 SPEED_SECONDS = 0.5  # of a window over which tokens per second are counted
@@ -59,9 +60,9 @@ class NanoGPT:
         with self.autocast:
             return model(tokens_BT, targets_BT)[1]
 
-    def logits_of(self, tokens_BT, targets_BT):
-        with self.autocast:
-            return self.model(tokens_BT, targets_BT.contiguous())[0]
+    def logits_of(self, tokens_BT):
+        with self.autocast:  # without targets it gives the last position's alone
+            return self.model(tokens_BT, torch.zeros_like(tokens_BT))[0]
 
     def update(self, step):
         if step < self.warmup:
@@ -104,7 +105,7 @@ class Nanochat:
     def loss_of(self, model, tokens_BT, targets_BT):
         return model(tokens_BT, targets_BT)
 
-    def logits_of(self, tokens_BT, targets_BT):
+    def logits_of(self, tokens_BT):
         return self.model(tokens_BT)
 
     def lr_factor(self, step):
@@ -134,6 +135,14 @@ class Nanochat:
 
 
 PEERS = {"nanogpt": NanoGPT, "nanochat": Nanochat}
+
+
+class Logits(torch.nn.Module):
+    """A peer's logits, as a module that evaluate() takes."""
+
+    def __init__(self, peer):
+        super().__init__()
+        self.forward = peer.logits_of
 
 
 def train_peer(name, folder, config, rate, plain=False):
@@ -166,22 +175,10 @@ def train_peer(name, folder, config, rate, plain=False):
             speeds.append(window_steps * config.batch * config.context / seconds)
             window_start, window_steps = time.perf_counter(), 0
     seconds = time.perf_counter() - start
-    return {**evaluate_peer(peer, dataset, config, device), "seconds": seconds,
+    numbers = evaluate(Logits(peer), dataset, config, device, contextlib.nullcontext())
+    return {**numbers, "seconds": seconds,
             "tokens_per_second": statistics.median(speeds), "peak_memory": peak_memory(device),
             "parameters": sum(p.numel() for p in peer.model.parameters())}
-
-
-@torch.no_grad()
-def evaluate_peer(peer, dataset, config, device):
-    """evaluate() of a peer's model: on the same windows."""
-    windows = dataset.validation_windows(config.context, config.eval_tokens)
-    losses = []
-    for piece_BT in torch.from_numpy(windows.astype("int64")).split(piece_rows(config, config.micro_batch)):
-        piece_BT = piece_BT.to(device)
-        targets_BT = piece_BT[:, 1:]
-        logits_BVT = peer.logits_of(piece_BT[:, :-1], targets_BT).float().transpose(1, 2)
-        losses.append(F.cross_entropy(logits_BVT, targets_BT, reduction="none").mean(1).cpu())
-    return summarize(torch.cat(losses).double(), config.context, dataset.target_bytes(windows))
 
 
 def parse_words(argv):
