@@ -76,9 +76,9 @@ def between(start, end, init, lr):
     agree; so does the branch multiplier, which is a rule of depth.
     """
     (start_roles, start_factors), (end_roles, end_factors) = start, end
-    for role in start_roles.keys() ^ end_roles.keys():
-        raise UserError(f"parametrization.py: role {role} has a row in one table and none in the other; "
-                        "takes one in mup() and one in sp()")
+    if unpaired := start_roles.keys() ^ end_roles.keys():
+        raise UserError(f"parametrization.py: role {', '.join(sorted(unpaired))} has a row in one table and "
+                        "none in the other; takes one in mup() and one in sp()")
     roles = {}
     for role, its_end in end_roles.items():
         its_start = start_roles[role]._asdict()

@@ -58,6 +58,7 @@ def is_fast_in_bf16(config, device):
     AMX) for a run that is long enough to make up for the compiling. Uncompiled bf16 gains nothing there."""
     if device.type != "cpu":
         return device.type == "cuda"
+    # Of any block's matrices: the vocabulary, which model_size() needs, is not known before there are tokens
     flops = 6 * 12 * config.depth * config.width**2 * config.tokens_before(config.steps)
     has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
     return flops >= LONG_RUN and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
