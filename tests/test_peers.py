@@ -115,11 +115,17 @@ def test_a_peer_is_measured_on_the_windows_that_we_are_measured_on(corpus, clone
     assert its["val_error"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_peer_has_as_many_rows_of_the_vocabulary_as_we_have(corpus, clone):
+    config = Config(**corpus | {"steps": 1, "vocab_size": 300})
+    its = peers.train_peer("nanogpt", clone(NANOGPT, "model.py"), config, 0.1)
+    assert its["parameters"] == 300 * 300  # the stand-in's one table
+
+
 def test_nanochats_rates_follow_its_schedule_and_the_factor(corpus, clone):
-    config = Config(**corpus | {"steps": 20})
+    config = Config(**corpus | {"steps": 20, "vocab_size": 64})
     folder = clone(NANOCHAT, "nanochat", "gpt.py")
     device, autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
-    peer = peers.Nanochat(folder, config, 64, device, autocast, 4.0, plain=True)
+    peer = peers.Nanochat(folder, config, device, autocast, 4.0, plain=True)
     matrices, smear = peer.optimizer.param_groups
     peak = 4 * 0.02 * (config.batch * config.context / 2**19) ** 0.5
     rates = {0: 1 / 5, 4: 1, 7: 1, 19: 1 / 13 + 12 / 13 * 0.05}  # 5 steps up, 13 down

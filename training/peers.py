@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import torch
 
 from configure import UserError, asks_for_help, configure, run_cli
-from data.loader import TokenDataset, prefetch_batches
+from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device
 from training.evaluate import evaluate
@@ -43,12 +43,12 @@ SPEED_SECONDS = 0.5  # of a window over which tokens per second are counted
 class NanoGPT:
     """nanoGPT's model and recipe: losses, logits, and updates at the peak rate `lr`."""
 
-    def __init__(self, folder, config, vocab_size, device, autocast, lr, plain):
+    def __init__(self, folder, config, device, autocast, lr, plain):
         path = os.path.join(folder, "model.py")
         spec = importlib.util.spec_from_file_location("nanogpt_model", path)  # ours is called model, too
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        shape = module.GPTConfig(block_size=config.context, vocab_size=vocab_size, n_layer=config.depth,
+        shape = module.GPTConfig(block_size=config.context, vocab_size=config.vocab_size, n_layer=config.depth,
                                  n_head=config.width // config.head_dim, n_embd=config.width, dropout=0.0,
                                  bias=False)
         self.model = module.GPT(shape).to(device)
@@ -80,7 +80,7 @@ class NanoGPT:
 class Nanochat:
     """nanochat's model and recipe: losses, logits, and updates at its rates times `factor`."""
 
-    def __init__(self, folder, config, vocab_size, device, autocast, factor, plain):
+    def __init__(self, folder, config, device, autocast, factor, plain):
         # In place of autocast it has a type of its own, which it reads when it is imported
         os.environ["NANOCHAT_DTYPE"] = "bfloat16" if autocast._enabled else "float32"
         if folder not in sys.path:
@@ -89,7 +89,7 @@ class Nanochat:
         if plain:
             module.has_ve = lambda layer, layers: False
         heads = max(1, config.width // 128)
-        shape = module.GPTConfig(sequence_len=config.context, vocab_size=vocab_size, n_layer=config.depth,
+        shape = module.GPTConfig(sequence_len=config.context, vocab_size=config.vocab_size, n_layer=config.depth,
                                  n_head=heads, n_kv_head=heads, n_embd=config.width, window_pattern="L")
         with torch.device("meta"):
             self.model = module.GPT(shape)
@@ -151,10 +151,11 @@ def train_peer(name, folder, config, rate, plain=False):
     device, autocast = select_device(config)
     dataset = TokenDataset(prepare(config))
     dataset.check_fills_batch(config.context, config.batch)
+    config = with_vocab_size(config, dataset)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # as both projects have it
     try:
-        peer = PEERS[name](folder, config, dataset.vocab_size, device, autocast, rate, plain)
+        peer = PEERS[name](folder, config, device, autocast, rate, plain)
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"{name}: got {folder}, where its code does not load ({error}); takes a clone of "
                         f"github.com/karpathy/{'nanoGPT' if name == 'nanogpt' else name}") from None
