@@ -99,14 +99,20 @@ class Attention(nn.Module):
         self.qkv = Linear(C, 3 * C, config.bias, qkv_factor)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
-    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
-        B, T, C = x_BTC.shape
-        qkv_BTHD = self.qkv(x_BTC).view(B, T, 3, C // self.head_dim, self.head_dim).unbind(2)
-        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD)
-        if self.q_norm is not None:
-            q_BHTD, k_BHTD = self.q_norm(q_BHTD), self.k_norm(k_BHTD)
+    @staticmethod  # training/kernels.py has a faster one
+    def queries_keys_values(qkv_BTNHD, q_norm, k_norm, rotary):
+        """Queries, keys and values (N = 3), each BHTD: the first two normalized and rotated, unless None."""
+        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTNHD.unbind(2))
+        if q_norm is not None:
+            q_BHTD, k_BHTD = q_norm(q_BHTD), k_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotate(q_BHTD, rotary), rotate(k_BHTD, rotary)
+        return q_BHTD, k_BHTD, v_BHTD
+
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
+        B, T, C = x_BTC.shape
+        qkv_BTNHD = self.qkv(x_BTC).view(B, T, 3, C // self.head_dim, self.head_dim)
+        q_BHTD, k_BHTD, v_BHTD = self.queries_keys_values(qkv_BTNHD, self.q_norm, self.k_norm, rotary)
         if cache is not None:
             k_BHTD, v_BHTD = cache.extend(self, k_BHTD, v_BHTD)
         if isinstance(mask_TS, BlockMask):
@@ -128,29 +134,32 @@ def mlp_width(config):
     return by_64 if abs(by_64 / exact - 1) <= 0.01 else 8 * round(exact / 8)
 
 
+def swiglu(gate_up):  # training/kernels.py has a faster one
+    """silu(gates) * up, of both side by side (arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
-               "relu2": lambda x: F.relu(x).square(), "swiglu": F.silu}
+               "relu2": lambda x: F.relu(x).square(), "swiglu": swiglu}
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))), or with gates, down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+    """down(activate(up(x))), or with gates, down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config):
         super().__init__()
         C, hidden = config.width, mlp_width(config)
-        self.activation = config.mlp
-        if self.activation == "swiglu":
+        self.gated, self.activate = config.mlp == "swiglu", ACTIVATIONS[config.mlp]
+        if self.gated:
             self.gate_up = Linear(C, 2 * hidden, config.bias)  # one product: gates first
         else:
             self.up = Linear(C, hidden, config.bias)
         self.down = Linear(hidden, C, config.bias, forward_multipliers(config)["branch"])
 
     def forward(self, x_BTC):
-        activate = ACTIVATIONS[self.activation]
-        if self.activation == "swiglu":
-            gate, up = self.gate_up(x_BTC).chunk(2, dim=-1)
-            return self.down(activate(gate) * up)
-        return self.down(activate(self.up(x_BTC)))
+        first = self.gate_up if self.gated else self.up
+        return self.down(self.activate(first(x_BTC)))
 
 
 class Block(nn.Module):
@@ -257,9 +266,15 @@ class GPT(nn.Module):
     def read_out(self, x_BTC, targets_BT=None):
         """The logits; or only their loss, as logits that leave compiled code cost 3% of a step."""
         readout = self.token_embedding if self.config.tied else self.readout
-        logits_BTV = F.linear(self.logit_mult * self.final_norm(x_BTC), readout.weight)
+        x_BTC = self.logit_mult * self.final_norm(x_BTC)
         if targets_BT is None:
-            return logits_BTV
+            return F.linear(x_BTC, readout.weight)
+        return self.readout_loss(x_BTC, readout.weight, targets_BT)
+
+    @staticmethod  # training/kernels.py has a faster one
+    def readout_loss(x_BTC, weight_VC, targets_BT):
+        """The mean cross-entropy, in nats, of the logits x @ weight^T."""
+        logits_BTV = F.linear(x_BTC, weight_VC)
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
     def flops_per_token(self):

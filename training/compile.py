@@ -1,4 +1,4 @@
-"""Faster code for the same numbers: torch.compile, and optimizer steps replayed as CUDA graphs."""
+"""Faster code for the same numbers: torch.compile, kernels, and optimizer steps replayed as CUDA graphs."""
 
 import contextlib
 import functools
@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from configure import UserError
 from training.device import is_compiled
 from training.distributed import world_size
+from training.kernel_check import kernels_that_agree
 
 
 def fall_back_or_raise(name, config, error, say):
@@ -56,26 +57,40 @@ def compiled_training(model, parallel_model, config, device, autocast, say):
     """Within, training of `model` goes through torch.compile, where config.compile asks for it and it works.
 
     All blocks share one compiled code, or with a window two. "model" compiles the whole pass as one: it takes
-    longer, for a faster step. parallel_model: `model`, or what distributed.parallelize() made of it. Raises
-    UserError.
+    longer, for a faster step. On a GPU, in bf16, kernels take the place of three functions of model.py.
+    parallel_model: `model`, or what distributed.parallelize() made of it. Raises UserError.
     """
     allow_recompiling()
     methods = methods_to_compile(model, config, device)
-    if methods and can_use_flex(config, device):
-        model.block_mask = band_mask(config.window, config.context, device)
-    try:
+    with contextlib.ExitStack() as changes:
+        if methods and can_use_flex(config, device):
+            mask = band_mask(config.window, config.context, device)
+            changes.enter_context(replaced(model, "block_mask", mask))
+        if methods and device.type == "cuda" and autocast._enabled:
+            for module, name, kernel in kernels_that_agree(model, config, say):
+                changes.enter_context(replaced(module, name, kernel))
         for module, name in methods:
-            setattr(module, name, compile_for_training(getattr(module, name)))
+            changes.enter_context(replaced(module, name, compile_for_training(getattr(module, name))))
         if methods:
             if device.type == "cpu":
                 say("compiling: half a minute the first time, unless --compile=false")
             error = try_one_pass(model, parallel_model, config, device, autocast)
             if error is not None:
-                restore(model, methods)
+                changes.close()
                 fall_back_or_raise("compile", config, error, say)
         yield
+
+
+@contextlib.contextmanager
+def replaced(module, name, value):
+    """Within, module.name is `value`; afterwards again what the module or its class has."""
+    own = {key: old for key, old in module.__dict__.items() if key == name}
+    setattr(module, name, value)
+    try:
+        yield
     finally:
-        restore(model, methods)
+        module.__dict__.pop(name)
+        module.__dict__.update(own)
 
 
 def can_use_flex(config, device):
@@ -92,14 +107,6 @@ def band_mask(window, context, device):
         return (query >= key) & (query - key < window)
 
     return create_block_mask(is_seen, None, None, context, context, device=device)
-
-
-def restore(model, methods):
-    """Take the compiled methods off their modules again, as they hide the class's own."""
-    model.block_mask = None
-    while methods:
-        module, name = methods.pop()
-        module.__dict__.pop(name, None)
 
 
 def try_one_pass(model, parallel_model, config, device, autocast):

@@ -48,9 +48,9 @@ class NanoGPT:
         spec = importlib.util.spec_from_file_location("nanogpt_model", path)  # ours is called model, too
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        shape = module.GPTConfig(block_size=config.context, vocab_size=config.vocab_size, n_layer=config.depth,
-                                 n_head=config.width // config.head_dim, n_embd=config.width, dropout=0.0,
-                                 bias=False)
+        shape = module.GPTConfig(block_size=config.context, vocab_size=config.vocab_size,
+                                 n_layer=config.depth, n_head=config.width // config.head_dim,
+                                 n_embd=config.width, dropout=0.0, bias=False)
         self.model = module.GPT(shape).to(device)
         self.optimizer = self.model.configure_optimizers(0.1, lr, (0.9, 0.99), device.type)
         self.lr, self.steps, self.warmup = lr, config.steps, round(0.05 * config.steps)
@@ -89,8 +89,9 @@ class Nanochat:
         if plain:
             module.has_ve = lambda layer, layers: False
         heads = max(1, config.width // 128)
-        shape = module.GPTConfig(sequence_len=config.context, vocab_size=config.vocab_size, n_layer=config.depth,
-                                 n_head=heads, n_kv_head=heads, n_embd=config.width, window_pattern="L")
+        shape = module.GPTConfig(sequence_len=config.context, vocab_size=config.vocab_size,
+                                 n_layer=config.depth, n_head=heads, n_kv_head=heads, n_embd=config.width,
+                                 window_pattern="L")
         with torch.device("meta"):
             self.model = module.GPT(shape)
         self.model.to_empty(device=device)
