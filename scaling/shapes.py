@@ -113,25 +113,24 @@ def format_table(table):
 
 
 def draw_shapes(table, equal, folder):
-    """Writes shapes.png: loss and speed against depth; returns its path."""
+    """Writes shapes.png: loss, that after finetuning, and speed against depth; returns its path."""
     pyplot = load_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4))
-    depths = [its["depth"] for its in table]
-    first, second = line_style(0), line_style(1)
-    left.plot(depths, [its["loss"] for its in table], label="trained", **first)
-    for its in table:
-        left.plot([its["depth"]] * its["seeds"], its["seed_losses"], ".", color=first["color"], alpha=0.6)
-    if table[0]["finetuned"] is not None:
-        left.plot(depths, [its["finetuned"] for its in table], label="finetuned on another text", **second)
-        left.legend(fontsize=10)
-    right.plot(depths, [its["tokens_per_second"] for its in table], **first)
     name = {"flops": "FLOPs"}.get(equal, equal)
-    left.set(title=f"Equal {name}", ylabel="validation loss, nats per token")
-    right.set(title="Speed", ylabel="tokens per second", ylim=(0, None))
-    for ax in (left, right):
-        ax.set(xscale="log", xlabel="depth, blocks (width)")
+    panels = [(f"Equal {name}", "validation loss, nats per token", [its["loss"] for its in table]),
+              ("Finetuned on another text", "validation loss, nats per token",
+               [its["finetuned"] for its in table]),
+              ("Speed", "million tokens per second", [its["tokens_per_second"] / 1e6 for its in table])]
+    panels = [panel for panel in panels if None not in panel[2]]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained")
+    depths, style = [its["depth"] for its in table], line_style(0)
+    for ax, (title, label, values) in zip(axes, panels, strict=True):
+        ax.plot(depths, values, **style)
+        ax.set(title=title, ylabel=label, xscale="log", xlabel="depth, blocks (width)")
         ax.set_xticks(depths, [f"{its['depth']}\n({its['width']})" for its in table])
         ax.minorticks_off()
+    for its in table:
+        axes[0].plot([its["depth"]] * its["seeds"], its["seed_losses"], ".", color=style["color"], alpha=0.6)
+    axes[-1].set_ylim(0, None)
     return save(figure, os.path.join(folder, "shapes.png"), pyplot)
 
 
