@@ -276,11 +276,11 @@ def say_failed(folder, failed, count):
 
 def print_table(axes, rows):
     """The settings that were swept and the loss of each trial."""
-    swept = ",".join(axes).split(",")
-    print("".join(f"{name:>14}" for name in [*swept, "val_loss"]))
+    columns = {name: max(14, len(name) + 2) for name in ",".join(axes).split(",")}
+    print("".join(f"{name:>{width}}" for name, width in columns.items()) + f"{'val_loss':>14}")
     for row in rows:
         config = json.loads(row["config"])
-        values = "".join(f"{config[name]!s:>14.12}" for name in swept)
+        values = "".join(f"{config[name]!s:>{width}.12}" for name, width in columns.items())
         print(values, f"{row['val_loss']:13.4f}  {row['failure']}")
 
 

@@ -57,7 +57,7 @@ def test_the_help_of_data_prepare_lists_the_settings_of_data_alone(capsys):
     assert listed[:2] == ["dataset", "tokenizer"] and listed[-1] == "data_dir" and "width" not in listed
 
 
-@pytest.mark.parametrize("name", modules_of("scaling"))
+@pytest.mark.parametrize("name", sorted({*modules_of("scaling")} - {"configure"}))
 def test_a_module_of_scaling_is_a_command_or_says_that_it_is_none(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as caught:
@@ -67,6 +67,14 @@ def test_a_module_of_scaling_is_a_command_or_says_that_it_is_none(name, monkeypa
     else:
         assert caught.value.code == 2
         assert f"error: scaling.{name}: is no command; `python -m scaling` lists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["scaling/sweep.py", "training/bench.py", "data/prepare.py"])
+def test_a_command_that_is_started_by_its_path_says_how_it_starts(path):
+    done = subprocess.run([sys.executable, path, "lr=1"], cwd=ROOT, capture_output=True, text=True)
+    module = path.removesuffix(".py").replace("/", ".")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"{path}: got a path, takes python -m {module}, in the project's folder\n"
 
 
 def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):
