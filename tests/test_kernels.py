@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
 
 import model
 import training
@@ -102,6 +103,19 @@ def test_kernels_that_agree_with_the_model_take_its_place_in_every_block(gpt, mo
     assert agreeing == [("readout_loss", gpt), *(("activate", block.mlp) for block in blocks),
                         *(("queries_keys_values", block.attention) for block in blocks)]
     assert not said
+
+
+def test_sharded_parameters_are_not_needed_to_compare(gpt, monkeypatch):
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for block in gpt.blocks:
+            fully_shard(block)
+        fully_shard(gpt)
+        agreeing, said = found(gpt, monkeypatch, stand_in())
+    finally:
+        dist.destroy_process_group()
+    assert len(agreeing) == 5 and not said
 
 
 def changed_loss(x_BTC, weight_VC, targets_BT):

@@ -12,8 +12,8 @@ FP32_ROUNDING = 1e-4  # as a share; what a kernel and a function may differ by
 
 
 def replaceable(model, config):
-    """[(modules, name of a function of theirs, name of its kernel in training/kernels.py, inputs to compare
-    the two on)]: the functions of `model` that there may be a kernel for."""
+    """[(modules, name of a function of theirs, name of its kernel in training/kernels.py, what makes
+    inputs to compare the two on)]: the functions of `model` that there may be a kernel for."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -22,21 +22,24 @@ def replaceable(model, config):
     def with_function(name):
         return [module for module in model.modules() if hasattr(module, name)]
 
-    T, D = config.context, config.head_dim
-    targets_BT = torch.tensor([[0, 699, 5, 350, 1]] * 3, device=device)
-    found = [(with_function("readout_loss"), "readout_loss", "readout_loss",
-              (draw(3, 5, 48), draw(700, 48), targets_BT))]
+    def loss_inputs():
+        targets_BT = torch.tensor([[0, 699, 5, 350, 1]] * 3, device=device)
+        return draw(3, 5, 48), draw(700, 48), targets_BT
+
+    def attention_inputs():
+        norms = [copy.copy(getattr(attentions[0], name)) for name in ("q_norm", "k_norm")]
+        for norm in norms:  # all ones would not tell gains apart; and those of the model may be sharded
+            norm._parameters = {name: torch.nn.Parameter((1 + 0.3 * draw(*p.shape)).detach())
+                                for name, p in norm._parameters.items()}
+        rotary = model.rotary_cos, model.rotary_sin
+        return draw(2, config.context, 3, 3, D), *norms, rotary
+
+    D, attentions = config.head_dim, with_function("queries_keys_values")
+    found = [(with_function("readout_loss"), "readout_loss", "readout_loss", loss_inputs)]
     if config.mlp == "swiglu":
-        found.append((with_function("activate"), "activate", "swiglu", (draw(3, 5, 2 * 344),)))
+        found.append((with_function("activate"), "activate", "swiglu", lambda: (draw(3, 5, 2 * 344),)))
     if config.qk_norm and config.position == "rotary" and D >= 16 and D.bit_count() == 1:
-        name = "queries_keys_values"
-        attentions = with_function(name)
-        for attention in attentions[:1]:
-            norms = copy.deepcopy([attention.q_norm, attention.k_norm])
-            for norm in norms:
-                norm.weight.data += 0.3 * draw(D).detach()
-            rotary = model.rotary_cos, model.rotary_sin
-            found.append((attentions, name, name, (draw(2, T, 3, 3, D), *norms, rotary)))
+        found.append((attentions, "queries_keys_values", "queries_keys_values", attention_inputs))
     return [its for its in found if its[0]]
 
 
@@ -70,10 +73,10 @@ def kernels_that_agree(model, config, say):
     except ImportError:  # no Triton: torch.compile will say what is missing
         return []
     found = []
-    for modules, name, kernel_name, inputs in replaceable(model, config):
+    for modules, name, kernel_name, make_inputs in replaceable(model, config):
         kernel = getattr(kernels, kernel_name)
         try:
-            share = difference(kernel, getattr(modules[0], name), inputs)
+            share = difference(kernel, getattr(modules[0], name), make_inputs())
             reason = None if share < FP32_ROUNDING else f"differs by {share:.1%} from its kernel"
         except Exception as error:  # whatever changed code or an unsupported GPU raises
             reason = f"has no kernel ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
