@@ -29,7 +29,7 @@ import torch
 
 from configure import Config, UserError, configure, run_cli
 from data.files import write_text
-from model import GPT, model_size
+from model import GPT
 from parametrization import role_of
 from scaling import law_figures
 from scaling.cli import make_folder, parse_options
@@ -39,6 +39,7 @@ from scaling.law_slices import frontier_law, isoflop, largest_horizon_law
 from scaling.report import rows_of
 from scaling.sweep import shape_of
 from scaling.trials import settings_of
+from training.model_size import model_size
 
 COUNTS = {"all": "N with embedding and readout", "body": "N without embedding and readout"}
 FEWEST_STEPS = 100  # of a model that is recommended

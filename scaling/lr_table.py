@@ -14,10 +14,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 from configure import UserError, configure, run_cli
-from model import model_size
 from parametrization import batch_rule, horizon_rule, hyperparameters
 from scaling.cli import parse_options
 from scaling.sweep import TYPICAL_VOCAB_SIZE
+from training.model_size import model_size
 
 COLUMNS = "config,parameters,width,depth,tokens a step,tokens,lr,muP,with rules".split(",")
 

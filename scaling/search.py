@@ -37,7 +37,6 @@ from configure import Config, UserError, check_setting, configure, read_settings
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from model import model_size
 from scaling.cli import parse_options
 from scaling.fits import optimum
 from scaling.space import SPACE, all_points, at_edge, distributions, parse_space, to_config, to_params
@@ -54,6 +53,7 @@ from scaling.sweep import Trial, facts_of, say_failed, say_stopped, torchrun_ran
 from scaling.trials import CURVE_POINTS, append_rows, find_row, identity, read_results, settings_of
 from scaling.worker import Worker, pause
 from training.device import reuse_freed_memory
+from training.model_size import model_size
 
 SAMPLERS = ("gp", "tpe")
 LEADERS = 5  # are trained on other seeds too

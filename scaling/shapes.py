@@ -23,12 +23,12 @@ from configure import UserError, configure, run_cli
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from model import model_size
 from scaling.cli import make_folder, parse_options, parse_values
 from scaling.figures import line_style, load_pyplot, save
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
 from scaling.transfer import finetuned, pretrain, reject_failures
 from train import train
+from training.model_size import model_size
 
 COSTS = ("parameters", "flops")
 MAX_HEADS = 512  # of the widest shape that is looked at

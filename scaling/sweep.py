@@ -31,7 +31,6 @@ from tqdm import tqdm
 from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure, run_cli
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import IDENTITY_SETTINGS, prepare
-from model import model_size
 from scaling.cli import parse_options, parse_values
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
@@ -48,6 +47,7 @@ from scaling.worker import Worker, pause
 from train import Result, train
 from training.device import is_compiled, precision_name, reuse_freed_memory, select_device
 from training.distributed import torchrun_variables
+from training.model_size import model_size
 from training.pretrained import hash_weights
 
 # What is held: the setting that adapts

@@ -17,7 +17,7 @@ import training.compile
 from configure import Config, UserError, configure
 from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
-from model import GPT, attention_flops, model_size
+from model import GPT, attention_flops
 from scaling import lr_table
 from scaling.coordinate_check import short_run
 from scaling.stack import check_stackable
@@ -26,6 +26,7 @@ from scaling.trials import identity, trial_row
 from training.bench import bench
 from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
+from training.model_size import model_size
 from training.schedule import lr_factor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

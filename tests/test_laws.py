@@ -9,13 +9,14 @@ import pytest
 from conftest import tiny
 
 from configure import Config, UserError
-from model import GPT, model_size
+from model import GPT
 from scaling import law_fits, law_slices, laws, plane, shapes, transfer
 from scaling.cli import parse_values
 from scaling.law_fits import FORMS, Law, bootstrap, fit_law, interval_of, predict
 from scaling.law_report import format_forecast
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import SETTING_COLUMNS, append_rows, identity, read_trials
+from training.model_size import model_size
 
 # Constants in the range of small models of text. A law is one of n - n0 and d - d0; here n0 = d0 = 0
 TRUE = {"chinchilla": Law("chinchilla", np.array([np.log(60), np.log(900), np.log(1.5), 0.35, 0.4]), 0, 0),

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configure import Config, UserError
 from generate import Cache
-from model import GPT, model_size
+from model import GPT
 from parametrization import hyperparameters, param_groups
+from training.model_size import model_size
 from training.optimizer import build_optimizer
 
 VARIANTS = BLOCKS | {

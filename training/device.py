@@ -9,9 +9,9 @@ import warnings
 import torch
 
 from configure import UserError
-from model import model_size
 from training.distributed import torchrun_variables, world_size
 from training.evaluate import piece_rows
+from training.model_size import model_size
 
 # Dense bf16 matrix products, FLOP/s, from the makers' data sheets; the first name that matches counts.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,

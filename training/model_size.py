@@ -1,0 +1,33 @@
+"""The size of a model that is not made: parameters, FLOPs, activations. For checks and forecasts."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from configure import UserError
+from model import GPT, attention_flops
+
+
+class ModelSize(NamedTuple):
+    parameters: int
+    flops_per_token: int
+    activations_per_token: int
+
+
+def model_size(config):
+    """The ModelSize of the GPT of `config`, without making it: blocks are alike, so each adds what the second
+    block of a model without weights adds. Raises UserError for a shape that no tensor can have."""
+    try:
+        with torch.device("meta"):
+            one, two = (GPT(replace(config, depth=depth, window=None)) for depth in (1, 2))
+    except RuntimeError:  # more elements than torch can count
+        raise UserError(f"width: got {config.width}, which with vocab_size={config.vocab_size} and context="
+                        f"{config.context} makes a larger tensor than torch can count; takes a smaller model"
+                        ) from None
+    sizes = [(sum(p.numel() for p in model.parameters()), model.flops_per_token(),
+              model.activations_per_token()) for model in (one, two)]
+    size = ModelSize(*(first + (config.depth - 1) * (second - first)
+                       for first, second in zip(*sizes, strict=True)))
+    saved = attention_flops(replace(config, window=None)) - attention_flops(config)
+    return size._replace(flops_per_token=size.flops_per_token - saved)
