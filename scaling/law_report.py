@@ -111,7 +111,9 @@ def format_laws(report, counts):
         if count == list(counts)[-1]:
             lines.append(f"  {PUBLISHED[form]}")
     form, count = report["chosen"]
-    lines.append(f"the one that forecasts best, used below: {form}, {counts[count]}")
+    tested = all(fit["backtest"] is not None for fit in report["fits"].values())
+    best = "forecasts best" if tested else "has the least residuals"
+    lines.append(f"the one that {best}, used below: {form}, {counts[count]}")
     lines += [*format_residuals(report), *format_slices(report), format_data_rule(report)]
     for forecast in report["forecasts"]:
         lines += format_forecast(forecast)

@@ -151,10 +151,12 @@ def fit_all(trials):
 
 def choose(fits):
     """The (form, count) that missed the larger trials by the least when fitted to the smaller ones; where too
-    few are smaller, the one with the least residuals."""
+    few are smaller for one of the forms, the one with the least residuals."""
+    tested = all(fit["backtest"] is not None for fit in fits.values())
+
     def error(key):
         missed, law = fits[key]["backtest"], fits[key]["law"]
-        return np.sqrt(np.mean(missed**2)) if missed is not None else law.sigma_cell + law.sigma_seed
+        return np.sqrt(np.mean(missed**2)) if tested else law.sigma_cell + law.sigma_seed
     return min(fits, key=error)
 
 

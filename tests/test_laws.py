@@ -3,6 +3,7 @@
 import json
 import pathlib
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -130,6 +131,19 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
     missed = seen | {"measured": seen["interval"][1] + 0.01}
     assert "nats, OUTSIDE the interval" in "\n".join(format_forecast(missed))
+
+
+@pytest.mark.parametrize(("misses", "best"), [
+    ([0.02, 0.03], "first"), ([0.03, 0.02], "second"), ([None, 0.02], "second"), ([0.001, None], "second")])
+def test_the_law_that_forecasts_is_chosen_by_one_measure_for_all(misses, best):
+    """Where one law cannot be tested on larger trials, all are compared by their residuals."""
+    class Law(NamedTuple):
+        sigma_cell: float
+        sigma_seed: float
+
+    fits = {name: {"backtest": None if missed is None else np.full(3, missed), "law": Law(residual, 0.005)}
+            for name, missed, residual in zip(("first", "second"), misses, (0.011, 0.004), strict=True)}
+    assert laws.choose(fits) == best
 
 
 def replace_e(law, E):
