@@ -155,6 +155,21 @@ def test_who_changes_model_py_trains_what_it_says(gpt, monkeypatch, changed, nam
     assert len(said) == 1 and said[0].startswith(f"{left_out}: the model's differs by ")
 
 
+@pytest.mark.parametrize("of_one_block", [True, False])
+def test_functions_that_may_differ_between_blocks_stay(gpt, monkeypatch, of_one_block):
+    def method(attention, *inputs, plain=Attention.queries_keys_values):
+        return plain(*inputs)
+
+    if of_one_block:
+        gpt.blocks[1].attention.queries_keys_values = changed_values
+    else:
+        monkeypatch.setattr(Attention, "queries_keys_values", method)
+    agreeing, said = found(gpt, monkeypatch, stand_in())
+    assert "queries_keys_values" not in dict(agreeing)
+    assert said == ["queries_keys_values: the model's is not the same function in all blocks; "
+                    "running as the model has it"]
+
+
 def test_a_kernel_that_fails_is_left_out_and_named(gpt, monkeypatch):
     def fails(*inputs):
         raise RuntimeError("no such instruction")
