@@ -80,6 +80,14 @@ def law_frontier(law, models, budgets):
     return law.loss(np.exp(sizes)[:, None], tokens).min(axis=0)
 
 
+def label_size(axis):
+    """Label 1, 2 and 5 of each decade of a logarithmic axis: less says little, more overlaps."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    axis.set_minor_formatter("")
+
+
 def draw_isoflop(report, pyplot):
     """Loss against N at equal FLOPs, with the parabola of each budget; beside it, where three budgets or more
     have a best N, that against the FLOPs."""
@@ -99,7 +107,7 @@ def draw_isoflop(report, pyplot):
             left.plot(its["best"]["N"], its["best"]["loss"], "*", color=color, markersize=13, mec="k")
     left.set(xscale="log", xlabel=parameters, ylabel="validation loss, nats per token",
              title="At equal FLOPs (star: lowest)")
-    left.xaxis.set_minor_formatter("")  # these overlap
+    label_size(left.xaxis)
     left.legend(fontsize=9)
     if beside:
         draw_best_sizes(axes[0, 1], budgets, report["isoflop"]["exponent"], parameters)
@@ -113,8 +121,8 @@ def draw_best_sizes(ax, budgets, exponent, parameters):
             ax.plot(its["flops"], its["best"]["N"], "*", color=color, markersize=13, mec="k")
     ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {parameters}",
            title=f"N ~ C^{exponent:.2f}")
-    ax.xaxis.set_minor_formatter("")
-    ax.yaxis.set_minor_formatter("")
+    label_size(ax.xaxis)
+    label_size(ax.yaxis)
 
 
 def draw_sizes(report, pyplot):
@@ -136,6 +144,7 @@ def draw_sizes(report, pyplot):
     parameters = {"all": "parameters", "body": "parameters without embedding and readout"}[count]
     ax.set(xscale="log", xlabel=parameters, ylabel="validation loss, nats per token",
            title="Loss against size; lines: the fitted law")
+    label_size(ax.xaxis)
     label_loss(ax)
     if shared:
         ax.legend(title="training tokens", fontsize=10, **BESIDE)

@@ -11,8 +11,9 @@ Fits L(N, D), loss by parameters and training tokens, in Chinchilla's form (arXi
 grow with the FLOPs; beside it isoFLOP parabolas, and power laws on the longest runs and on the frontier.
 Under μP one tuned setting serves every size of the grid. Where other settings vary, a pair (N, D) is taken
 at its best one. Intervals: 95%, by a parametric bootstrap with the noise of pairs and of seeds; that of a
-forecast beyond the fit also has what a law fitted to a tenth of the FLOPs misses of the others. --to=DIR is
-where laws.json and the figures go. Tokens must not repeat: the laws are of fresh text.
+forecast beyond the fit also has how far the laws are apart there (their standard deviation), and what a law
+fitted to a tenth of the FLOPs misses of the others. --to=DIR is where laws.json and the figures go. Tokens
+must not repeat: the laws are of fresh text.
 """
 
 import functools
@@ -183,11 +184,14 @@ def forecast(report, config):
     numbers, flops_per_token = count_parameters(config)
     tokens = config.tokens_before(config.steps)
     beyond = flops_per_token * tokens / report["flops"][1]
+    apart = np.std([fit["law"].loss(numbers[count], tokens) for (_, count), fit in report["fits"].items()])
     predicted = {}
     for (form, count), fit in report["fits"].items():
         missed = 0.0
-        if beyond > 1 and fit["backtest"] is not None:
-            missed = np.sqrt(np.mean(fit["backtest"] ** 2))
+        if beyond > 1:  # where the noise of the rows says little: two of two such forecasts missed by more
+            missed = apart
+            if fit["backtest"] is not None:
+                missed = np.hypot(apart, np.sqrt(np.mean(fit["backtest"] ** 2)))
         predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens, missed)
     loss, interval = predicted[report["chosen"]]
     return {"width": config.width, "depth": config.depth, "steps": config.steps, "batch": config.batch,

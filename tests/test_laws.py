@@ -51,6 +51,27 @@ def test_a_forecast_is_as_unsure_as_such_laws_have_missed():
     assert high - low < 0.02 and lower == pytest.approx(loss - 0.196, abs=0.02) and higher > loss + 0.17
 
 
+def test_a_forecast_beyond_the_fit_is_as_unsure_as_the_laws_are_apart(monkeypatch):
+    noise, numbers = np.array([1e-4]), {"all": 1e8, "body": 1e8}
+    monkeypatch.setattr(laws, "count_parameters", lambda config: (numbers, 6e8))
+    config = tiny(width=64, head_dim=16, vocab_size=5)
+
+    def width_of_interval(E, flops):
+        fits = {}
+        for count, its in (("all", 0.5), ("body", E)):
+            law = Law("chinchilla", np.array([0.0, 0.0, its, 0.3, 0.3]), np.log(1e6), np.log(1e8), 1e-3, 1e-3)
+            fits["chinchilla", count] = {"law": law, "laws": [law] * 20, "backtest": noise}
+        report = {"fits": fits, "chosen": ("chinchilla", "all"), "flops": [1.0, flops]}
+        low, high = laws.forecast(report, config)["interval"]
+        return high - low
+
+    within, beyond = 1e30, 1.0
+    assert width_of_interval(0.8, within) == pytest.approx(width_of_interval(0.5, within), rel=0.01)
+    apart = np.std([np.exp(0.5), np.exp(0.8)])
+    assert width_of_interval(0.5, beyond) == pytest.approx(width_of_interval(0.5, within), rel=0.01)
+    assert width_of_interval(0.8, beyond) == pytest.approx(2 * 1.96 * apart, rel=0.15)
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     true, held, predicted = TRUE["chinchilla"], 0, 0
     for draw in range(8):
