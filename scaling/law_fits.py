@@ -197,5 +197,15 @@ def backtest(form, N, D, loss, flops, share=0.1):
     return loss[~small] - law.loss(N[~small], D[~small])
 
 
+def missed_by(fit):
+    """The root mean square of a fit's backtest(), in nats; 0 where there was none."""
+    return 0.0 if fit["backtest"] is None else np.sqrt(np.mean(fit["backtest"] ** 2))
+
+
+def all_tested(fits):
+    """Whether each of {(form, count): fit} had a backtest(), so that they can be compared by it."""
+    return all(fit["backtest"] is not None for fit in fits.values())
+
+
 if __name__ == "__main__":
     no_command("scaling.law_fits")

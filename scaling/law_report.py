@@ -3,6 +3,7 @@
 import numpy as np
 
 from configure import no_command
+from scaling.law_fits import all_tested, missed_by
 
 PUBLISHED = {  # of web text and much larger models: a comparison of exponents, not of constants
     "chinchilla": "the replication of Chinchilla, arXiv 2404.10102: alpha 0.35, beta 0.37, N_opt ~ C^0.51",
@@ -27,7 +28,7 @@ def format_fit(form, count, fit, counts):
     missed = "too few small trials to test a forecast"
     if fit["backtest"] is not None:
         missed = (f"fitted up to a tenth of the FLOPs it misses the others by "
-                  f"{np.sqrt(np.mean(fit['backtest']**2)):.4f} nats (root mean square)")
+                  f"{missed_by(fit):.4f} nats (root mean square)")
     lines.append(f"  around it: {law.sigma_cell:.2%} of the loss by pair, {law.sigma_seed:.2%} by seed; "
                  f"{missed}")
     return lines
@@ -111,8 +112,7 @@ def format_laws(report, counts):
         if count == list(counts)[-1]:
             lines.append(f"  {PUBLISHED[form]}")
     form, count = report["chosen"]
-    tested = all(fit["backtest"] is not None for fit in report["fits"].values())
-    best = "forecasts best" if tested else "has the least residuals"
+    best = "forecasts best" if all_tested(report["fits"]) else "has the least residuals"
     lines.append(f"the one that {best}, used below: {form}, {counts[count]}")
     lines += [*format_residuals(report), *format_slices(report), format_data_rule(report)]
     for forecast in report["forecasts"]:

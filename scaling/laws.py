@@ -34,7 +34,16 @@ from model import GPT
 from parametrization import role_of
 from scaling import law_figures
 from scaling.cli import make_folder, parse_options
-from scaling.law_fits import FORMS, backtest, bootstrap, constants_with_intervals, fit_law, predict
+from scaling.law_fits import (
+    FORMS,
+    all_tested,
+    backtest,
+    bootstrap,
+    constants_with_intervals,
+    fit_law,
+    missed_by,
+    predict,
+)
 from scaling.law_report import format_laws
 from scaling.law_slices import frontier_law, isoflop, largest_horizon_law
 from scaling.report import rows_of
@@ -153,12 +162,11 @@ def fit_all(trials):
 def choose(fits):
     """The (form, count) that missed the larger trials by the least when fitted to the smaller ones; where too
     few are smaller for one of the forms, the one with the least residuals."""
-    tested = all(fit["backtest"] is not None for fit in fits.values())
+    def residuals(fit):
+        return fit["law"].sigma_cell + fit["law"].sigma_seed
 
-    def error(key):
-        missed, law = fits[key]["backtest"], fits[key]["law"]
-        return np.sqrt(np.mean(missed**2)) if tested else law.sigma_cell + law.sigma_seed
-    return min(fits, key=error)
+    error = missed_by if all_tested(fits) else residuals
+    return min(fits, key=lambda key: error(fits[key]))
 
 
 def analyze(trials):
@@ -187,11 +195,8 @@ def forecast(report, config):
     apart = np.std([fit["law"].loss(numbers[count], tokens) for (_, count), fit in report["fits"].items()])
     predicted = {}
     for (form, count), fit in report["fits"].items():
-        missed = 0.0
-        if beyond > 1:  # where the noise of the rows says little: two of two such forecasts missed by more
-            missed = apart
-            if fit["backtest"] is not None:
-                missed = np.hypot(apart, np.sqrt(np.mean(fit["backtest"] ** 2)))
+        # Beyond the fit the noise of the rows says little: two of two such forecasts missed by more
+        missed = np.hypot(apart, missed_by(fit)) if beyond > 1 else 0.0
         predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens, missed)
     loss, interval = predicted[report["chosen"]]
     return {"width": config.width, "depth": config.depth, "steps": config.steps, "batch": config.batch,
