@@ -1,4 +1,4 @@
-"""The commands as they are typed: help, slips, more steps, Slurm; and HACKING.md's change of the model."""
+"""The commands as they are typed: help, slips, more steps, Slurm; and docs/hacking.md's change of the model."""
 
 import ast
 import importlib
@@ -251,7 +251,7 @@ def test_the_table_shows_mup_beside_sp_at_each_size(capsys):
     assert rows[1]["logits"] == ["mup", "x", "0.25,", "sp", "x", "1"]
 
 
-# HACKING.md's example
+# docs/hacking.md's example
 
 def changed_source(name, diff):
     """The source of the project's file `name` after the change that `diff` describes: each hunk's lines with
@@ -268,8 +268,8 @@ def changed_source(name, diff):
 
 
 def hacking_example():
-    """{file name: its source after HACKING.md's change}."""
-    with open(os.path.join(ROOT, "HACKING.md"), encoding="utf-8") as file:
+    """{file name: its source after docs/hacking.md's change}."""
+    with open(os.path.join(ROOT, "docs", "hacking.md"), encoding="utf-8") as file:
         [diff] = re.findall(r"^```diff\n(.*?)^```", file.read(), re.MULTILINE | re.DOTALL)
     parts = re.split(r"^\+\+\+ (\S+)\n", diff, flags=re.MULTILINE)[1:]
     return {name: changed_source(name, part) for name, part in zip(parts[::2], parts[1::2], strict=True)}
@@ -277,7 +277,7 @@ def hacking_example():
 
 @pytest.fixture
 def smeared(monkeypatch):
-    """The GPT of HACKING.md's example, as what is trained and checked."""
+    """The GPT of docs/hacking.md's example, as what is trained and checked."""
     sources = hacking_example()
     assert {*sources} == {"model.py", "parametrization.py"}
     roles = next(node.value for node in ast.parse(sources["parametrization.py"]).body

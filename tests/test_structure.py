@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "scaling": {"configure", "parametrization", "model", "data", "training", "train"},
     "config": {"config"},
 }
-DOCUMENTS = ["README.md", "HACKING.md", "USING.md", "config/gpt3/README.md", "scaling/LAWS.md",
+DOCUMENTS = ["README.md", "docs/hacking.md", "docs/using.md", "config/gpt3/README.md", "scaling/LAWS.md",
              "scaling/results/README.md", "training/BENCHMARKS.md"]
 # Commands on top of train.py. They lie in the package that they are about, and nothing imports them
 COMMANDS = {"training.bench": MAY_IMPORT["scaling"], "training.export": MAY_IMPORT["training"]}
