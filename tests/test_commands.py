@@ -1,4 +1,4 @@
-"""The commands as they are typed: help, slips, more steps, Slurm; and docs/hacking.md's change of the model."""
+"""The commands as they are typed: help, slips, more steps, Slurm; and the change of docs/hacking.md."""
 
 import ast
 import importlib
