@@ -1,7 +1,8 @@
-"""What the command lines of scaling/ have in common: options, lists of values, the output folder."""
+"""What the commands of scaling/ have in common: their start, options, lists of values, the output folder."""
 
 import math
 import os
+import signal
 import sys
 
 from configure import (
@@ -11,13 +12,23 @@ from configure import (
     asks_for_help,
     check_setting,
     closest,
-    no_command,
     parse_value,
+    run_cli,
 )
 
 SETTINGS_HELP = "Settings, as --name=value, are those of train.py: `python train.py --help` lists them."
 MAX_VALUES = 10_000  # of one range: more is a typing error
 ROUNDING = 1e-6  # of a doubling: so that the logarithms of a range's ends do not lose its last value
+
+
+def command(main):
+    """Decorates the main(argv) of a command, the last function of its module: runs it when the module is
+    run as a program. main returns the exit code. SIGTERM, which Slurm and `kill` send, ends a command as
+    Ctrl-C does."""
+    if main.__module__ == "__main__":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        run_cli(main)
+    return main
 
 
 def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
@@ -118,7 +129,3 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: cannot write {path}: {error.strerror}") from None
-
-
-if __name__ == "__main__":
-    no_command("scaling.cli")

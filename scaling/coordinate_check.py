@@ -25,24 +25,20 @@ for that, sweep and report.
 """
 
 import math
-import signal
 from collections import defaultdict
 from dataclasses import replace
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from configure import UserError, configure, run_cli
+from configure import UserError, configure
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
 from model import GPT
 from parametrization import forward_multipliers, hyperparameters, role_of
 from scaling import figures
-from scaling.cli import make_folder, parse_options, parse_values
+from scaling.cli import command, make_folder, parse_options, parse_values
 from scaling.fits import power_law
 from training.device import select_device
 from training.optimizer import build_optimizer
@@ -251,6 +247,7 @@ def print_table(parametrization, axis, rows):
     print(of_pass if all(row["passes"] for row in rows) else of_fail)
 
 
+@command
 def main(argv):
     defaults = {"widths": "", "depths": "", "steps": 5, "seeds": 3, "out": "out/coordinate_check"}
     options, _, words = parse_options(argv, defaults, __doc__)
@@ -265,7 +262,3 @@ def main(argv):
     print_table(config.parametrization, axis, rows)
     print(figures.draw_coordinate_check(checked, axis, sizes, options["steps"], options["out"]))
     return 0 if all(row["passes"] for row in rows) else 1
-
-
-if __name__ == "__main__":
-    run_cli(main)

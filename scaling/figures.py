@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 
-from configure import no_command
 from scaling import fits
 
 # Okabe and Ito's colors, told apart by everyone, and two of Tol's. The number of markers shares no factor
@@ -326,7 +325,3 @@ def draw_search(draws, others, best, folder):
     axes[1].set(xlabel=f"training FLOPs of the draws, in {unit:.0e} (with seeds and lr: {total / unit:.2f})")
     axes[1].legend(fontsize=10, **BESIDE)
     return save(figure, os.path.join(folder, "search.png"), pyplot)
-
-
-if __name__ == "__main__":
-    no_command("scaling.figures")

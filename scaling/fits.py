@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from configure import no_command
-
 POWER_LAW_ERROR = 0.08
 
 
@@ -94,7 +92,3 @@ def rank_correlation(x, y):
     if len(x) < 3 or min(np.ptp(values) for values in ranks) == 0:
         return np.nan
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-if __name__ == "__main__":
-    no_command("scaling.fits")

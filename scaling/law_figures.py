@@ -4,7 +4,6 @@ import os
 
 import numpy as np
 
-from configure import no_command
 from scaling.figures import BESIDE, COLORS, line_style, load_pyplot, save
 from scaling.law_slices import cell_means
 
@@ -149,7 +148,3 @@ def draw_sizes(report, pyplot):
     if shared:
         ax.legend(title="training tokens", fontsize=10, **BESIDE)
     return figure
-
-
-if __name__ == "__main__":
-    no_command("scaling.law_figures")

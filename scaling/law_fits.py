@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configure import UserError, no_command
+from configure import UserError
 
 HUBER = 1e-3  # residuals of log loss above it count linearly: one bad trial moves the fit little
 DRAWS = 200  # of a bootstrap
@@ -205,7 +205,3 @@ def missed_by(fit):
 def all_tested(fits):
     """Whether each of {(form, count): fit} had a backtest(), so that they can be compared by it."""
     return all(fit["backtest"] is not None for fit in fits.values())
-
-
-if __name__ == "__main__":
-    no_command("scaling.law_fits")

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from configure import no_command
 from scaling.law_fits import all_tested, missed_by
 
 PUBLISHED = {  # of web text and much larger models: a comparison of exponents, not of constants
@@ -118,7 +117,3 @@ def format_laws(report, counts):
     for forecast in report["forecasts"]:
         lines += format_forecast(forecast)
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    no_command("scaling.law_report")

@@ -3,7 +3,6 @@ frontier of loss against compute, and the loss of the longest runs against N (Ka
 
 import numpy as np
 
-from configure import no_command
 from scaling.fits import power_law
 from scaling.law_fits import DRAWS, interval_of
 
@@ -142,7 +141,3 @@ def isoflop(N, D, flops, loss, sigma):
     drawn = drawn[np.isfinite(drawn)]
     interval = interval_of(drawn) if len(drawn) > DRAWS / 2 else [np.nan, np.nan]
     return {"budgets": budgets, "exponent": float(exponent_of_optima(budgets)), "interval": interval}
-
-
-if __name__ == "__main__":
-    no_command("scaling.law_slices")

@@ -19,21 +19,17 @@ must not repeat: the laws are of fresh text.
 import functools
 import json
 import os
-import signal
 from dataclasses import asdict, dataclass, replace
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 import torch
 
-from configure import Config, UserError, configure, run_cli
+from configure import Config, UserError, configure
 from data.files import write_text
 from model import GPT
 from parametrization import role_of
 from scaling import law_figures
-from scaling.cli import make_folder, parse_options
+from scaling.cli import command, make_folder, parse_options
 from scaling.law_fits import (
     FORMS,
     all_tested,
@@ -296,6 +292,7 @@ def to_json(report):
                       default=lambda value: np.asarray(value).tolist())
 
 
+@command
 def main(argv):
     words_of_transfer = [word for word in argv if word != "--transfer"]
     if words_of_transfer != argv:
@@ -315,7 +312,3 @@ def main(argv):
     write_text(os.path.join(folder, "laws.json"), to_json(report))
     print(format_laws(report, COUNTS), *law_figures.draw_laws(report, folder), sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -7,15 +7,11 @@ rules that are off by default, for the tokens of a batch, by the square root, an
 power of -0.32. These reach far beyond what was measured here. Settings apply to the proxy. Trains nothing.
 """
 
-import signal
 from dataclasses import replace
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
-
-from configure import UserError, configure, run_cli
+from configure import UserError, configure
 from parametrization import batch_rule, horizon_rule, hyperparameters
-from scaling.cli import parse_options
+from scaling.cli import command, parse_options
 from scaling.sweep import TYPICAL_VOCAB_SIZE
 from training.model_size import model_size
 
@@ -51,6 +47,7 @@ def lr_row(name, config, proxy):
     return dict(zip(COLUMNS, values, strict=True))
 
 
+@command
 def main(argv):
     options, _, words = parse_options(argv, {"proxy": "config/proxy.py"}, __doc__)
     files = [word for word in words if not word.startswith("-")]
@@ -64,7 +61,3 @@ def main(argv):
     for row in rows:
         numbers = [f"{row[name]:>{widths[name]}}" for name in COLUMNS[1:]]
         print(f"{row['config']:<{widths['config']}}", *numbers, sep="  ")
-
-
-if __name__ == "__main__":
-    run_cli(main)

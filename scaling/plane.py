@@ -11,16 +11,12 @@ plane.png go.
 
 import json
 import os
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 
-from configure import UserError, run_cli
+from configure import UserError
 from data.files import write_text
-from scaling.cli import make_folder, parse_options
+from scaling.cli import command, make_folder, parse_options
 from scaling.figures import load_pyplot, save
 from scaling.report import rows_of
 
@@ -101,6 +97,7 @@ def format_plane(report):
     return "\n".join(lines)
 
 
+@command
 def main(argv):
     options, _, folders = parse_options(argv, {"to": ""}, __doc__)
     if not folders or any(word.startswith("-") for word in folders):
@@ -114,7 +111,3 @@ def main(argv):
     write_text(os.path.join(folder, "plane.json"), json.dumps(report, indent=1))
     print(format_plane(report), draw_plane(report, folder), sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -16,18 +16,14 @@ best), size (the best loss against parameters and compute, with a power law wher
 import functools
 import json
 import os
-import signal
 from statistics import mode
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while numpy is imported; run_cli ends it
 
 import numpy as np
 
-from configure import UserError, run_cli
+from configure import UserError
 from data.files import write_text
 from scaling import figures
-from scaling.cli import make_folder, parse_options
+from scaling.cli import command, make_folder, parse_options
 from scaling.fits import interval, mean_losses, optimum, rank_correlation, regret, slope
 from scaling.trials import FACTS, HASHES, has_failed, read_trials
 
@@ -299,6 +295,7 @@ def rows_of(folder):
     return rows
 
 
+@command
 def main(argv):
     defaults = {"to": "", "swept": "", "base": 0, "axis": ""}
     options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
@@ -317,7 +314,3 @@ def main(argv):
     make_folder(folder)
     write_text(os.path.join(folder, "report.json"), json.dumps(report, indent=1, default=float))
     print(format_report(report), *figures.draw_report(report, folder), sep="\n")
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -9,16 +9,12 @@ favourite costs on the target: its loss there less the lowest. Draws scatter.png
 """
 
 import json
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 
-from configure import UserError, run_cli
+from configure import UserError
 from scaling import figures
-from scaling.cli import make_folder, parse_options
+from scaling.cli import command, make_folder, parse_options
 from scaling.fits import rank_correlation
 from scaling.report import AXES, axes_beside, choose_base, format_rank, rows_of, values_of
 
@@ -79,6 +75,7 @@ def format_pairs(axis, base, pairs):
     return "\n".join(lines)
 
 
+@command
 def main(argv):
     defaults = {"to": "", "axis": "", "base": 0}
     options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
@@ -92,7 +89,3 @@ def main(argv):
     folder = options["to"] or folders[0]
     make_folder(folder)
     print(format_pairs(axis, base, pairs), figures.draw_scatter(axis, base, pairs, folder), sep="\n")
-
-
-if __name__ == "__main__":
-    run_cli(main)

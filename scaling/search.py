@@ -22,22 +22,18 @@ After an interruption, the same command resumes, and tries again what failed.
 import functools
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
-
 from tqdm import tqdm
 
-from configure import Config, UserError, check_setting, configure, read_settings, run_cli
+from configure import Config, UserError, check_setting, configure, read_settings
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import parse_options
+from scaling.cli import command, parse_options
 from scaling.fits import optimum
 from scaling.space import SPACE, all_points, at_edge, distributions, parse_space, to_config, to_params
 from scaling.stack import MAY_DIFFER, check_stackable
@@ -431,6 +427,7 @@ def copy_rows(search):
         append_rows(search.worker.path, missing)
 
 
+@command
 def main(argv):
     defaults = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE),
                 "target": "", "sampler": "gp", "storage": "", "study": "search", "workers": 1}
@@ -456,7 +453,3 @@ def main(argv):
               f"{format_cost(draws + others, config, options['target'], target)}")
     failed = search.failed()
     return say_failed(options["out"], failed, len(draws + others + failed))
-
-
-if __name__ == "__main__":
-    run_cli(main)

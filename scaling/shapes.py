@@ -11,19 +11,15 @@ another text, for --finetune_steps. Rows go to --out=DIR, which resumes; so do s
 
 import json
 import os
-import signal
 from dataclasses import asdict, replace
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 
-from configure import UserError, configure, run_cli
+from configure import UserError, configure
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import make_folder, parse_options, parse_values
+from scaling.cli import command, make_folder, parse_options, parse_values
 from scaling.figures import line_style, load_pyplot, save
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
 from scaling.transfer import finetuned, pretrain, reject_failures
@@ -144,6 +140,7 @@ def finetune_all(shapes, dataset, steps, folder):
     return {(row["width"], row["depth"]): row["val_loss"] for row in rows}
 
 
+@command
 def main(argv):
     defaults = {"depths": "1,2,4,8,16", "equal": "flops", "lrs": "", "seeds": 1, "stack": 1, "finetune": "",
                 "finetune_steps": 100, "out": "out/shapes"}
@@ -170,7 +167,3 @@ def main(argv):
         {"equal": options["equal"], "shapes": table, "config": asdict(config)}, indent=1))
     print(format_table(table), draw_shapes(table, options["equal"], folder), sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from configure import UserError, check_setting, no_command
+from configure import UserError, check_setting
 from scaling.cli import parse_values
 
 EDGE = 0.05  # of a range, on its logarithm: a winner as near as that to an end may lie beyond it
@@ -143,7 +143,3 @@ def at_edge(config, space):
             is_high = (place > 0.5) != domain.complement
             found.append((name, "high" if is_high else "low"))
     return found
-
-
-if __name__ == "__main__":
-    no_command("scaling.space")

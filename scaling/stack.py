@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configure import UserError, no_command
+from configure import UserError
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from model import GPT
@@ -259,7 +259,3 @@ def under_vmap(config, device):
         if config.window is not None and device.type == "cuda":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-
-
-if __name__ == "__main__":
-    no_command("scaling.stack")

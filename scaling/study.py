@@ -16,7 +16,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-from configure import UserError, complete_saved, no_command
+from configure import UserError, complete_saved
 from scaling.trials import FACTS, has_failed
 
 STUDY_FILE = "study.log"
@@ -290,7 +290,3 @@ def median_at(rows, point):
     losses = [row["curve"][point] if math.isfinite(row["curve"][point]) else math.inf
               for row in rows if len(row["curve"]) > point]
     return statistics.median(losses) if len(losses) >= 8 else math.nan
-
-
-if __name__ == "__main__":
-    no_command("scaling.study")

@@ -17,21 +17,17 @@ import functools
 import hashlib
 import json
 import os
-import signal
 import time
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
-
 from tqdm import tqdm
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure, run_cli
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import IDENTITY_SETTINGS, prepare
-from scaling.cli import parse_options, parse_values
+from scaling.cli import command, parse_options, parse_values
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
     FACTS,
@@ -284,6 +280,7 @@ def print_table(axes, rows):
         print(values, f"{row['val_loss']:13.4f}  {row['failure']}")
 
 
+@command
 def main(argv):
     defaults = {"out": "out/sweep", "stack": 1, "hold": "steps"}
     options, axes, words = parse_options(argv, defaults, __doc__, takes_axes=True)
@@ -307,7 +304,3 @@ def main(argv):
         return 0
     print_table(axes, rows)
     return say_failed(options["out"], [row for row in rows if has_failed(row)], len(rows))
-
-
-if __name__ == "__main__":
-    run_cli(main)

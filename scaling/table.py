@@ -5,19 +5,15 @@ sp: the standard deviation at the start, the learning rate, lr x weight decay, A
 the forward pass. Any setting may have several values; --width=64,512 is the same as width=64,512.
 """
 
-import signal
 from dataclasses import replace
 from itertools import product
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
-
 import torch
 
-from configure import SETTINGS, configure, run_cli
+from configure import SETTINGS, configure
 from model import GPT
 from parametrization import TABLES, forward_multipliers, hyperparameters, param_groups
-from scaling.cli import parse_options, parse_values
+from scaling.cli import command, parse_options, parse_values
 
 TYPICAL_VOCAB_SIZE = 2**12  # where none is set: the tokenizer's is known only when there is text
 COLUMNS = ("init std", "lr", "lr*decay", "eps")
@@ -67,6 +63,7 @@ def split_axes(words):
     return axes, others
 
 
+@command
 def main(argv):
     axes, words = split_axes(argv)
     _, more, words = parse_options(words, {}, __doc__, takes_axes=True)
@@ -74,7 +71,3 @@ def main(argv):
     config = configure(words)
     sizes = [replace(config, **dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
     print("\n\n".join(map(format_size, sizes)))
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -13,18 +13,14 @@ are looked up between their own runs: a pretrained model that is better than the
 
 import json
 import os
-import signal
 from dataclasses import replace
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import numpy as np
 
-from configure import UserError, configure, run_cli
+from configure import UserError, configure
 from data.files import write_text
 from data.prepare import prepare
-from scaling.cli import make_folder, parse_options, parse_values
+from scaling.cli import command, make_folder, parse_options, parse_values
 from scaling.figures import BESIDE, load_pyplot, save
 from scaling.law_figures import label_loss, shades
 from scaling.law_fits import DRAWS, fit_law, interval_of
@@ -224,6 +220,7 @@ def main_of_rows(argv):
     return 0
 
 
+@command
 def main(argv):
     defaults = {"out": "out/transfer", "finetune": "", "finetune_steps": "8..512", "finetune_lrs": "",
                 "finetune_batch": 0, "stack": 1}
@@ -246,7 +243,3 @@ def main(argv):
     if torchrun_rank()[0] == 0:
         report_rows([options["out"]], options["out"])
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting, complete_saved, no_command
+from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting, complete_saved
 
 SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "steps", "lr", "seed")
 EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
@@ -156,7 +156,3 @@ def find_row(rows, key):
     """The row of the trial `key` among `rows`, {identity: row}; None where there is none. Rows of older
     versions do not say how they were measured, and are taken for it."""
     return rows.get(key) or rows.get(without_weights(key)) or rows.get(without_facts(key))
-
-
-if __name__ == "__main__":
-    no_command("scaling.trials")

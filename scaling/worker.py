@@ -10,7 +10,6 @@ import hashlib
 import os
 import time
 
-from configure import no_command
 from scaling.cli import make_folder
 
 LOCK_FILE = "trials.lock"
@@ -83,7 +82,3 @@ def offset_of(key):
 def pause():
     """Between two looks at what others are training."""
     time.sleep(0.25)
-
-
-if __name__ == "__main__":
-    no_command("scaling.worker")

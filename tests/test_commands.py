@@ -4,7 +4,6 @@ import ast
 import importlib
 import os
 import re
-import runpy
 import subprocess
 import sys
 import types
@@ -29,15 +28,10 @@ from training.schedule import decay_start, lr_factor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def modules_of(folder):
-    return sorted(name.removesuffix(".py") for name in os.listdir(os.path.join(ROOT, folder))
-                  if name.endswith(".py") and not name.startswith("__"))
-
-
 # Help and slips
 
 COMMANDS = ["data.prepare", "training.bench", "training.peers",
-            *(f"scaling.{name}" for name in scaling_commands.commands())]
+            *(f"scaling.{module}" for module, _ in scaling_commands.commands().values())]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,16 +51,17 @@ def test_the_help_of_data_prepare_lists_the_settings_of_data_alone(capsys):
     assert listed[:2] == ["dataset", "tokenizer"] and listed[-1] == "data_dir" and "width" not in listed
 
 
-@pytest.mark.parametrize("name", sorted({*modules_of("scaling")} - {"configure"}))
-def test_a_module_of_scaling_is_a_command_or_says_that_it_is_none(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(os.path.join(ROOT, "scaling", f"{name}.py"), run_name="__main__")
-    if name in scaling_commands.commands():
-        assert not caught.value.code
-    else:
-        assert caught.value.code == 2
-        assert f"error: scaling.{name}: is no command; `python -m scaling` lists" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [["-m", "scaling.table"], ["-m", "scaling", "table"]])
+def test_a_command_of_the_lab_is_run_by_its_module_or_by_its_name(words):
+    done = subprocess.run([sys.executable, *words, "--width=64,65"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: width: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("word", "advice"), [("swep", "sweep"), ("study", "`python -m scaling` lists them")])
+def test_a_word_that_is_no_command_of_the_lab_is_answered_with_those_that_are(word, advice):
+    with pytest.raises(UserError, match=f"^scaling: {word} is not a command; .*{advice}"):
+        scaling_commands.main([word])
 
 
 @pytest.mark.parametrize("path", ["scaling/sweep.py", "training/bench.py", "data/prepare.py"])
@@ -81,7 +76,7 @@ def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):
     scaling_commands.main([])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(scaling_commands.commands()) + 1 >= 7
-    assert all(re.fullmatch(r"python -m scaling\.\w+ +[A-Z].{20,100}", line) for line in lines[:-1])
+    assert all(re.fullmatch(r"python -m scaling \w+ +[A-Z].{20,100}", line) for line in lines[:-1])
 
 
 @pytest.mark.parametrize(("words", "advice"), [

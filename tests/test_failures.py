@@ -228,8 +228,10 @@ def interrupted(tmp_path_factory):
     for path in [f"{ROOT}/train.py", *glob.glob(f"{ROOT}/data/*.py"), *glob.glob(f"{ROOT}/training/*.py"),
                  *glob.glob(f"{ROOT}/scaling/*.py")]:
         with open(path, encoding="utf-8") as file:
-            if "\n    run_cli(main)" not in file.read() or path.endswith("__main__.py"):
-                continue
+            source = file.read()
+        is_command = "\n    run_cli(main)" in source or "\n@command\n" in source
+        if not is_command or path.endswith("__main__.py"):
+            continue
         command = os.path.relpath(path, ROOT).removesuffix(".py").replace("/", ".")
         environment = os.environ | {"PYTHONPATH": str(folder), "READY": str(folder / command)}
         started[command] = subprocess.Popen([sys.executable, "-m", command], env=environment, cwd=ROOT,
