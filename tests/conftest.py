@@ -5,7 +5,7 @@ import os
 import random
 
 # At these sizes a second thread gains nothing, and where cores are busy each operation waits for it
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start too
 
 import pytest
 import torch
