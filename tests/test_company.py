@@ -26,7 +26,7 @@ from scaling.worker import Worker
 from training.checkpoint import read_checkpoint
 from training.folder import claim_folder, locked_folder
 
-LONG = {"steps": 300, "checkpoint_every": 20, "sample_tokens": 0}
+ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
 
 
 def read_steps(folder):
@@ -46,18 +46,21 @@ def error_line(errors):
 
 def test_a_second_run_in_the_folder_of_a_living_one_is_rejected_with_who_holds_it(corpus, tmp_path):
     out = tmp_path / "run"
-    first = start_train(corpus | LONG, out=out)
+    first = start_train(corpus | ENDLESS, out=out)
     wait_for_rows(first, out, 5)
     before = (out / "config.json").stat().st_mtime_ns
-    second = start_train(corpus | LONG, out=out, seed=1)
+    second = start_train(corpus | ENDLESS, out=out, seed=1)
     _, errors = second.communicate()
     assert second.returncode == 2
     assert re.fullmatch(rf"error: out: {out} is in use by process {first.pid} on \S+, since .*; takes "
                         "another folder, or wait for its end", error_line(errors))
     assert (out / "config.json").stat().st_mtime_ns == before
-    assert first.poll() is None, "the test needs a run that is still going on"
-    first.communicate()
-    assert first.returncode == 0 and read_steps(out) == list(range(1, 301))
+    wait_for_rows(first, out, len(read_steps(out)) + 5)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate()
+    assert first.returncode == 130, errors
+    steps = read_steps(out)
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < ENDLESS["steps"]
 
 
 def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus, tmp_path):
@@ -75,9 +78,9 @@ def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus
 
 def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus, tmp_path):
     os.makedirs(tmp_path / "out/run")  # rank 0 alone looks, so the others cannot see it otherwise
-    ranks = start_ranks(2, corpus | LONG | {"steps": 3000}, folder=tmp_path)
+    ranks = start_ranks(2, corpus | ENDLESS, folder=tmp_path)
     wait_for_rows(ranks[0], tmp_path / "out/run-2", 5)
-    second = start_ranks(2, corpus | LONG | {"out": tmp_path / "out/run-2"})
+    second = start_ranks(2, corpus | ENDLESS | {"out": tmp_path / "out/run-2"})
     texts = [rank.communicate()[1] for rank in second]
     assert [rank.returncode for rank in second] == [2, 2] and "Traceback" not in "".join(texts), texts
     assert f"out/run-2 is in use by process {ranks[0].pid} " in texts[0]
@@ -88,7 +91,7 @@ def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus,
         assert rank.returncode == 130, errors
     assert sorted(os.listdir(tmp_path / "out")) == ["run", "run-2"]
     steps = read_steps(tmp_path / "out/run-2")
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 3000
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < ENDLESS["steps"]
 
 
 def test_a_lock_dies_with_its_process_and_leaves_no_file_when_it_is_let_go(corpus, tmp_path):
