@@ -21,7 +21,7 @@ import signal
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
@@ -50,95 +50,168 @@ class UserError(ValueError):
     """Something the user can put right; its text is the one line they read."""
 
 
+# The group of a setting says what it belongs to; every list of settings in the project is derived from it
+GROUPS = {
+    "function": "Function (what the weights compute; whatever takes over the weights takes over these)",
+    "init": "Initialization (the weights before the first step)",
+    "optimizer": "Optimizer (how a gradient changes the weights)",
+    "training": "Training (batches, and the learning rate over the steps)",
+    "data": "Data (which text, and how it becomes tokens)",
+    "run": "Run (what a resumed run may change; nothing above)",
+}
+
+
+def setting(default, group, help, tuned=False, before=None, fact=False):
+    """Declares a setting of Config.
+
+    group: one of GROUPS. help: its unit and meaning, for --help. tuned: a setting that transfers from a proxy
+    to its target: a search may draw it, best.py carries it, and trials of one stack may differ in it. before:
+    what versions without the setting did, where that is not `default`. fact: of the group "run", but the
+    numbers of a trial depend on it.
+    """
+    if group not in GROUPS:
+        raise TypeError(f"the group of a setting must be one of {', '.join(GROUPS)}, got {group!r}")
+    metadata = {"group": group, "help": help, "tuned": tuned, "before": before, "fact": fact}
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Building one checks it: UserError names the setting and what it takes."""
-    # Shape (the ladder axes are width, depth, batch and context)
-    width: Count = 128  # residual channels, d_model; a multiple of head_dim
-    depth: Count = 4  # transformer blocks
-    batch: Count = 32  # sequences per optimizer step, over all devices and accumulation
-    batch_start: Count | None = None  # sequences of the first step, and of each rise; a divisor of batch
-    batch_ramp_tokens: Count | None = None  # tokens over which batch_start rises to batch; None: fixed
-    context: Count = 256  # tokens per sequence
-    head_dim: Count = 64  # channels per attention head
-    window: Count | None = None  # latest tokens that every other block attends to; None: all, in all blocks
-    position: one_of("learned", "rotary") = "rotary"  # how a token knows its position
-    norm: one_of("layer", "rms") = "rms"  # LayerNorm, or RMSNorm, which neither centers nor has a bias
-    qk_norm: Flag = True  # RMS-normalize queries and keys, each with a gain
-    mlp: one_of("gelu", "gelu_tanh", "relu2", "swiglu") = "swiglu"  # of nearly equal numbers of parameters
-    mlp_ratio: Positive | None = None  # hidden units of the MLP / width; None: 4, for swiglu near 8/3
-    rotary_base: Positive = 10000.0  # tokens, / 2 pi, in a turn of the slowest channels, with position=rotary
-    norm_eps: Positive | None = None  # added to variances; None: 1e-5 for norm=layer, 1e-6 for rms
-    tied: Flag = False  # one matrix for embedding and readout; it takes the embedding's rules
-    bias: Flag = False  # biases in the blocks' linear layers and in every LayerNorm
-    dropout: Fraction = 0.0  # probability; draws differ with the number of devices, passes, train() threads
-    vocab_size: Count | None = None  # rows of embedding and readout; None: the tokenizer's count, never fewer
-    # Parametrization (at the base shape every rule is the identity)
-    base_width: Count = 128  # residual channels of the tuned proxy
-    base_depth: Count = 4  # blocks of the tuned proxy
-    base_head_dim: Count = 64  # channels per head of the tuned proxy
-    base_batch: Count | None = None  # its sequences per step: lr, decay, beta2 scale with batch; None: fixed
-    base_tokens: Count | None = None  # tokens of its run: lr x (tokens / base_tokens)^-0.32; None: fixed
-    parametrization: one_of("mup", "sp") = "mup"  # mup transfers; sp, the control, is the standard one
-    mup_init: Share = 1.0  # mup: exponents of init, from sp's at 0 to mup's at 1
-    mup_lr: Share = 1.0  # mup: exponents of lr, decay, eps and the forward pass, from sp's at 0 to mup's at 1
-    depth_alpha: Share = 1.0  # mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP
-    # Tuned settings (found on the proxy, used as they are on the target)
-    optimizer: one_of("adamw", "muon") = "adamw"  # of the hidden matrices; all else is stepped by AdamW
-    lr: Positive = 2**-9  # peak learning rate of the hidden matrices at the base shape
-    embedding_lr_mult: Positive = 1.0  # x lr, embedding
-    readout_lr_mult: Positive = 1.0  # x lr, readout
-    norm_lr_mult: Positive = 1.0  # x lr, norms and biases
-    embedding_std: Positive = 0.02  # init standard deviation of token and position embeddings
-    hidden_std: Positive = 1.0  # init of the hidden matrices, in units of 1/sqrt(fan_in)
-    readout_std: NotNegative = 1.0  # init of the readout, in units of 1/sqrt(base_width)
-    zero_residual_out: Flag = False  # start every block's two output projections at 0
-    zero_query: Flag = False  # start queries (with qk_norm: their gains) at 0, so attention starts uniform
-    embedding_mult: Positive = 1.0  # x what the embeddings put into the residual stream
-    logit_mult: Positive = 1.0  # x logits
-    attention_mult: Positive = 1.0  # x attention logits
-    weight_decay: NotNegative = 0.0  # coupled decay per step, lr * weight_decay, at the base shape
-    beta1: Fraction = 0.9  # Adam's decay of the gradient average
-    beta2: Fraction = 0.95  # Adam's decay of the squared-gradient average
-    eps: Positive = 1e-8  # Adam's epsilon at the base shape
-    momentum: Fraction = 0.95  # Muon's, with Nesterov's correction
-    grad_clip: NotNegative = 1.0  # largest global gradient norm; 0: no clipping
-    warmup: Fraction = 0.1  # fraction of the steps, linear
-    warmup_tokens: Count | None = None  # its length in tokens; None: by warmup
-    schedule: one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt", "step") = "cosine"  # after warmup
-    final_lr: Share = 0.1  # fraction of the peak that the schedule ends at, or never goes under
-    decay_fraction: Share = 0.2  # wsd (warmup, stable, decay): last fraction of the steps, linear decay
-    decay_tokens: Count | None = None  # tokens until the schedule is at final_lr; None: all of the run's
-    # Data
-    dataset: Text = "stdlib"  # stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name
-    tokenizer: Text = "bpe:2048"  # bpe:N, trained on the data; bytes; a tiktoken name; a folder with one
-    subset: Text | None = None  # configuration of a hub data set
-    split: Text = "train"  # split of a hub data set
-    text_field: Text = "text"  # column that holds the text of .csv, .jsonl, .parquet and hub rows
-    max_tokens: Count | None = None  # tokens to prepare; None: all
-    val_fraction: Fraction = 0.05  # fraction of the documents held out, chosen by a fixed hash of their text
-    init_from: Text | None = None  # weights to start from: a run, its checkpoint, or a Hugging Face model
-    seed: Whole = 0  # of initialization, batches and dropout
-    # Run (what a resumed run may change; nothing above)
-    steps: Whole = 1000  # optimizer steps
-    micro_batch: Count | None = None  # sequences per pass, a divisor of batch; None: the whole batch
-    eval_every: Count | None = None  # steps between evaluations; None: at the end only
-    eval_tokens: Count = 65536  # validation tokens per evaluation, as many whole windows as fit
-    checkpoint_every: Count | None = 500  # steps between checkpoints; None: at the end only
-    data_dir: Text = "data/prepared"  # folder of prepared data sets
-    out: Text | None = None  # run directory; None: out/NAME on the command line, none from Python
-    device: Device = "auto"  # cpu, cuda, cuda:N or mps; auto: the fastest available
-    precision: one_of("auto", "bf16", "fp32") = "auto"  # of matrix products; auto: bf16 where it is fast
-    compile: one_of("auto", "blocks", "model", False) = "auto"  # torch.compile; auto: blocks, for bf16
-    graph: one_of("auto", True, False) = "auto"  # the optimizer step as one CUDA graph; auto: on one GPU
-    shard: Flag = False  # split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)
-    log_roles: Flag = False  # per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv
-    wandb: Flag = False  # log to Weights & Biases too, offline without a login
-    prompt: AnyText = ""  # what the sample at the end continues; of a RUN_DIR, -: each line of standard input
-    samples: Count = 1  # how many texts to sample
-    sample_tokens: Whole = 200  # tokens in a sample, at most: it ends at an end of text
-    temperature: NotNegative = 0.8  # x 1/temperature on the logits; 0: always the likeliest token
-    top_k: Count | None = 50  # tokens to choose among; None: all
+    """All settings of a run. Building one checks it: UserError names the setting and what is allowed."""
+    width: Count = setting(128, "function", "residual channels, d_model; a multiple of head_dim")
+    depth: Count = setting(4, "function", "transformer blocks")
+    context: Count = setting(256, "function", "tokens per sequence")
+    head_dim: Count = setting(64, "function", "channels per attention head")
+    window: Count | None = setting(None, "function",
+        help="latest tokens that every other block attends to; None: all, in all blocks")
+    position: one_of("learned", "rotary") = setting("rotary", "function", "how a token knows its position")
+    norm: one_of("layer", "rms") = setting("rms", "function", before="layer",
+        help="LayerNorm, or RMSNorm, which neither centers nor has a bias")
+    qk_norm: Flag = setting(True, "function", before=False,
+        help="RMS-normalize queries and keys, each with a gain")
+    mlp: one_of("gelu", "gelu_tanh", "relu2", "swiglu") = setting("swiglu", "function", before="gelu",
+        help="of nearly equal numbers of parameters")
+    mlp_ratio: Positive | None = setting(None, "function",
+        help="hidden units of the MLP / width; None: 4, for swiglu near 8/3")
+    rotary_base: Positive = setting(10000.0, "function",
+        help="tokens, / 2 pi, in a turn of the slowest channels, with position=rotary")
+    norm_eps: Positive | None = setting(None, "function",
+        help="added to variances; None: 1e-5 for norm=layer, 1e-6 for rms")
+    tied: Flag = setting(False, "function",
+        help="one matrix for embedding and readout; it takes the embedding's rules")
+    bias: Flag = setting(False, "function", "biases in the blocks' linear layers and in every LayerNorm")
+    vocab_size: Count | None = setting(None, "function",
+        help="rows of embedding and readout; None: the tokenizer's count, never fewer")
+    base_width: Count = setting(128, "function", "residual channels of the tuned proxy", tuned=True)
+    base_depth: Count = setting(4, "function", "blocks of the tuned proxy", tuned=True)
+    base_head_dim: Count = setting(64, "function", "channels per head of the tuned proxy", tuned=True)
+    parametrization: one_of("mup", "sp") = setting("mup", "function", tuned=True,
+        help="mup transfers; sp, the control, is the standard one")
+    mup_lr: Share = setting(1.0, "function", tuned=True,
+        help="mup: exponents of lr, decay, eps and the forward pass, from sp's at 0 to mup's at 1")
+    depth_alpha: Share = setting(1.0, "function", tuned=True,
+        help="mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP")
+    embedding_mult: Positive = setting(1.0, "function", tuned=True,
+        help="x what the embeddings put into the residual stream")
+    logit_mult: Positive = setting(1.0, "function", "x logits", tuned=True)
+    attention_mult: Positive = setting(1.0, "function", "x attention logits", tuned=True)
+
+    mup_init: Share = setting(1.0, "init", "mup: exponents of init, from sp's at 0 to mup's at 1", tuned=True)
+    embedding_std: Positive = setting(0.02, "init", tuned=True,
+        help="init standard deviation of token and position embeddings")
+    hidden_std: Positive = setting(1.0, "init", tuned=True,
+        help="init of the hidden matrices, in units of 1/sqrt(fan_in)")
+    readout_std: NotNegative = setting(1.0, "init", tuned=True,
+        help="init of the readout, in units of 1/sqrt(base_width)")
+    zero_residual_out: Flag = setting(False, "init", tuned=True,
+        help="start every block's two output projections at 0")
+    zero_query: Flag = setting(False, "init", tuned=True,
+        help="start queries (with qk_norm: their gains) at 0, so attention starts uniform")
+    init_from: Text | None = setting(None, "init",
+        help="weights to start from: a run, its checkpoint, or a Hugging Face model")
+
+    optimizer: one_of("adamw", "muon") = setting("adamw", "optimizer",
+        help="of the hidden matrices; all else is stepped by AdamW")
+    lr: Positive = setting(2**-9, "optimizer", tuned=True,
+        help="peak learning rate of the hidden matrices at the base shape")
+    embedding_lr_mult: Positive = setting(1.0, "optimizer", "x lr, embedding", tuned=True)
+    readout_lr_mult: Positive = setting(1.0, "optimizer", "x lr, readout", tuned=True)
+    norm_lr_mult: Positive = setting(1.0, "optimizer", "x lr, norms and biases", tuned=True)
+    base_batch: Count | None = setting(None, "optimizer", tuned=True,
+        help="sequences per step of the tuned proxy: lr, decay, beta2 scale with batch; None: fixed")
+    base_tokens: Count | None = setting(None, "optimizer", tuned=True,
+        help="tokens of the tuned proxy's run: lr x (tokens / base_tokens)^-0.32; None: fixed")
+    weight_decay: NotNegative = setting(0.0, "optimizer", tuned=True,
+        help="coupled decay per step, lr * weight_decay, at the base shape")
+    beta1: Fraction = setting(0.9, "optimizer", "Adam's decay of the gradient average", tuned=True)
+    beta2: Fraction = setting(0.95, "optimizer", "Adam's decay of the squared-gradient average", tuned=True)
+    eps: Positive = setting(1e-8, "optimizer", "Adam's epsilon at the base shape", tuned=True)
+    momentum: Fraction = setting(0.95, "optimizer", "Muon's, with Nesterov's correction", tuned=True)
+    grad_clip: NotNegative = setting(1.0, "optimizer", tuned=True,
+        help="largest global gradient norm; 0: no clipping")
+
+    batch: Count = setting(32, "training", "sequences per optimizer step, over all devices and accumulation")
+    batch_start: Count | None = setting(None, "training",
+        help="sequences of the first step, and of each rise; a divisor of batch")
+    batch_ramp_tokens: Count | None = setting(None, "training",
+        help="tokens over which batch_start rises to batch; None: fixed")
+    dropout: Fraction = setting(0.0, "training",
+        help="probability; draws differ with the number of devices, passes, train() threads")
+    warmup: Fraction = setting(0.1, "training", "fraction of the steps, linear rise", tuned=True)
+    warmup_tokens: Count | None = setting(None, "training", tuned=True,
+        help="length of the warmup in tokens; None: by warmup")
+    schedule: one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt", "step") = setting(
+        "cosine", "training", "of the learning rate, after warmup", tuned=True)
+    final_lr: Share = setting(0.1, "training", tuned=True,
+        help="fraction of the peak that the schedule ends at, or never goes under")
+    decay_fraction: Share = setting(0.2, "training", tuned=True,
+        help="wsd (warmup, stable, decay): last fraction of the steps, linear decay")
+    decay_tokens: Count | None = setting(None, "training", tuned=True,
+        help="tokens until the schedule is at final_lr; None: all of the run's")
+    seed: Whole = setting(0, "training", "of initialization, batches and dropout")
+
+    dataset: Text = setting("stdlib", "data",
+        help="stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name")
+    tokenizer: Text = setting("bpe:2048", "data",
+        help="bpe:N, trained on the data; bytes; a tiktoken name; a folder with one")
+    subset: Text | None = setting(None, "data", "configuration of a hub data set")
+    split: Text = setting("train", "data", "split of a hub data set")
+    text_field: Text = setting("text", "data",
+        help="column that holds the text of .csv, .jsonl, .parquet and hub rows")
+    max_tokens: Count | None = setting(None, "data", "tokens to prepare; None: all")
+    val_fraction: Fraction = setting(0.05, "data",
+        help="fraction of the documents held out, chosen by a fixed hash of their text")
+
+    steps: Whole = setting(1000, "run", "optimizer steps")
+    micro_batch: Count | None = setting(None, "run",
+        help="sequences per pass, a divisor of batch; None: the whole batch")
+    eval_every: Count | None = setting(None, "run", "steps between evaluations; None: at the end only")
+    eval_tokens: Count = setting(65536, "run", fact=True,
+        help="validation tokens per evaluation, as many whole windows as fit")
+    checkpoint_every: Count | None = setting(500, "run", "steps between checkpoints; None: at the end only")
+    data_dir: Text = setting("data/prepared", "run", "folder of prepared data sets")
+    out: Text | None = setting(None, "run",
+        help="run directory; None: out/NAME on the command line, none from Python")
+    device: Device = setting("auto", "run", fact=True,
+        help="cpu, cuda, cuda:N or mps; auto: the fastest available")
+    precision: one_of("auto", "bf16", "fp32") = setting("auto", "run", fact=True,
+        help="of matrix products; auto: bf16 where it is fast")
+    compile: one_of("auto", "blocks", "model", False) = setting("auto", "run", fact=True,
+        help="torch.compile; auto: blocks, for bf16")
+    graph: one_of("auto", True, False) = setting("auto", "run",
+        help="the optimizer step as one CUDA graph; auto: on one GPU")
+    shard: Flag = setting(False, "run",
+        help="split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)")
+    log_roles: Flag = setting(False, "run",
+        help="per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv")
+    wandb: Flag = setting(False, "run", "log to Weights & Biases too, offline without a login")
+    prompt: AnyText = setting("", "run",
+        help="what the sample at the end continues; of a RUN_DIR, -: each line of standard input")
+    samples: Count = setting(1, "run", "how many texts to sample")
+    sample_tokens: Whole = setting(200, "run", "tokens in a sample, at most: it ends at an end of text")
+    temperature: NotNegative = setting(0.8, "run",
+        help="x 1/temperature on the logits; 0: always the likeliest token")
+    top_k: Count | None = setting(50, "run", "tokens to choose among; None: all")
 
     def __post_init__(self):
         for name in SETTINGS:
@@ -253,39 +326,50 @@ def ceil_div(a, b):
 
 
 class Setting(NamedTuple):
-    """What a setting accepts. `kind` is a Python type; object where only a few values are accepted."""
+    """A setting as it was declared. `kind` is a Python type; object where only a few values are accepted."""
     kind: type
     accepts: object  # value -> truthy
-    description: str
+    description: str  # of what is accepted, for people
     optional: bool  # whether None is accepted too
+    default: object
+    group: str  # this and the rest: see setting()
+    help: str
+    tuned: bool
+    before: object
+    fact: bool
 
 
 def settings_of(config_class):
-    """{name: Setting}, read from the annotations of Config."""
-    settings = {}
-    for name, hint in get_type_hints(config_class, include_extras=True).items():
-        parts = get_args(hint)
+    """{name: Setting} of a dataclass like Config. Raises TypeError for a setting that has no group."""
+    hints, settings = get_type_hints(config_class, include_extras=True), {}
+    for item in fields(config_class):
+        if "group" not in item.metadata:
+            raise TypeError(f"{item.name} has no group: declare it by setting(default, group, help)")
+        parts = get_args(hints[item.name])
         optional = type(None) in parts
         if optional:  # Optional[Annotated[...]]: the annotation is the first of the union
             parts = get_args(parts[0])
-        settings[name] = Setting(*parts, optional)
+        settings[item.name] = Setting(*parts, optional, item.default, **item.metadata)
     return settings
 
 
 SETTINGS = settings_of(Config)
 
-# What a resumed run may change, and what does not tell two trials apart (but for steps): Config's last group
-MAY_CHANGE_ON_RESUME = frozenset([*SETTINGS][[*SETTINGS].index("steps"):])
+
+def names_in(*groups):
+    """The settings of these groups, in the order of Config."""
+    return tuple(name for name in SETTINGS if SETTINGS[name].group in groups)
 
 
-# What older versions did before a setting existed, where that is not its default now
-BEFORE_IT_EXISTED = {"norm": "layer", "qk_norm": False, "mlp": "gelu"}
+TUNED = tuple(name for name in SETTINGS if SETTINGS[name].tuned)
 
 
 def complete_saved(settings):
     """All settings, from those that this or an older version saved; a younger setting gets its default, or
     what the older version did."""
-    return {field.name: field.default for field in fields(Config)} | BEFORE_IT_EXISTED | settings
+    missing = {name: declared.default if declared.before is None else declared.before
+               for name, declared in SETTINGS.items() if name not in settings}
+    return missing | settings
 
 
 # What other programs call a setting, for the answer to one that does not exist
@@ -344,7 +428,7 @@ def check_setting(name, value, where=""):
     expected. Raises UserError when there is no such setting or the value is not accepted."""
     if name not in SETTINGS:
         raise UserError(f"{where}{name}: no such setting{advice_for(name) or '; --help lists them'}")
-    kind, accepts, description, optional = SETTINGS[name]
+    kind, accepts, description, optional, *_ = SETTINGS[name]
     if value is None and optional:
         return None
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
@@ -386,15 +470,6 @@ def parse_value(name, text):
         return text
 
 
-# Settings that say which function a model's weights compute: who starts from weights takes these with them
-FUNCTION_SETTINGS = tuple("""width depth context head_dim position norm qk_norm mlp mlp_ratio rotary_base
-    norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization mup_lr depth_alpha
-    embedding_mult logit_mult attention_mult""".split())
-# How a run's weights were stepped: those that start from them are stepped in the same way
-OPTIMIZER_SETTINGS = tuple("""optimizer lr embedding_lr_mult readout_lr_mult norm_lr_mult weight_decay beta1
-    beta2 eps momentum grad_clip""".split())
-
-
 def run_of(source):
     """The run directory of `source`, which may be a checkpoint in it: out/proxy/last.pt."""
     return os.path.dirname(source) or "." if source.endswith(".pt") else source
@@ -416,7 +491,7 @@ def settings_to_start_from(source):
     if not is_from_run(source):
         return settings_of_huggingface(source)
     settings, run = read_settings(run_of(source)), run_of(source)
-    taken = {name: settings[name] for name in (*FUNCTION_SETTINGS, *OPTIMIZER_SETTINGS, "tokenizer")}
+    taken = {name: settings[name] for name in (*names_in("function", "optimizer"), "tokenizer")}
     if re.match(r"bpe:|.*[/\\]", settings["tokenizer"]) or os.path.isdir(settings["tokenizer"]):
         taken["tokenizer"] = run  # which keeps it: another text would make another
     return taken
@@ -534,30 +609,24 @@ HELP_INDENT = 34
 
 
 def help_text(usage=None, names=None):
-    """`usage`, then the settings `names`, each with its default, unit and choices, in groups: read from the
-    source of Config."""
-    lines, group = [(usage or TRAIN_USAGE).strip()], None
-    pattern = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): .*?  # (?P<comment>.+))$", re.MULTILINE)
-    for match in pattern.finditer(inspect.getsource(Config)):
-        name = match["name"]
-        if match["group"]:
-            group = match["group"]
-        elif names is None or name in names:
-            if group:
-                lines.append(f"\n{group}")
-            group = None
-            lines.append(help_line(name, match["comment"]))
+    """`usage`, then the settings `names`, each with its default, unit and choices, in their groups."""
+    lines = [(usage or TRAIN_USAGE).strip()]
+    for group, title in GROUPS.items():
+        listed = [name for name in names_in(group) if names is None or name in names]
+        if listed:
+            lines += [f"\n{title}", *map(help_line, listed)]
     return "\n".join(lines)
 
 
-def help_line(name, comment):
+def help_line(name):
     """One setting: its default, what it is, what it takes; on several lines where one is too short."""
-    option = f"  --{name}={getattr(Config, name)}"
-    takes = SETTINGS[name].description.removeprefix("a ").replace("finite ", "")
-    if SETTINGS[name].optional:
+    declared = SETTINGS[name]
+    option = f"  --{name}={declared.default}"
+    takes = declared.description.removeprefix("a ").replace("finite ", "")
+    if declared.optional:
         takes += ", or none"
     first = option.ljust(HELP_INDENT) if len(option) < HELP_INDENT else f"{option}  "
-    text = comment if takes.startswith("text") else f"{comment} [{takes}]"
+    text = declared.help if takes.startswith("text") else f"{declared.help} [{takes}]"
     return textwrap.fill(text, HELP_WIDTH, initial_indent=first,
                          subsequent_indent=" " * HELP_INDENT, break_on_hyphens=False)
 

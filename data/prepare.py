@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from configure import UserError, configure, run_cli
+from configure import UserError, configure, names_in, run_cli
 from data.datasets import describe, documents
 from data.files import durable_file, write_text
 from data.loader import CHECKED, TokenDataset, read_meta, stamp
@@ -43,7 +43,7 @@ from data.tokenizer import (
 
 FORMAT = 1  # version of a folder's content; increase it when old folders must not be used any longer
 # The settings that decide what the tokens are: their hash is in the folder's name
-IDENTITY_SETTINGS = ("dataset", "tokenizer", "subset", "split", "text_field", "max_tokens", "val_fraction")
+IDENTITY_SETTINGS = names_in("data")
 STALE_AFTER = 24 * 60 * 60  # seconds
 TOKENIZER_TRAINING_CHARS = 50_000_000  # characters that a bpe:N is trained on, at most
 PIECE_CHARS = 2**16  # characters encoded at once: tiktoken's regex overflows on a blank run of 10**6

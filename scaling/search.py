@@ -29,14 +29,14 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from configure import Config, UserError, check_setting, configure, read_settings
+from configure import TUNED, Config, UserError, check_setting, configure, read_settings
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
 from scaling.cli import command, parse_options
 from scaling.fits import optimum
 from scaling.space import SPACE, all_points, at_edge, distributions, parse_space, to_config, to_params
-from scaling.stack import MAY_DIFFER, check_stackable
+from scaling.stack import check_stackable
 from scaling.study import (
     SharedStudy,
     importances,
@@ -349,7 +349,7 @@ def best_file(best, draws, others, options, confirmed, failed):
                  f"{spent_flops(draws + others):.2e} FLOPs;\n"
                  f'data set {config.dataset!r}, tokenizer {config.tokenizer!r}.\n"""\n\n')
     settings = [f"{name} = {value!r}\n" for name, value in vars(config).items()
-                if name in MAY_DIFFER and name != "seed"]
+                if name in TUNED or name == "optimizer"]
     return docstring + "".join(settings)
 
 

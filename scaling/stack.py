@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configure import UserError
+from configure import TUNED, UserError
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from model import GPT
@@ -28,10 +28,7 @@ from training.optimizer import adamw_update, build_optimizer
 from training.schedule import lr_factor
 
 # Settings in which stacked models may differ. All others are sizes, or do not change the numbers.
-MAY_DIFFER = frozenset("""parametrization mup_init mup_lr depth_alpha lr embedding_lr_mult readout_lr_mult
-    norm_lr_mult embedding_std hidden_std readout_std zero_residual_out zero_query embedding_mult logit_mult
-    attention_mult weight_decay beta1 beta2 eps momentum grad_clip warmup warmup_tokens schedule final_lr
-    decay_fraction decay_tokens seed base_width base_depth base_head_dim base_batch base_tokens""".split())
+MAY_DIFFER = frozenset([*TUNED, "seed"])
 
 LARGEST_BETA = 0.9999  # 1 - beta is computed in fp32 here, which then has 3 digits left; torch has fp64
 

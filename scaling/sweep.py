@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError, configure
+from configure import Config, UserError, configure, names_in
 from data.loader import TokenDataset, with_vocab_size
-from data.prepare import IDENTITY_SETTINGS, prepare
+from data.prepare import prepare
 from scaling.cli import command, parse_options, parse_values
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
@@ -87,7 +87,7 @@ def vocab_size_of(**data):
 
 def exact_flops_per_token(config):
     """Of a trial of this shape, with the vocabulary that its tokenizer has. Raises UserError."""
-    data = {name: getattr(config, name) for name in (*IDENTITY_SETTINGS, "data_dir", "vocab_size")}
+    data = {name: getattr(config, name) for name in (*names_in("data"), "data_dir", "vocab_size")}
     return model_size(replace(config, vocab_size=vocab_size_of(**data))).flops_per_token
 
 
@@ -95,7 +95,7 @@ def shape_of(config):
     """The Config that all trials have in common which may be stacked with `config`: what they may differ in,
     and what changes no number, is at its default."""
     fixed = {name: value for name, value in vars(config).items()
-             if name not in MAY_DIFFER and name not in MAY_CHANGE_ON_RESUME}
+             if name not in MAY_DIFFER and name not in names_in("run")}
     return Config(**fixed)
 
 
@@ -138,7 +138,7 @@ def as_trials(configs):
     UserError where that is so of all."""
     trials, datasets, errors = {}, {}, []
     for config in dict.fromkeys(configs):
-        source = tuple(getattr(config, name) for name in (*IDENTITY_SETTINGS, "data_dir"))
+        source = tuple(getattr(config, name) for name in (*names_in("data"), "data_dir"))
         try:
             if source not in datasets:
                 datasets[source] = TokenDataset(prepare(config))

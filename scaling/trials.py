@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from itertools import pairwise
 
-from configure import MAY_CHANGE_ON_RESUME, Config, UserError, check_setting, complete_saved
+from configure import SETTINGS, Config, UserError, check_setting, complete_saved, names_in
 
 SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "steps", "lr", "seed")
 EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
@@ -21,11 +21,11 @@ CURVE_POINTS = 25  # of a training curve: each is the mean loss of an equal shar
 STOPPED_EARLY = "stopped early"  # by a search: how `failure` begins where the trial has not failed
 
 # Settings that do not change what a trial measures. `steps` does, though a resumed run may extend it.
-NOT_IDENTITY = MAY_CHANGE_ON_RESUME - {"steps"}
+NOT_IDENTITY = frozenset(names_in("run")) - {"steps"}
 # What its numbers depend on besides: hashes of the tokens and of the weights that it starts from, if any; and
 # settings as the machine understood them
-FACTS = ("tokens", "weights", "eval_tokens", "device", "precision", "compile")
 HASHES = ("tokens", "weights")
+FACTS = (*HASHES, *(name for name in SETTINGS if SETTINGS[name].fact))
 
 
 def identity(config, facts=None):

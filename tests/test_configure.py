@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 
-from configure import MAY_CHANGE_ON_RESUME, SETTINGS, Config, UserError, configure
+from configure import SETTINGS, Config, UserError, configure, names_in
 from parametrization import TABLES
 from training.schedule import AFTER_WARMUP
 
@@ -148,6 +148,16 @@ def test_help_says_what_each_setting_takes(capsys):
         assert f"[{takes}{', or none' * setting.optional}]" in text[name] or setting.kind is str, name
 
 
+def test_a_setting_without_a_group_does_not_import():
+    with open(os.path.join(ROOT, "configure.py")) as file:
+        source = file.read()
+    for line in ('    extra: Count = 1', '    extra: Count = setting(1, "something else", "a number")',
+                 '    extra: Count = setting(1)'):
+        extended = source.replace("    def __post_init__(self):", f"{line}\n\n    def __post_init__(self):", 1)
+        with pytest.raises(TypeError, match="group"):
+            exec(compile(extended, "configure.py", "exec"), {"__name__": "extended"})
+
+
 def test_a_setting_without_dashes_is_answered_with_the_dashes():
     with pytest.raises(UserError, match=r"^width: got width=64, takes --width=64$"):
         configure(["config/proxy.py", "width=64"])
@@ -167,8 +177,8 @@ def test_the_decay_of_wsd_is_a_setting_that_a_resumed_run_may_not_change():
     for text in ("-0.1", "1.1"):
         with pytest.raises(UserError, match=f"^decay_fraction: got {text}, takes a number from 0 to 1$"):
             configure(["--schedule=wsd", f"--decay_fraction={text}"])
-    assert not {"schedule", "decay_fraction", "seed", "width"} & MAY_CHANGE_ON_RESUME
-    assert {"steps", "log_roles", "wandb", "top_k"} <= MAY_CHANGE_ON_RESUME
+    assert not {"schedule", "decay_fraction", "seed", "width"} & {*names_in("run")}
+    assert {"steps", "log_roles", "wandb", "top_k"} <= {*names_in("run")}
 
 
 def test_a_config_cannot_be_changed():

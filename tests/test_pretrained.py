@@ -10,7 +10,7 @@ import torch
 from conftest import column, run
 
 import train
-from configure import FUNCTION_SETTINGS, Config, UserError, configure
+from configure import Config, UserError, configure, names_in
 from data.tokenizer import load_kept
 
 
@@ -58,11 +58,24 @@ def test_a_run_starts_from_the_best_or_the_named_weights_of_another_on_other_tex
 def test_what_starts_from_a_run_takes_its_function_its_tokenizer_and_its_optimizer(corpus, pretrained):
     run_config = configure([pretrained[0]])
     config = configure([f"--init_from={pretrained[0]}"])
-    assert all(getattr(config, name) == getattr(run_config, name) for name in FUNCTION_SETTINGS)
+    assert all(getattr(config, name) == getattr(run_config, name) for name in names_in("function"))
     assert config.tokenizer == pretrained[0] and config.embedding_lr_mult == 3.0
     assert config.lr == 0.03 and config.out is None and config.steps != run_config.steps
     given = configure([f"--init_from={pretrained[0]}", "--lr=1", "--tokenizer=bytes"])
     assert given.lr == 1 and given.tokenizer == "bytes", "what is given comes first"
+
+
+def test_what_starts_from_a_run_computes_what_the_run_computed(corpus, tmp_path):
+    """All that changes the function at once: with any of it lost, the first loss would be another."""
+    out = str(tmp_path / "out")
+    changed = {"window": 3, "norm_eps": 0.1, "rotary_base": 50.0, "mlp_ratio": 3.0, "attention_mult": 2.0,
+               "logit_mult": 1.5, "embedding_mult": 2.0, "depth_alpha": 0.5, "qk_norm": False, "bias": True}
+    before = run(corpus, out=out, base_batch=2, base_tokens=100, lr=0.03, **changed)
+    words = start_words(corpus, out, corpus["dataset"], "--tokenizer=bytes", "--steps=0")
+    config = configure(words)
+    assert train.train(config, quiet=True).val_loss == pytest.approx(before.val_loss, abs=1e-6)
+    assert {name: getattr(config, name) for name in changed} == changed
+    assert (config.lr, config.base_batch, config.base_tokens) == (0.03, 2, 100), "steps are of the same size"
 
 
 @pytest.mark.parametrize(("change", "line"), [

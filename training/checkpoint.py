@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from configure import MAY_CHANGE_ON_RESUME, UserError, complete_saved
+from configure import SETTINGS, UserError, complete_saved
 from data.files import atomic_file
 from data.prepare import find_prepared, is_prepared, prepared_folders
 from parametrization import format_table
@@ -81,7 +81,7 @@ def check_same_settings(config, path, checkpoint):
     for the text that it was made of: check_same_tokens() compares what is in it."""
     settings = settings_of_checkpoint(checkpoint)
     for name, value in asdict(config).items():
-        if name in MAY_CHANGE_ON_RESUME or settings[name] == value:
+        if SETTINGS[name].group == "run" or settings[name] == value:
             continue
         if name == "dataset" and is_prepared(value):
             continue

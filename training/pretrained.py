@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from configure import (
-    FUNCTION_SETTINGS,
     SETTINGS,
     Config,
     UserError,
     is_from_run,
+    names_in,
     run_of,
     settings_of_huggingface,
 )
@@ -95,7 +95,7 @@ def hash_file(path, size, time):
 
 def check_same_function(config, pretrained):
     """Raises UserError where weights of `pretrained` would compute something else in a model of `config`."""
-    for name in FUNCTION_SETTINGS:
+    for name in names_in("function"):
         wanted, actual = getattr(config, name), pretrained.settings.get(name, getattr(config, name))
         if wanted == actual or name == "vocab_size":  # which may be left to the tokenizer: load() compares
             continue
