@@ -115,7 +115,7 @@ def test_any_number_of_processes_reads_the_stream_of_a_ramp_from_any_step(datase
 
 
 def test_a_start_that_the_processes_cannot_share_is_rejected(dataset):
-    with pytest.raises(UserError, match="^batch_start: got 4, takes a multiple of 8: 1 sequences in a"):
+    with pytest.raises(UserError, match=r"^batch_start\b.* 8"):
         prefetch_batches(dataset, Config(**RAMP), 0, 0, 8)
 
 
@@ -154,30 +154,26 @@ def factors(steps=20, **settings):
     return [lr_factor(config, step) for step in range(steps)]
 
 
-def test_warmup_and_decay_in_tokens_are_those_computed_by_hand():
-    found = factors(warmup_tokens=200, decay_tokens=1040, schedule="linear", final_lr=0.1)
-    # 40 to 200 tokens of 200; then 0.9 of the way is lost over 840 tokens; at 1,040 it is done
-    expected = [done / 200 for done in DONE[1:6]] + [1 - 0.9 * (done - 200) / 840 for done in DONE[6:17]]
-    assert found == pytest.approx(expected + [0.1] * 4)
-    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
-    assert found[9] == pytest.approx(1 - 0.9 * 240 / 840)
-    cosine = factors(warmup_tokens=200, decay_tokens=1040, final_lr=0.1)
-    assert cosine[12] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 480 / 840)) / 2)
+# 40 to 200 tokens of 200; then 0.9 of the way is lost over 840 tokens; at 1,040 it is done
+LINEAR = [done / 200 for done in DONE[1:6]] + [1 - 0.9 * (done - 200) / 840 for done in DONE[6:17]]
+LINEAR += [0.1] * 4
+COSINE = LINEAR[:5] + [0.1 + 0.45 * (1 + math.cos(math.pi * (1 - f) / 0.9)) for f in LINEAR[5:]]
+WSD = [1 if done <= 600 else max(0, (1000 - done) / 400) for done in DONE[1:]]
+TOKENS = {"warmup_tokens": 200, "decay_tokens": 1040}
+BY_HAND = {
+    "linear": (TOKENS | {"schedule": "linear", "final_lr": 0.1}, LINEAR),
+    "cosine": (TOKENS | {"schedule": "cosine", "final_lr": 0.1}, COSINE),
+    "wsd": ({"schedule": "wsd", "warmup": 0.0, "decay_tokens": 1000, "decay_fraction": 0.4, "final_lr": 0.0},
+            WSD),
+    "warmup that ends within a step": ({"warmup_tokens": 100, "schedule": "constant"}, [0.4, 0.8] + [1] * 18),
+    "warmup of less than a step": ({"warmup_tokens": 1, "schedule": "constant"}, [1] * 20),
+    "warmup longer than the run": ({"warmup_tokens": 16800}, [done / 16800 for done in DONE[1:]])}
 
 
-def test_a_warmup_that_ends_within_a_step_and_one_of_less_than_a_step():
-    assert factors(warmup_tokens=100, schedule="constant")[:4] == pytest.approx([0.4, 0.8, 1, 1])
-    assert set(factors(warmup_tokens=1, schedule="constant")) == {1.0}
-
-
-def test_a_warmup_longer_than_the_run_never_reaches_the_peak():
-    assert factors(warmup_tokens=16800)[-1] == pytest.approx(0.1)
-
-
-def test_wsd_in_tokens_decays_over_the_last_fraction_of_decay_tokens():
-    found = factors(schedule="wsd", warmup=0.0, decay_tokens=1000, decay_fraction=0.4, final_lr=0.0)
-    expected = [1 if done <= 600 else max(0, (1000 - done) / 400) for done in DONE[1:]]
-    assert found == pytest.approx(expected) and found[13] == pytest.approx(0.5)
+@pytest.mark.parametrize("case", BY_HAND)
+def test_a_schedule_in_tokens_is_the_one_computed_by_hand(case):
+    settings, expected = BY_HAND[case]
+    assert factors(**settings) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "step"])
@@ -299,25 +295,22 @@ def test_the_least_memory_of_a_run_knows_the_passes_of_a_ramp_and_the_mask_of_a_
 # What would do nothing, or cannot be done, is rejected
 
 
-@pytest.mark.parametrize(("settings", "line"), [
-    ({"batch_start": 8}, "batch_start: got 8, takes none, or --batch_ramp_tokens too"),
-    ({"batch_ramp_tokens": 9}, "batch_start: got None with batch_ramp_tokens=9, takes a"),
-    ({"batch_ramp_tokens": 9, "batch_start": 32}, "batch_start: got 32 with .* smaller divisor of batch=32"),
-    ({"batch_ramp_tokens": 9, "batch_start": 5}, "batch: got 32, takes a multiple of batch_start=5"),
-    ({"batch_ramp_tokens": 9, "batch_start": 4, "micro_batch": 8}, "batch_start: got 4, takes a multiple of"),
-    ({"window": 256}, "window: got 256, takes less than context=256, or none"),
-    ({"window": 8, "depth": 1}, "window: got 8, takes none with depth=1"),
-    ({"window": 0}, "window: got 0, takes a whole number, 1 or more"),
-    ({"decay_tokens": 5, "schedule": "constant"}, "decay_tokens: got 5, takes none with schedule=constant"),
-    ({"decay_tokens": 5, "schedule": "inverse_sqrt"}, "decay_tokens: got 5, takes none with schedule=inv"),
-    ({"decay_tokens": 5, "warmup_tokens": 5}, "decay_tokens: got 5, takes more than warmup_tokens=5")])
-def test_a_setting_that_would_do_nothing_is_rejected(settings, line):
-    with pytest.raises(UserError, match=f"^{line}"):
+@pytest.mark.parametrize(("name", "settings"), [
+    ("batch_start", {"batch_start": 8}), ("batch_start", {"batch_ramp_tokens": 9}),
+    ("batch_start", {"batch_ramp_tokens": 9, "batch_start": 32}),
+    ("batch", {"batch_ramp_tokens": 9, "batch_start": 5}),
+    ("batch_start", {"batch_ramp_tokens": 9, "batch_start": 4, "micro_batch": 8}),
+    ("window", {"window": 256}), ("window", {"window": 8, "depth": 1}), ("window", {"window": 0}),
+    ("decay_tokens", {"decay_tokens": 5, "schedule": "constant"}),
+    ("decay_tokens", {"decay_tokens": 5, "schedule": "inverse_sqrt"}),
+    ("decay_tokens", {"decay_tokens": 5, "warmup_tokens": 5})])
+def test_a_setting_that_would_do_nothing_is_rejected(name, settings):
+    with pytest.raises(UserError, match=rf"^{name}\b"):
         Config(**settings)
 
 
 def test_a_stack_rejects_a_ramp_and_takes_schedules_in_tokens():
-    with pytest.raises(UserError, match="^stack: got batch_ramp_tokens=100, takes batch_ramp_tokens=None"):
+    with pytest.raises(UserError, match="batch_ramp_tokens"):
         check_stackable([Config(batch_start=4, batch_ramp_tokens=100)])
     check_stackable([Config(warmup_tokens=5), Config(decay_tokens=10)])
 
@@ -327,7 +320,7 @@ def test_a_search_rejects_a_warmup_that_another_setting_overrides(monkeypatch):
     from scaling.space import SPACE
     options = {"sampler": "gp", "stack": 1, "trials": 1}
     check_search(Config(), SPACE, options)
-    with pytest.raises(UserError, match="^space: got warmup, which warmup_tokens=9 overrides; takes"):
+    with pytest.raises(UserError, match="^space.* warmup_tokens"):
         check_search(Config(warmup_tokens=9), SPACE, options)
 
 
