@@ -109,12 +109,20 @@ def start_command(settings, processes=1, **changes):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def wait_until(condition, process):
+    """Wait until condition() is true. Fails where the process ends, or hangs, without that."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            assert condition(), process.communicate()
+        time.sleep(0.01)
+
+
 def wait_for_rows(process, folder, count):
-    """Wait until the metrics.csv in `folder` has `count` rows, or until the process has ended."""
-    path = os.path.join(folder, "metrics.csv")
-    while process.poll() is None:
-        if os.path.exists(path):
-            with open(path) as file:
-                if sum(1 for _ in file) > count:
-                    return
-        time.sleep(0.005)
+    """Wait until the metrics.csv in `folder` has `count` rows."""
+    def has_rows():
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "metrics.csv")) as file:
+            return sum(1 for _ in file) > count
+
+    wait_until(has_rows, process)

@@ -15,7 +15,7 @@ import time
 import pytest
 from children import hold_folder, run_command, run_train, run_train_with
 from conftest import run
-from processes import Fork, start_ranks, start_train, to_words, wait_for_rows
+from processes import Fork, start_ranks, start_train, to_words, wait_for_rows, wait_until
 
 import train
 from configure import UserError
@@ -97,9 +97,7 @@ def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus,
 def test_a_lock_dies_with_its_process_and_leaves_no_file_when_it_is_let_go(corpus, tmp_path):
     process = Fork(hold_folder, str(tmp_path / "run"))
     lock = tmp_path / "run/run.lock"
-    while not (lock.exists() and lock.read_text()):
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: lock.exists() and lock.read_text(), process)
     with pytest.raises(UserError, match=f"in use by process {process.pid} "), \
             locked_folder(str(tmp_path / "run")):
         pass

@@ -26,7 +26,7 @@ import pytest
 import torch
 from children import prepare_endless_text, run_command
 from huggingface_hub import errors
-from processes import Fork
+from processes import Fork, wait_until
 
 import data.prepare
 from configure import Config, UserError
@@ -582,9 +582,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_killed_preparation_leaves_nothing_that_looks_complete_and_is_deleted_a_day_later(tmp_path):
     process = Fork(prepare_endless_text, str(tmp_path))
-    while not process.output().endswith("midway\n"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: process.output().endswith("midway\n"), process)
     process.kill()
     process.communicate()
     [left] = os.listdir(tmp_path)

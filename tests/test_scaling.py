@@ -6,18 +6,17 @@ import importlib
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from children import run_command
 from conftest import BLOCKS, GPT2_BLOCK
-from processes import Fork, to_words
+from processes import Fork, to_words, wait_until
 
 import model
 import parametrization
@@ -122,23 +121,14 @@ def test_a_sweep_holds_what_it_is_told_to_hold():
 AXES = {"lr": [2**-8, 2**-6], "width": [32, 64], "seed": [0, 1]}
 
 
-def start_sweep(words, monkeypatch, environment=None):
-    """A process that does what `python -m scaling.sweep WORDS` does: it inherits sys.argv."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["sweep", *words])
-        return Fork(runpy.run_module, "scaling.sweep", None, "__main__", environment=environment)
-
-
-def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path, monkeypatch):
+def test_processes_share_all_trials_whenever_they_start(corpus, tmp_path):
     words = to_words(corpus) + ["lr=2**-8,2**-6", "width=32,64", "seed=0,1", f"--out={tmp_path}"]
 
     def start(rank):
-        return start_sweep(words, monkeypatch, {"RANK": rank, "WORLD_SIZE": "2"})
+        return Fork(run_command, "scaling.sweep", words, environment={"RANK": rank, "WORLD_SIZE": "2"})
 
     second = start("1")
-    while len(read_trials(tmp_path)) < 4:
-        assert second.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: len(read_trials(tmp_path)) >= 4, second)
     outputs = [process.communicate()[0].splitlines() for process in (start("0"), second)]
     assert list(map(len, outputs)) == [9, 0], "rank 0 prints the table of all"
     rows = read_trials(tmp_path)
@@ -415,23 +405,21 @@ def test_a_shape_that_the_model_rejects_is_a_row_too(corpus, tmp_path):
     assert [row["failure"].partition(" takes")[0] for row in rows] == ["", "UserError: head_dim: got 1,"]
 
 
-def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path, monkeypatch):
+def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
     words = to_words(corpus | {"steps": 40}) + ["lr=2**-9..2**-6", "seed=0,1,2", f"--out={tmp_path}"]
     kept = 0
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = start_sweep(words, monkeypatch)
-        while len(read_trials(tmp_path)) < kept + 3:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
+        process = Fork(run_command, "scaling.sweep", words)
+        wait_until(lambda kept=kept: len(read_trials(tmp_path)) > kept, process)
         process.send_signal(number)
         output, errors = process.communicate()
-        assert len(read_trials(tmp_path)) >= kept + 3
+        assert len(read_trials(tmp_path)) > kept
         kept = len(read_trials(tmp_path))
     assert process.returncode == 130 and "run the same command again to resume" in output
     assert "Traceback" not in errors
     with open(tmp_path / "trials.csv", "a") as file:
         file.write('mup,32,2,4,16,40,0.1,0,3.3,"{')  # as a kill during a write leaves it
-    process = start_sweep(words, monkeypatch)
+    process = Fork(run_command, "scaling.sweep", words)
     output, errors = process.communicate()
     assert process.returncode == 0 and len(output.splitlines()) == 13, errors
     rows = read_trials(tmp_path)

@@ -4,18 +4,16 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
 
 import pytest
-from children import hold_trial
-from processes import Fork, to_words
+from children import hold_trial, run_command
+from processes import Fork, to_words, wait_until
 
 from configure import Config, UserError, configure
 from scaling import search, space, study, sweep
@@ -41,12 +39,10 @@ def run(corpus, folder, space=SPACE, **options):
     return search.run_search(config, space, options)
 
 
-def start_search(corpus, folder, monkeypatch, *words):
+def start_search(corpus, folder, *words):
     """A process that does what `python -m scaling.search` does."""
     words = [*to_words(corpus), f"--out={folder}", "--seeds=1", "--sampler=tpe", *words]
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["search", *words])
-        return Fork(runpy.run_module, "scaling.search", None, "__main__")
+    return Fork(run_command, "scaling.search", words)
 
 
 def draws_of(folder, storage=""):
@@ -233,14 +229,14 @@ def test_a_search_in_which_all_trials_fail_ends_in_a_line_and_writes_no_best_py(
     assert len(draws_of(tmp_path / "a")) == 3
 
 
-def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp_path, monkeypatch, request):
+def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp_path, request):
     """SIGKILL at random, twice (10 times with --long), each time while another worker starts or works."""
     kills = 10 if request.config.getoption("--long") else 2
     tiny, trials = corpus | {"steps": 25}, 8 * kills
     choose = random.Random(0)
-    survivor = start_search(tiny, tmp_path, monkeypatch, f"--trials={trials}")
+    survivor = start_search(tiny, tmp_path, f"--trials={trials}")
     for _ in range(kills):
-        process = start_search(tiny, tmp_path, monkeypatch, f"--trials={trials}")
+        process = start_search(tiny, tmp_path, f"--trials={trials}")
         count = len(read_trials(tmp_path))
         while len(read_trials(tmp_path)) < count + 3 and process.poll() is None:
             time.sleep(0.01)
@@ -258,11 +254,9 @@ def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp
     assert f"The best of {trials} trials" in output
 
 
-def test_a_search_that_is_stopped_leaves_its_figure_and_table(corpus, tmp_path, monkeypatch):
-    process = start_search(corpus | {"steps": 40}, tmp_path, monkeypatch, "--trials=500")
-    while len(read_trials(tmp_path)) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+def test_a_search_that_is_stopped_leaves_its_figure_and_table(corpus, tmp_path):
+    process = start_search(corpus | {"steps": 40}, tmp_path, "--trials=500")
+    wait_until(lambda: len(read_trials(tmp_path)) >= 3, process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130 and "run the same command again to resume" in output, errors
@@ -349,9 +343,7 @@ def test_a_sweep_hands_each_trial_to_the_worker_that_is_free(corpus, tmp_path):
     trials = list(sweep.as_trials(configs).values())
     keys = [trial.key for trial in trials]
     holder = Fork(hold_trial, str(tmp_path), keys[0])
-    while not (tmp_path / "held").exists():
-        assert holder.poll() is None, holder.communicate()
-        time.sleep(0.01)
+    wait_until((tmp_path / "held").exists, holder)
     with Worker(str(tmp_path)) as worker:
         assert worker.path == str(tmp_path / "trials-1.csv"), "no two workers write one file"
         assert sweep.claim_group(trials[:1], worker, 1) == []
