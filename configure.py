@@ -1,14 +1,13 @@
-"""Every setting, its unit and its default. Defaults < config files, in order < --name=value.
+"""Every setting, its unit and its default; and how files and flags make a Config of them.
 
-A config file is plain Python assignments; a run directory stands for the `config.json` in it.
-This module imports no torch: a command that only reads tables starts at once.
+Defaults < config files, in order < --name=value. Imports no torch, so that a command which only reads tables
+starts at once.
 """
 
 import ast
 import bisect
 import contextlib
 import difflib
-import errno
 import functools
 import inspect
 import json
@@ -16,7 +15,6 @@ import math
 import operator
 import os
 import re
-import runpy
 import signal
 import sys
 import textwrap
@@ -28,16 +26,16 @@ from typing import Annotated, NamedTuple, get_args, get_type_hints
 import huggingface
 
 # Each type of setting: (Python type, whether a value is accepted, what is accepted, for people)
-Count = Annotated[int, lambda x: x >= 1, "a whole number, 1 or more"]
+Count = Annotated[int, lambda x: 1 <= x <= 2**53, "a whole number from 1 to 2**53"]
 Whole = Annotated[int, lambda x: 0 <= x < 2**31, "a whole number from 0 to below 2**31"]
-Positive = Annotated[float, lambda x: 0 < x < math.inf, "a finite number above 0"]
-NotNegative = Annotated[float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more"]
+Positive = Annotated[float, lambda x: 0 < x <= 1e30, "a number above 0, at most 1e30"]
+NotNegative = Annotated[float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30"]
 Fraction = Annotated[float, lambda x: 0 <= x < 1, "a number from 0 to below 1"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Flag = Annotated[bool, lambda x: True, "true or false"]
-Text = Annotated[str, lambda x: x != "", "text"]
+Text = Annotated[str, lambda x: x != "" and "\0" not in x, "a name or a path"]
 AnyText = Annotated[str, lambda x: x.encode("utf-8", "replace").decode() == x, "text in UTF-8"]
-Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d\d?)?").fullmatch, "auto, cpu, mps, cuda, cuda:N"]
+Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d\d?)?").fullmatch, "auto, cpu, mps, cuda or cuda:N"]
 
 
 def one_of(*choices):
@@ -219,8 +217,8 @@ class Config:
         for name, unit in MULTIPLES:
             value, divisor = getattr(self, name), getattr(self, unit)
             if None not in (value, divisor) and value % divisor:
-                above = value + divisor - value % divisor
-                raise UserError(f"{name}: got {value}, takes a multiple of {unit}={divisor}, such as {above}")
+                raise UserError(f"{name} must be a multiple of {unit} ({divisor}), got {value}; "
+                                f"try {value + divisor - value % divisor}")
         self.check_ramp()
         self.check_acts()
         self.check_plane()
@@ -228,32 +226,32 @@ class Config:
     def check_ramp(self):
         """Raises UserError where the batch is to rise but cannot."""
         if self.batch_ramp_tokens is None and self.batch_start is not None:
-            raise UserError(f"batch_start: got {self.batch_start}, takes none, or --batch_ramp_tokens too")
+            raise UserError("batch_start also needs --batch_ramp_tokens")
         if self.batch_ramp_tokens is not None and self.batch_start in (None, self.batch):
-            raise UserError(f"batch_start: got {self.batch_start} with batch_ramp_tokens="
-                            f"{self.batch_ramp_tokens}, takes a smaller divisor of batch={self.batch}, or "
-                            "--batch_ramp_tokens=none")
+            raise UserError(f"batch_start must be a divisor of batch ({self.batch}) and below it, got "
+                            f"{self.batch_start}, where batch_ramp_tokens is set")
 
     def check_acts(self):
         """Raises UserError for a setting that would do nothing beside the others."""
         if self.window is not None and self.depth == 1:
-            raise UserError(f"window: got {self.window}, takes none with depth=1: the first block sees all")
+            raise UserError(f"window must be none where depth is 1, got {self.window}: the first block "
+                            "attends to all tokens")
         if self.window is not None and self.window >= self.context:
-            raise UserError(f"window: got {self.window}, takes less than context={self.context}, or none")
+            raise UserError(f"window must be less than context ({self.context}), got {self.window}; "
+                            "try --window=none")
         if self.decay_tokens is not None and self.schedule in ("constant", "inverse_sqrt"):
-            raise UserError(f"decay_tokens: got {self.decay_tokens}, takes none with schedule="
-                            f"{self.schedule}, which has no end")
+            raise UserError(f"decay_tokens must be none with schedule={self.schedule}, which never ends, got "
+                            f"{self.decay_tokens}")
         if self.decay_tokens is not None and self.decay_tokens <= (self.warmup_tokens or 0):
-            raise UserError(f"decay_tokens: got {self.decay_tokens}, takes more than warmup_tokens="
-                            f"{self.warmup_tokens}, as it counts from the first token")
+            raise UserError(f"decay_tokens must be more than warmup_tokens ({self.warmup_tokens}), got "
+                            f"{self.decay_tokens}: both count from the first token")
 
     def check_plane(self):
         """Raises UserError for a place between sp and mup without mup."""
         for name in ("mup_init", "mup_lr"):
             value = getattr(self, name)
             if self.parametrization != "mup" and value != 1:
-                raise UserError(f"{name}: got {value} with parametrization={self.parametrization}, takes "
-                                "parametrization=mup, as it leads from sp at 0 to mup at 1")
+                raise UserError(f"{name} must be 1 with parametrization={self.parametrization}, got {value}")
 
     @property
     def width_mult(self):
@@ -289,7 +287,7 @@ class Config:
         return self.micro_batch or max(1, (self.batch_start or self.batch) // world_size)
 
 
-# (a setting, what it takes multiples of)
+# (a setting, what it is a multiple of)
 MULTIPLES = (("width", "head_dim"), ("base_width", "base_head_dim"), ("batch", "micro_batch"),
              ("batch", "batch_start"), ("batch_start", "micro_batch"))
 
@@ -425,7 +423,8 @@ def advice_for(name, more=()):
 
 def check_setting(name, value, where=""):
     """`value` in the type of setting `name`: whole floats become int, ints become float where a float is
-    expected. Raises UserError when there is no such setting or the value is not accepted."""
+    expected, a leading ~ of a path the home directory. Raises UserError when there is no such setting or the
+    value is not accepted. where: the source of the value, which begins the message."""
     if name not in SETTINGS:
         raise UserError(f"{where}{name}: no such setting{advice_for(name) or '; --help lists them'}")
     kind, accepts, description, optional, *_ = SETTINGS[name]
@@ -436,11 +435,22 @@ def check_setting(name, value, where=""):
     if type(value) in (int, float) and abs(value) < 1e99:
         if kind is float or kind is int and value % 1 == 0:
             value = kind(value)
-    right_type = kind is object or type(value) is kind
-    if not right_type or not accepts(value):
-        advice = closest(str(value), description.split(", "))
-        raise UserError(f"{where}{name}: got {value!r}, takes {description}{advice}")
-    return value
+    if kind is not object and type(value) is not kind or not accepts(value):
+        allowed = f"one of {description}" if kind is object else description
+        raise UserError(f"{where}{name} must be {allowed}{', or none' * optional}, got {shown(value)}"
+                        f"{closest(shown(value).strip(QUOTES), description.split(', '))}")
+    return os.path.expanduser(value) if get_args(Text)[1] is accepts else value
+
+
+QUOTES = "'\""
+
+
+def shown(value):
+    """`value` as an error line shows it, which has no room for a thousand digits."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # an int of more digits than Python prints, or what a config file has made
+        return f"a {type(value).__name__}"
 
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -448,20 +458,22 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def evaluate_arithmetic(node):
-    """The value of a parsed literal or arithmetic expression such as 2**-8; never runs code."""
+    """The value of a parsed literal or arithmetic expression such as 2**-8; never runs code. Raises TypeError
+    for arithmetic with anything but numbers: [0] * 10**9 is a list of that many."""
     operation = OPERATIONS.get(type(getattr(node, "op", None)))
-    if operation is not None and isinstance(node, ast.BinOp):
-        return operation(evaluate_arithmetic(node.left), evaluate_arithmetic(node.right))
-    return ast.literal_eval(node)
+    if operation is None or not isinstance(node, ast.BinOp):
+        return ast.literal_eval(node)
+    left, right = evaluate_arithmetic(node.left), evaluate_arithmetic(node.right)
+    if not {type(left), type(right)} <= {int, float}:
+        raise TypeError(left, right)
+    return operation(left, right)
 
 
 def parse_value(name, text):
     """What `text`, from the command line, means for setting `name`: a literal, arithmetic, or just text."""
-    kind, optional = str, False
-    if name in SETTINGS:
-        kind, optional = SETTINGS[name].kind, SETTINGS[name].optional
-    is_none = optional and text.lower() == "none"
-    if kind is str and not is_none:
+    declared = SETTINGS.get(name)
+    is_none = declared and declared.optional and text.lower() == "none"
+    if not is_none and (declared is None or declared.kind is str):
         return text
     literal = text.capitalize() if text.isalpha() else text.strip()  # true, none -> True, None
     try:
@@ -509,19 +521,28 @@ def settings_of_huggingface(source):
     return settings | {"lr": huggingface.LR}
 
 
-OWN_MODULES = {"configure", "huggingface", "parametrization", "model", "train", "data", "training", "scaling"}
+OWN_MODULES = {"configure", "huggingface", "parametrization", "generate", "model", "train", "data",
+               "training", "interop", "scaling"}
 
 
 def read_settings(source):
-    """{setting: value} of a config file or a run directory. Raises UserError."""
+    """{setting: value} of a config file, *.py, or a run directory. Runs no other file. Raises UserError."""
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     try:
         if path != source:
-            return complete_saved(json.loads(Path(path).read_text("utf-8"))) | {"out": source}
+            saved = json.loads(Path(path).read_text("utf-8"))
+            return complete_saved(saved) | {"out": source}
+        if not source.endswith(".py") and os.path.exists(source):
+            run = run_of(source)
+            advice = f"; try {run}" if os.path.exists(os.path.join(run, "config.json")) else ""
+            raise UserError(f"{source} must be a configuration, a .py file or a run directory{advice}")
         with forget_imports():
-            assigned = runpy.run_path(path)
+            assigned = {"__name__": "config", "__file__": path}
+            exec(compile(Path(path).read_bytes(), path, "exec"), assigned)
         return {name: value for name, value in assigned.items() if is_assignment(name, value)}
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:  # a config file may raise anything
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: {reason}{closest_source(source)}") from None
 
@@ -530,7 +551,7 @@ def closest_source(source):
     """The end of an error line about a config file or run directory that cannot be read: the nearest ones,
     by their paths or by their names alone."""
     folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
-    files = list(map(str, Path(folder).rglob("*.py")))
+    files = [str(path) for path in Path(folder).rglob("*.py") if path.name != "config.py"]
     runs = [str(path.parent) for path in Path("out").glob("*/config.json")]
     by_name = {Path(path).stem: path for path in files + runs}
     by_name |= {path: path for path in files + runs if path != source}
@@ -568,7 +589,7 @@ def split_words(argv):
         if not word.startswith("-"):
             name, equals, _ = word.partition("=")
             if equals and name in SETTINGS:
-                raise UserError(f"{name}: got {word}, takes --{word}")
+                raise UserError(f"{name} must be given as --{word}, got {word}")
             sources.append(word)
             continue
         name, equals, text = word.lstrip("-").partition("=")
@@ -577,7 +598,7 @@ def split_words(argv):
         if not equals:  # --name value
             text = next(words, "--")
             if text.startswith("--"):
-                raise UserError(f"{name}: got no value, takes --{name}=VALUE")
+                raise UserError(f"{name} must be given a value: --{name}=VALUE")
         flags[name] = parse_value(name, text)
     return sources, flags
 
@@ -587,12 +608,17 @@ def asks_for_help(argv):
 
 
 def configure(argv, usage=None, names=None):
-    """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits: the
-    command's `usage`, and those of its settings that it uses, `names`. None: train.py's, and all."""
+    """The Config that the command-line words `argv` describe. Raises UserError; --help prints and exits.
+
+    usage, names: of the command, its help and the settings that it uses; a flag for another is rejected.
+    None: train.py's, and all.
+    """
     if asks_for_help(argv):
         print(help_text(usage, names))
         sys.exit()
     sources, flags = split_words(argv)
+    if names is not None and (unused := [name for name in flags if name not in names]):
+        raise UserError(f"{unused[0]}: no setting that this command uses; --help lists those")
     layers = [(f"{source}: ", read_settings(source)) for source in sources]
     layers.append(("", flags))
     given = {name: value for _, values in layers for name, value in values.items()}
@@ -603,14 +629,27 @@ def configure(argv, usage=None, names=None):
                      for where, values in layers for name, value in values.items()})
 
 
-TRAIN_USAGE = f"usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]\n\n{__doc__}"
+TRAIN_USAGE = """usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]
+
+  python train.py config/proxy.py                               train; the run is kept in out/proxy
+  python train.py config/proxy.py --dataset=texts/ --lr=2**-8   any setting, with arithmetic
+  python train.py out/proxy                                     resume a run that was stopped
+  python train.py out/proxy --steps=2000                        give a run more steps
+  python train.py out/proxy --prompt="def main("                sample from it
+  python train.py config/finetune.py --init_from=out/proxy --dataset=texts/
+"""
+HELP_NOTE = """
+Every setting with its default and, in brackets, what is allowed. A config file is Python that assigns
+settings; a run directory stands for the settings of its run. Later files override earlier ones, and
+--name=value overrides all files.
+"""
 HELP_WIDTH = 118  # characters
 HELP_INDENT = 34
 
 
 def help_text(usage=None, names=None):
     """`usage`, then the settings `names`, each with its default, unit and choices, in their groups."""
-    lines = [(usage or TRAIN_USAGE).strip()]
+    lines = [(usage or TRAIN_USAGE + HELP_NOTE).strip()]
     for group, title in GROUPS.items():
         listed = [name for name in names_in(group) if names is None or name in names]
         if listed:
@@ -622,21 +661,20 @@ def help_line(name):
     """One setting: its default, what it is, what it takes; on several lines where one is too short."""
     declared = SETTINGS[name]
     option = f"  --{name}={declared.default}"
-    takes = declared.description.removeprefix("a ").replace("finite ", "")
-    if declared.optional:
-        takes += ", or none"
     first = option.ljust(HELP_INDENT) if len(option) < HELP_INDENT else f"{option}  "
-    text = declared.help if takes.startswith("text") else f"{declared.help} [{takes}]"
+    text = declared.help
+    if declared.kind is not str:
+        text += f" [{declared.description.removeprefix('a ')}{', or none' * declared.optional}]"
     return textwrap.fill(text, HELP_WIDTH, initial_indent=first,
                          subsequent_indent=" " * HELP_INDENT, break_on_hyphens=False)
 
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-
-
 def run_cli(main):
     """Run main(argv) as a program: it returns the exit code; a UserError is one line and exit code 2, and so
-    is a file that cannot be written. SIGINT is one line and 130."""
+    is what the machine refuses to read or write. SIGINT is one line and 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
     # `| tee log` shows each line when it is printed; what a terminal cannot show is written as \\xb1
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -647,17 +685,12 @@ def run_cli(main):
     except BrokenPipeError:  # `| head` has closed the pipe: not an error of ours
         os._exit(128 + signal.SIGPIPE)  # at once, as Python's own shutdown would write the rest
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.strerror is None:
             raise
-        end_with(f"cannot write {error.filename or 'a file'}: {error.strerror}")
+        end_with(f"{error.filename or 'reading or writing'}: {error.strerror}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def no_command(name):
-    """What running the module `name` does, where it is no command."""
-    end_with(f"{name}: is no command; `python -m scaling` lists those of scaling/, and train.py trains")
 
 
 def end_with(message):
@@ -666,3 +699,19 @@ def end_with(message):
         time.sleep(3)  # rank 0 prints the line; torchrun then ends the others
     print("error:", *message.split(), file=sys.stderr)
     sys.exit(2)
+
+
+def reject_running_a_module():
+    """End with a line where Python was told to run a module of this project that is not a command."""
+    root, started = Path(__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
+    if started is None or not Path(started).absolute().is_relative_to(root):
+        return
+    path = Path(started).absolute().relative_to(root)
+    if path.parts[0].removesuffix(".py") not in OWN_MODULES:
+        return
+    if not re.search(r"^    run_cli\(main\)|^@command$", Path(started).read_text("utf-8"), re.MULTILINE):
+        end_with(f"{path} is not a command; `python train.py` says how to train and to sample, and "
+                 "`python -m scaling` lists the commands of the lab")
+
+
+reject_running_a_module()

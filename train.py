@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 
 if __name__ == "__main__":
@@ -13,7 +14,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from configure import Config, UserError, configure, run_cli, split_words
+from configure import TRAIN_USAGE, Config, UserError, configure, run_cli, split_words
 from data.datasets import would_read
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import find_prepared, is_prepared, prepare
@@ -406,6 +407,9 @@ def finish(run, result, metrics):
 
 
 def main(argv):
+    if not argv:
+        print(TRAIN_USAGE, "`python train.py --help` lists every setting.", sep="\n", file=sys.stderr)
+        return 2
     if asked := sampling_config(argv):
         sample(*asked)
         return 0

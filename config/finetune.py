@@ -1,8 +1,10 @@
-"""Go on from trained weights on other text, which --dataset names.
+"""Continue from trained weights on another text, which --dataset names.
 
-Shape, tokenizer and optimizer come with the weights, and so does lr: 5e-5 for a Hugging Face model; for a run
-its own. Of 1, 0.3, 0.1, 0.03 and 0.01 times that, 1 was best for a small proxy, 100 steps and other text.
+Shape, tokenizer and optimizer settings come with the weights, and so does lr: the run's own, or 5e-5 for a
+Hugging Face model. Of 1, 0.3, 0.1, 0.03 and 0.01 times that, 1 was best for a small proxy and 100 steps.
 """
+
+import config  # explains itself where this file is run
 
 init_from = "out/proxy"  # what config/proxy.py trained; or another run, gpt2, a Hugging Face model
 batch = 16  # sequences

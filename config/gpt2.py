@@ -1,7 +1,7 @@
-"""GPT-2's smallest shape on web text, with the proxy's settings. For GPUs and days, not minutes.
+"""GPT-2's smallest shape on web text, with the proxy's settings. It takes GPUs and days, not minutes.
 
-Width and depth are what the settings transfer over. Batch, context and the number of steps are far from the
-proxy's here, and over those nothing is proven: sweep lr around its value if the run is dear.
+Settings transfer over width and depth. Batch, context and the number of steps are far from the proxy's here,
+and nothing is proven over those: for an expensive run, sweep lr around its value first.
 """
 
 from config.gpt2_proxy import *

@@ -1,8 +1,10 @@
 """What the eight sizes of GPT-3 in config/gpt3 share: arXiv 2005.14165, section 2 and appendix B.
 
-Its Adam (0.9, 0.95, 1e-8), clipping at 1 and cosine to a tenth are this project's defaults. Not from there:
-the text, the width of the bands, the length of each ramp, and initial weights of 1/sqrt(fan_in).
+Its Adam (0.9, 0.95, 1e-8), clipping at 1 and cosine to a tenth are this project's defaults. The paper does
+not give the text, the width of the attention bands, the length of each ramp, or the initial weights.
 """
+
+import config  # explains itself where this file is run
 
 parametrization = "sp"  # each size has its own lr in Table 2.1
 position, norm, qk_norm, mlp = "learned", "layer", False, "gelu"  # GPT-2's block

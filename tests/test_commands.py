@@ -49,13 +49,15 @@ def test_the_help_of_data_prepare_lists_the_settings_of_data_alone(capsys):
         importlib.import_module("data.prepare").main(["--help"])
     listed = re.findall(r"^  --(\w+)=", capsys.readouterr().out, re.MULTILINE)
     assert listed[:2] == ["dataset", "tokenizer"] and listed[-1] == "data_dir" and "width" not in listed
+    with pytest.raises(UserError, match="^width"):
+        importlib.import_module("data.prepare").main(["--width=64"])
 
 
 @pytest.mark.parametrize("words", [["-m", "scaling.table"], ["-m", "scaling", "table"]])
 def test_a_command_of_the_lab_is_run_by_its_module_or_by_its_name(words):
     done = subprocess.run([sys.executable, *words, "--width=64,65"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: width: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: width ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("word", "advice"), [("swep", "sweep"), ("study", "`python -m scaling` lists them")])
@@ -64,12 +66,21 @@ def test_a_word_that_is_no_command_of_the_lab_is_answered_with_those_that_are(wo
         scaling_commands.main([word])
 
 
-@pytest.mark.parametrize("path", ["scaling/sweep.py", "training/bench.py", "data/prepare.py"])
-def test_a_command_that_is_started_by_its_path_says_how_it_starts(path):
-    done = subprocess.run([sys.executable, path, "lr=1"], cwd=ROOT, capture_output=True, text=True)
-    module = path.removesuffix(".py").replace("/", ".")
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr == f"{path}: got a path, takes python -m {module}, in the project's folder\n"
+@pytest.mark.parametrize("words", [
+    ["configure.py"], ["parametrization.py"], ["-m", "scaling.trials"],
+    ["config/proxy.py"], ["config/muon.py"], ["config/finetune.py"], ["train.py"]], ids=" ".join)
+def test_what_is_run_without_being_a_command_says_in_a_line_what_to_run(words):
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "python train.py" in done.stderr
+    assert done.stderr.count("\n") == 1 or words == ["train.py"], "there it is a short usage"
+
+
+def test_a_script_beside_the_project_may_use_it(tmp_path):
+    script = tmp_path / "generate.py"
+    script.write_text("from configure import Config\nprint(Config().width)\n")
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "128\n", "")
 
 
 def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):

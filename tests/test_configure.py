@@ -11,13 +11,14 @@ import re
 import numpy as np
 import pytest
 
-from configure import SETTINGS, Config, UserError, configure, names_in
+from configure import SETTINGS, Config, UserError, configure, is_assignment, names_in
 from parametrization import TABLES
 from training.schedule import AFTER_WARMUP
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
-FILES = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/config/**/*.py", recursive=True))
+FILES = sorted({os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/config/**/*.py", recursive=True)}
+               - {"config/config.py"})  # of which a preset that is run itself makes use
 
 
 def write(path, text):
@@ -64,7 +65,7 @@ def test_numbers_of_numpy_are_numbers():
     config = Config(lr=np.float64(0.1), width=np.int64(128), tied=np.bool_(True), warmup=np.array(0.5))
     assert config == Config(lr=0.1, width=128, tied=True, warmup=0.5)
     assert {type(getattr(config, name)) for name in ("lr", "width", "tied", "warmup")} == {float, int, bool}
-    with pytest.raises(UserError, match="^width: got"):
+    with pytest.raises(UserError, match="^width must be"):
         Config(width=np.array([64, 128]))
 
 
@@ -96,19 +97,19 @@ def test_a_value_on_the_command_line_means_what_it_looks_like(words, name, value
 @pytest.mark.parametrize("name", ["lr", "top_k", "position", "compile", "steps"])
 def test_a_value_is_never_run(tmp_path, monkeypatch, name, text):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"^{name}: got "):
+    with pytest.raises(UserError, match=f"^{name} must be"):
         configure([f"--{name}={text}"])
     assert os.listdir() == []
 
 
 NO_NUMBERS = ["9**9**9", "9**9**9**9", "1e999", "-1e999", "nan", "inf", "1/0", "1e308*10", "(" * 5000,
               "1" * 400, "1" * 5000, "1j", "'3'", "b'3'", "[3]", "3 4", "", "3\0", "true", "None", "2**.5j",
-              "1 if 1 else 2", "x", "--3", "\ud800"]
+              "1 if 1 else 2", "x", "--3", "\ud800", "[0]*10**9", "'x'*10**9", "True*2"]
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS, ids=lambda text: f"{ascii(text[:9])}-{len(text)}")
 def test_what_is_not_a_finite_number_is_rejected_as_one(text):
-    with pytest.raises(UserError, match="^lr: got .*takes a finite number above 0"):
+    with pytest.raises(UserError, match="^lr must be a number above 0"):
         configure([f"--lr={text}"])
 
 
@@ -127,6 +128,9 @@ def test_help_lists_every_setting_once_with_its_default_and_unit(capsys):
         configure(["config/proxy.py", "--help"])
     output = capsys.readouterr().out
     assert not caught.value.code and output.startswith("usage: python train.py")
+    first_screen = output[:output.index("--width=")]
+    for example in ("train.py out/proxy ", "--prompt=", "--init_from=", "--steps=2000"):
+        assert example in first_screen
     listed = re.findall(r"^  --(\w+)=(.*?)  +(\S.+)$", output, re.MULTILINE)
     assert [name for name, _, _ in listed] == [*FIELDS], "some setting is missing or listed twice"
     assert {name: default for name, default, _ in listed} == {n: str(v) for n, v in FIELDS.items()}
@@ -144,8 +148,8 @@ def test_help_says_what_each_setting_takes(capsys):
     assert "[gelu, gelu_tanh, relu2, swiglu]" in text["mlp"]
     assert "[auto, blocks, model, False]" in text["compile"]
     for name, setting in SETTINGS.items():
-        takes = setting.description.replace("a ", "", 1).replace("finite ", "")
-        assert f"[{takes}{', or none' * setting.optional}]" in text[name] or setting.kind is str, name
+        allowed = setting.description.replace("a ", "", 1)
+        assert f"[{allowed}{', or none' * setting.optional}]" in text[name] or setting.kind is str, name
 
 
 def test_a_setting_without_a_group_does_not_import():
@@ -153,13 +157,13 @@ def test_a_setting_without_a_group_does_not_import():
         source = file.read()
     for line in ('    extra: Count = 1', '    extra: Count = setting(1, "something else", "a number")',
                  '    extra: Count = setting(1)'):
-        extended = source.replace("    def __post_init__(self):", f"{line}\n\n    def __post_init__(self):", 1)
+        extended = source.replace("    width: Count", f"{line}\n    width: Count", 1)
         with pytest.raises(TypeError, match="group"):
             exec(compile(extended, "configure.py", "exec"), {"__name__": "extended"})
 
 
 def test_a_setting_without_dashes_is_answered_with_the_dashes():
-    with pytest.raises(UserError, match=r"^width: got width=64, takes --width=64$"):
+    with pytest.raises(UserError, match=r"^width .*--width=64"):
         configure(["config/proxy.py", "width=64"])
     for words in (["--prompt", "width=64"], ["--prompt=width=64"]):
         assert configure(words).prompt == "width=64"
@@ -175,7 +179,7 @@ def test_the_choices_of_a_setting_are_those_that_are_implemented(name, implement
 def test_the_decay_of_wsd_is_a_setting_that_a_resumed_run_may_not_change():
     assert configure(["--schedule=wsd", "--decay_fraction=1/4"]).decay_fraction == 0.25
     for text in ("-0.1", "1.1"):
-        with pytest.raises(UserError, match=f"^decay_fraction: got {text}, takes a number from 0 to 1$"):
+        with pytest.raises(UserError, match=f"^decay_fraction .*{text}"):
             configure(["--schedule=wsd", f"--decay_fraction={text}"])
     assert not {"schedule", "decay_fraction", "seed", "width"} & {*names_in("run")}
     assert {"steps", "log_roles", "wandb", "top_k"} <= {*names_in("run")}
@@ -197,17 +201,17 @@ def test_multipliers_are_derived_and_cannot_be_typed():
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_rejects_values_of_another_type_from_python_too(name):
     for value in ([], {}, object(), 1j, b"x"):
-        with pytest.raises(UserError, match=f"^{name}: got .*, takes "):
+        with pytest.raises(UserError, match=f"^{name} must be"):
             Config(**{name: value})
 
 
 def test_a_number_that_equals_a_flag_is_not_a_flag_and_a_flag_is_not_a_number():
     for name in ("graph", "tied", "wandb"):
         for value in (1, 0, 1.0):
-            with pytest.raises(UserError, match=f"^{name}: got "):
+            with pytest.raises(UserError, match=f"^{name} must be"):
                 Config(**{name: value})
     for name in ("lr", "steps", "depth_alpha"):
-        with pytest.raises(UserError, match=f"^{name}: got True"):
+        with pytest.raises(UserError, match=f"^{name} must be .*True"):
             Config(**{name: True})
 
 
@@ -221,7 +225,7 @@ def test_a_committed_file_holds_settings_that_differ_from_what_they_build_on(pat
         base = configure([f"{module.replace('.', '/')}.py"])
     stated = {}
     exec(re.sub(r"^from config.*$", "", source, flags=re.MULTILINE), stated)
-    stated = {name: value for name, value in stated.items() if not name.startswith("__")}
+    stated = {name: value for name, value in stated.items() if is_assignment(name, value)}
     monkeypatch.setattr("configure.settings_to_start_from", lambda source: {})  # no run is committed
     config = configure([path])
     assert stated and all(getattr(config, name) == value for name, value in stated.items())

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -25,99 +26,110 @@ from training.checkpoint import write_checkpoint
 # case: (words on the command line, what the line says). CORPUS is the tiny corpus; the files are made below.
 FAILURES = {
     # names
-    "misspelled setting": ("--widht=64", "widht: no such setting; did you mean width"),
-    "unknown setting": ("--zzz=1", "zzz: no such setting; --help lists them"),
-    "setting without a name": ("--=1", "no such setting"),
-    "setting without dashes": ("width=64", "width: got width=64, takes --width=64"),
-    "file that looks like a setting": ("widht=64", "widht=64: No such file or directory"),
-    "derived setting": ("--width_mult=4", "width_mult: no such setting"),
-    "misspelled choice": ("--schedule=cosin", "schedule: got 'cosin', takes cosine.*did you mean cosine"),
-    "unknown parametrization": ("--parametrization=ntk", "parametrization: got 'ntk', takes mup, sp"),
-    "no value": ("--lr", "lr: got no value, takes --lr=VALUE"),
-    "no value before another": ("--lr --steps=3", "lr: got no value"),
+    "misspelled setting": ("--widht=64", "widht.*did you mean width"),
+    "unknown setting": ("--zzz=1", "zzz"),
+    "setting without a name": ("--=1", ": no such setting"),
+    "setting without dashes": ("width=64", "width.*--width=64"),
+    "file that looks like a setting": ("widht=64", "widht=64"),
+    "derived setting": ("--width_mult=4", "width_mult"),
+    "misspelled choice": ("--schedule=cosin", "schedule.*did you mean cosine"),
+    "unknown parametrization": ("--parametrization=ntk", "parametrization"),
+    "no value": ("--lr", "lr"),
+    "no value before another": ("--lr --steps=3", "lr"),
     # types
-    "text for a number": ("--lr=high", "lr: got 'high', takes a finite number above 0"),
-    "fraction for a count": ("--depth=2.5", "depth: got 2.5, takes a whole number, 1 or more"),
-    "number for a flag": ("--tied=1", "tied: got 1, takes true or false"),
-    "number for a choice": ("--graph=1", "graph: got 1"),
-    "none for a number": ("--steps=None", "steps: got None"),
-    "code for a number": ("--lr=__import__('os').getpid()", "lr: got \"__import__"),
-    "huge number": (f"--lr={'1' * 400}", "lr: got 11111"),
-    "type in a file": ("text_lr.py", r"text_lr\.py: lr: got 'big'"),
-    "function in a file": ("function.py", r"function\.py: lr: got <built-in function max>"),
-    "huge number in a file": ("huge.py", r"huge\.py: lr: got 10000"),
+    "text for a number": ("--lr=high", "lr"),
+    "fraction for a count": ("--depth=2.5", "depth"),
+    "number for a flag": ("--tied=1", "tied"),
+    "number for a choice": ("--graph=1", "graph"),
+    "list for a number": ("--lr=[0]*300000000", "lr"),
+    "none for a number": ("--steps=None", "steps"),
+    "code for a number": ("--lr=__import__('os').getpid()", "lr"),
+    "huge number": (f"--lr={'1' * 400}", "lr"),
+    "type in a file": ("text_lr.py", r"text_lr\.py: lr"),
+    "function in a file": ("function.py", r"function\.py"),
+    "huge number in a file": ("huge.py", r"huge\.py"),
     # ranges
-    "decay of more than all steps": ("--schedule=wsd --decay_fraction=1.5", "decay_fraction: got 1.5, takes"),
-    "lr of 0": ("--lr=0", "lr: got 0.0, takes"), "negative lr": ("--lr -1", "lr: got -1.0, takes"),
-    "infinite lr": ("--lr=1e999", "lr: got inf, takes"), "no width": ("--width=0", "width: got 0, takes"),
-    "negative steps": ("--steps=-1", "steps: got -1, takes"),
-    "width that heads do not divide": ("--width=40", "width: got 40, takes a multiple of head_dim=16.* 48"),
-    "base_width that heads do not divide": ("--base_width=20", "base_width: got 20, .* of base_head_dim=8"),
-    "micro_batch that does not divide": ("--micro_batch=3", "batch: got 4, .* multiple of micro_batch=3"),
-    "warmup of all steps": ("--warmup=1", "warmup: got 1.0, takes a number from 0 to below 1"),
-    "beta of 1": ("--beta2=1", "beta2: got 1.0"), "all dropped": ("--dropout=1", "dropout: got 1.0"),
-    "final_lr above the peak": ("--final_lr=1.5", "final_lr: got 1.5"),
-    "depth_alpha above 1": ("--depth_alpha=2", "depth_alpha: got 2.0"),
-    "odd heads with rotary": ("--position=rotary --head_dim=1", "head_dim: got 1, takes an even number"),
-    "vocabulary below the tokenizer's": ("--vocab_size=100", "vocab_size: got 100, takes at least .* 257"),
-    "seed that no generator takes": ("--seed=2**70", "seed: got "),
-    "seed that no generator takes with dropout": ("--seed=2**63 --dropout=0.1", "seed: got "),
-    "model larger than memory": ("--width=2**20", "micro_batch: .* need at least .*takes a smaller model"),
-    "model larger than torch can count": ("--width=2**40", "width: got 1099511627776.*takes a smaller model"),
-    "deeper than memory": ("--depth=10**12", "micro_batch: .* need at least .*takes a smaller model"),
-    "batch larger than the text": ("--batch=100000", "batch: got 100000 .*takes --batch="),
-    "context longer than the text": ("--context=10**7", "batch: got 4 at context=10000000"),
+    "decay of more than all steps": ("--schedule=wsd --decay_fraction=1.5", "decay_fraction"),
+    "lr of 0": ("--lr=0", "lr"), "negative lr": ("--lr -1", "lr"),
+    "infinite lr": ("--lr=1e999", "lr"), "no width": ("--width=0", "width"),
+    "negative steps": ("--steps=-1", "steps"),
+    "width that heads do not divide": ("--width=40", "width.*head_dim.*48"),
+    "base_width that heads do not divide": ("--base_width=20", "base_width.*base_head_dim"),
+    "micro_batch that does not divide": ("--micro_batch=3", "batch.*micro_batch"),
+    "warmup of all steps": ("--warmup=1", "warmup"),
+    "beta of 1": ("--beta2=1", "beta2"), "all dropped": ("--dropout=1", "dropout"),
+    "final_lr above the peak": ("--final_lr=1.5", "final_lr"),
+    "depth_alpha above 1": ("--depth_alpha=2", "depth_alpha"),
+    "odd heads with rotary": ("--position=rotary --head_dim=1", "head_dim"),
+    "vocabulary below the tokenizer's": ("--vocab_size=100", "vocab_size"),
+    "seed that no generator takes": ("--seed=2**70", "seed"),
+    "seed that no generator takes with dropout": ("--seed=2**63 --dropout=0.1", "seed"),
+    "temperature beyond fp32": ("--temperature=1e300", "temperature"),
+    "multiplier beyond fp32": ("--attention_mult=1e300", "attention_mult"),
+    "width beyond 64 bits": ("--width=10**20", "width"), "MLP beyond 64 bits": ("--mlp_ratio=1e29", "width"),
+    "vocabulary beyond 64 bits": ("--vocab_size=10**20", "vocab_size"),
+    "model larger than memory": ("--width=2**20", "micro_batch"),
+    "model larger than torch can count": ("--width=2**40", "width"),
+    "deeper than memory": ("--depth=10**12", "micro_batch"),
+    "batch larger than the text": ("--batch=100000", "batch"),
+    "context longer than the text": ("--context=10**7", "batch"),
     "context longer than the validation text": (
-        "--context=9000 --batch=1 --val_fraction=0.05 --eval_tokens=9000", "context: got 9000, but"),
-    "evaluation of less than a window": ("--eval_tokens=5", "eval_tokens: got 5, takes context=16 or more"),
+        "--context=9000 --batch=1 --val_fraction=0.05 --eval_tokens=9000", "context"),
+    "evaluation of less than a window": ("--eval_tokens=5", "eval_tokens"),
     # files
-    "missing file": ("nope.py", r"nope\.py: No such file"),
-    "misspelled file": ("config/proxi.py", r"config/proxi\.py: No such file.*did you mean config/proxy\.py"),
-    "file that raises": ("raises.py", r"raises\.py: ZeroDivisionError: division by zero"),
-    "file that raises in lines": ("lines.py", r"lines\.py: ValueError: one two"),
-    "file that exits": ("exits.py", r"exits\.py: SystemExit"),
-    "file that is no Python": ("notes.txt", r"notes\.txt: SyntaxError"),
-    "file that is no text": ("binary.py", r"binary\.py: "),
-    "file with an unknown setting": ("unknown.py", r"unknown\.py: widht: no such setting; did you mean"),
-    "file out of range": ("range.py", r"range\.py: depth: got 0"),
-    "file that imports a missing one": ("imports.py", r"imports\.py: ModuleNotFoundError"),
+    "missing file": ("nope.py", r"nope\.py"),
+    "misspelled file": ("config/proxi.py", r"config/proxi\.py.*did you mean config/proxy\.py"),
+    "file that raises": ("raises.py", r"raises\.py"),
+    "file that raises in lines": ("lines.py", r"lines\.py"),
+    "file that exits": ("exits.py", r"exits\.py"),
+    "file that raises what is no error": ("closes.py", r"closes\.py"),
+    "file that is no configuration": ("notes.txt", r"notes\.txt"),
+    "checkpoint for a configuration": ("run/last.pt", r"run/last\.pt.*try run"),
+    "program for a configuration": ("program.pt", r"program\.pt"),
+    "program in a file of Python": ("program.py", r"program\.py"),
+    "number without end in a file": ("endless.py", r"endless\.py: lr"),
+    "path with a zero character": ("zero.py", r"zero\.py: out"),
+    "file that is no text": ("binary.py", r"binary\.py"),
+    "file with an unknown setting": ("unknown.py", r"unknown\.py: widht.*did you mean width"),
+    "file out of range": ("range.py", r"range\.py"),
+    "file that imports a missing one": ("imports.py", r"imports\.py"),
     # corpora
-    "missing corpus": ("--dataset=no/such/text.txt", "dataset: no such file or folder: no/such/text.txt"),
-    "glob that matches nothing": ("--dataset=*.text", r"dataset: the glob \*\.text matches nothing"),
-    "folder without text": ("--dataset=empty", "dataset: got empty, takes files that end in"),
-    "blank corpus": ("--dataset=blank.jsonl", "dataset: blank.jsonl holds no text"),
-    "corpus of one document": ("--dataset=one.txt", "dataset: one.txt is one document"),
-    "broken .jsonl": ("--dataset=broken.jsonl", "dataset: broken.jsonl cannot be read"),
-    "text_field that is not there": ("--dataset=rows.jsonl --text_field=b", "text_field: got b, but .* text"),
-    "text_field of a .txt": ("--text_field=body", "text_field: got body, but .* has none"),
-    "subset of local files": ("--subset=small", "subset: got small, but .* has none"),
-    "hub that is unreachable": ("--dataset=owner/name", "dataset: .*hub is unreachable.*--dataset=stdlib"),
-    "unknown tokenizer": ("--tokenizer=gtp2", "tokenizer: got gtp2, .*did you mean gpt2"),
-    "no merges": ("--tokenizer=bpe:100", "tokenizer: got bpe:100, takes bpe:N with N from 258"),
-    "data_dir in a file": ("--data_dir=notes.txt/in", "data_dir: cannot write notes.txt/in"),
-    "prompt that is no UTF-8": ("--prompt=\udcff", "prompt: got .*udcff', takes text in UTF-8"),
-    "line break in a name": ("--dataset=a\nb.txt", "dataset: no such file or folder: a"),
+    "missing corpus": ("--dataset=no/such/text.txt", "dataset"),
+    "glob that matches nothing": ("--dataset=*.text", r"dataset"),
+    "folder without text": ("--dataset=empty", "dataset"),
+    "blank corpus": ("--dataset=blank.jsonl", "dataset"),
+    "corpus of one document": ("--dataset=one.txt", "dataset"),
+    "broken .jsonl": ("--dataset=broken.jsonl", "dataset"),
+    "text_field that is not there": ("--dataset=rows.jsonl --text_field=b", "text_field"),
+    "text_field of a .txt": ("--text_field=body", "text_field"),
+    "subset of local files": ("--subset=small", "subset"),
+    "hub that is unreachable": ("--dataset=owner/name", "dataset"),
+    "unknown tokenizer": ("--tokenizer=gtp2", "tokenizer.*did you mean gpt2"),
+    "no merges": ("--tokenizer=bpe:100", "tokenizer"),
+    "data_dir in a file": ("--data_dir=notes.txt/in", "data_dir"),
+    "prompt that is no UTF-8": ("--prompt=\udcff", "prompt"),
+    "line break in a name": ("--dataset=a\nb.txt", "dataset"),
     # run directories
-    "folder that is no run": ("empty", r"empty.config\.json: No such file or directory"),
-    "config.json that is no JSON": ("broken", r"broken.config\.json: JSONDecodeError"),
-    "config.json that is a list": ("list", r"list.config\.json: "),
-    "config.json that is a number": ("number", r"number.config\.json: "),
-    "config.json with an unknown setting": ("newer", "newer: speed: no such setting"),
-    "config.json with a wrong type": ("wrong", "wrong: lr: got 'fast'"),
-    "checkpoint that is none": ("garbage", r"garbage.last\.pt: is damaged"),
-    "checkpoint cut short": ("short", r"short.last\.pt: is damaged"),
-    "checkpoint of something else": ("other", r"other.last\.pt: is damaged: .*keys"),
+    "folder that is no run": ("empty", r"empty.config\.json"),
+    "config.json that is no JSON": ("broken", r"broken.config\.json"),
+    "config.json that is a list": ("list", r"list.config\.json"),
+    "config.json that is a number": ("number", r"number.config\.json"),
+    "config.json with an unknown setting": ("newer", "newer: speed"),
+    "config.json with a wrong type": ("wrong", "wrong: lr"),
+    "checkpoint that is none": ("garbage", r"garbage.last\.pt"),
+    "checkpoint cut short": ("short", r"short.last\.pt"),
+    "checkpoint of something else": ("other", r"other.last\.pt"),
     "checkpoint of an edited model": ("edited", r"edited.last\.pt"),
-    "other width on resuming": ("run --width=64", "width: got 64, but run.last.pt was trained with 32"),
-    "other table on resuming": ("run --parametrization=sp", "parametrization: got 'sp', but .* with 'mup'"),
-    "fewer steps than done": ("run --steps=1", "steps: got 1, takes at least the 2"),
+    "other width on resuming": ("run --width=64", "width.*32"),
+    "other table on resuming": ("run --parametrization=sp", "parametrization"),
+    "fewer steps than done": ("run --steps=1", "steps"),
     # machine
-    "no such device": ("--device=tpu", "device: got 'tpu', takes auto, cpu"),
-    "absent device": ("--device=cuda:98", "device: got cuda:98, which this machine does not have; takes "),
-    "device number beyond all": ("--device=cuda:300", "device: got '?cuda:300"),
-    "out in a file": ("--out=notes.txt/run", "out: cannot write notes.txt"),
-    "out that is a file": ("--out=notes.txt", "out: cannot write notes.txt"),
-    "out without a name": ("--out=", "out: got ''"),
+    "no such device": ("--device=tpu", "device"),
+    "absent device": ("--device=cuda:98", "device"),
+    "device number beyond all": ("--device=cuda:300", "device"),
+    "out in a file": ("--out=notes.txt/run", "out"),
+    "out that is a file": ("--out=notes.txt", "out"),
+    "out without a name": ("--out=", "out"),
 }
 REAL_PROCESS = "checkpoint that is none"  # by `python train.py`: the case that gets the furthest
 FORKED = {"misspelled setting", "missing corpus"}  # in processes of their own, but quickly started ones
@@ -150,10 +162,14 @@ def workspace(corpus, tmp_path_factory):
             "lines.py": "raise ValueError('one\\ntwo')", "exits.py": "import sys\nsys.exit('no')",
             "unknown.py": "widht = 64", "range.py": "depth = 0", "imports.py": "from config.nope import *",
             "text_lr.py": "lr = 'big'", "function.py": "lr = max", "huge.py": "lr = 10**400",
+            "closes.py": "raise GeneratorExit", "endless.py": "lr = 10**5000", "zero.py": "out = 'a\\0b'",
             "blank.jsonl": '{"text": " "}\n', "one.txt": "one document", "broken.jsonl": '{"text": \n',
             "rows.jsonl": "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20))}.items():
         (folder / name).write_text(text)
     (folder / "binary.py").write_bytes(b"\x00\xff\xfe lr")
+    for name in ("program.pt", "program.py"):  # which Python runs, whatever their names say
+        with zipfile.ZipFile(folder / name, "w") as file:
+            file.writestr("__main__.py", "open('it ran', 'w').close()")
     return folder
 
 
@@ -210,7 +226,7 @@ def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(corpus, worksp
         code, output, errors = run_in_this_process(argv, monkeypatch, capfd)
     assert code == 2 and output == ""
     assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors
-    assert re.search(FAILURES[case][1], errors), errors
+    assert re.match(f"error: ({FAILURES[case][1]})", errors), errors
     assert contents(workspace) == before, "something was written"
     new = set(os.listdir(corpus["data_dir"])) - prepared
     assert all(os.path.exists(f"{corpus['data_dir']}/{name}/meta.json") for name in new)
@@ -285,20 +301,16 @@ def test_there_are_thirty_cases():
     assert len(FAILURES) >= 30 and {REAL_PROCESS, *FORKED} <= set(FAILURES)
 
 
-NO_MEMORY = ("micro_batch: got None, which does not fit in the device's memory; "
-             "takes a smaller divisor of batch=32, or a smaller model")
-
-
 @pytest.mark.parametrize(("error", "line"), [
-    (MemoryError(), NO_MEMORY), (RuntimeError("CUDA out of memory"), NO_MEMORY),
-    (OSError(28, "full", "x.pt"), "out: cannot write x.pt: full")])
+    (MemoryError(), "micro_batch"), (RuntimeError("CUDA out of memory"), "micro_batch"),
+    (OSError(28, "full", "x.pt"), "x.pt: full"), (PermissionError(13, "not yours", "texts"), "texts: not")])
 def test_what_the_machine_raises_while_training_is_one_line_too(tmp_path, monkeypatch, capfd, error, line):
     def fail(config):
         raise error
 
     monkeypatch.setattr(train, "train", fail)
-    found = run_in_this_process([f"--out={tmp_path}/run"], monkeypatch, capfd)
-    assert found == (2, "", f"error: {line}\n")
+    code, output, errors = run_in_this_process([f"--out={tmp_path}/run"], monkeypatch, capfd)
+    assert code == 2 and output == "" and re.fullmatch(f"error: {line}.*\n", errors)
 
 
 def test_a_missing_library_is_rejected_before_anything_is_written(corpus, tmp_path, monkeypatch, capfd):
@@ -307,5 +319,4 @@ def test_a_missing_library_is_rejected_before_anything_is_written(corpus, tmp_pa
     argv = [*[f"--{name}={value}" for name, value in corpus.items()], "--wandb=true"]
     code, _, errors = run_in_this_process(argv, monkeypatch, capfd)
     assert code == 2 and os.listdir() == []
-    assert errors.endswith("error: wandb: got true, but it is not installed; pip install wandb, or "
-                           "--wandb=false\n")
+    assert re.fullmatch("error: wandb.*pip install wandb.*\n", errors)

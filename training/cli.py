@@ -61,9 +61,9 @@ def errors_in_one_line(config):
             raise UserError(f"{config.out}: another process died; `train.py {config.out}` resumes") from None
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        raise UserError(f"micro_batch: got {config.micro_batch}, which does not fit in the device's memory; "
-                        f"takes a smaller divisor of batch={config.batch}, or a smaller model") from None
+        raise UserError(f"micro_batch: {config.micro_batch or config.batch} sequences do not fit in "
+                        "the device's memory; try a smaller divisor of batch, or a smaller model") from None
     except BrokenPipeError:  # nobody reads what is printed: run_cli's business, and no fault of `out`
         raise
     except OSError as error:
-        raise UserError(f"out: cannot write {error.filename or config.out}: {error.strerror}") from None
+        raise UserError(f"{error.filename or config.out}: {error.strerror}") from None

@@ -21,7 +21,7 @@ def model_size(config):
     try:
         with torch.device("meta"):
             one, two = (GPT(replace(config, depth=depth, window=None)) for depth in (1, 2))
-    except RuntimeError:  # more elements than torch can count
+    except (RuntimeError, TypeError):  # more elements than torch can count
         raise UserError(f"width: got {config.width}, which with vocab_size={config.vocab_size} and context="
                         f"{config.context} makes a larger tensor than torch can count; takes a smaller model"
                         ) from None
