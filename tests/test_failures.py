@@ -303,7 +303,7 @@ def test_there_are_thirty_cases():
 
 @pytest.mark.parametrize(("error", "line"), [
     (MemoryError(), "micro_batch"), (RuntimeError("CUDA out of memory"), "micro_batch"),
-    (OSError(28, "full", "x.pt"), "x.pt: full"), (PermissionError(13, "not yours", "texts"), "texts: not")])
+    (OSError(28, "full", "x.pt"), "cannot write x.pt: full"), (PermissionError(13, "no", "a"), "a: no")])
 def test_what_the_machine_raises_while_training_is_one_line_too(tmp_path, monkeypatch, capfd, error, line):
     def fail(config):
         raise error

@@ -379,7 +379,7 @@ def test_between_sp_and_mup_init_and_updates_have_exponents_of_their_own():
 
 
 def test_the_plane_between_sp_and_mup_is_no_setting_of_sp():
-    with pytest.raises(UserError, match="^mup_lr: got 0.5 with parametrization=sp, takes"):
+    with pytest.raises(UserError, match="^mup_lr .*sp"):
         tiny(parametrization="sp", mup_lr=0.5)
 
 

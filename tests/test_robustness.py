@@ -260,7 +260,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(corpus, finishe
     _, errors = process.communicate()
     assert process.returncode == 2
     [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: out: cannot write {out}") and "Traceback" not in errors
+    assert f"cannot write {out}" in line and "Traceback" not in errors
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
     assert run(corpus | HARD, out=str(out)).val_loss == read_checkpoint(str(finished / "last.pt"))["past"][1]
 

@@ -88,7 +88,7 @@ def test_other_settings_than_those_of_sampling_are_no_sampling(finished, tmp_pat
     assert sampling.sampling_config([str(finished), "--prompt=a", "--steps=99"]) is None
     assert sampling.sampling_config([str(finished)]) is None
     assert sampling.sampling_config(["config/proxy.py", "--prompt=a"]) is None
-    with pytest.raises(UserError, match="temperature: got -1"):
+    with pytest.raises(UserError, match="temperature"):
         sampling.sampling_config([str(finished), "--temperature=-1"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="init_from: .*holds no config.json"):

@@ -100,7 +100,7 @@ def test_values_are_lists_ranges_and_settings():
     assert parse_values("tied", "true,false") == [True, False]
     wrong = {"lr": "1..0.5", "width": "64,x", "widht": "3", "eps": "0..1", "batch": "8..9:x"}
     for name, bad in wrong.items():
-        with pytest.raises(UserError, match=f"^{name}: "):
+        with pytest.raises(UserError, match=f"^{name}"):
             parse_values(name, bad)
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 
-from configure import UserError
+from configure import UserError, describe_os_error
 from training.distributed import from_rank0, rank, world_size
 from training.folder import claim_folder, remove_empty
 
@@ -66,4 +66,4 @@ def errors_in_one_line(config):
     except BrokenPipeError:  # nobody reads what is printed: run_cli's business, and no fault of `out`
         raise
     except OSError as error:
-        raise UserError(f"{error.filename or config.out}: {error.strerror}") from None
+        raise UserError(describe_os_error(error, config.out)) from None
