@@ -24,8 +24,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
-import huggingface
-
 # Each type of setting: (Python type, whether a value is accepted, what is accepted, for people)
 Count = Annotated[int, lambda x: 1 <= x <= 2**53, "a whole number from 1 to 2**53"]
 Whole = Annotated[int, lambda x: 0 <= x < 2**31, "a whole number from 0 to below 2**31"]
@@ -498,11 +496,18 @@ def is_from_run(source):
         return False
 
 
+# A function from a model of another program to {setting: value}; training/pretrained.py puts it here
+read_foreign_settings = None
+
+
 def settings_to_start_from(source):
     """What a run that starts from the weights of `source` takes from it where nothing else is given: what
     they need to mean the same, its tokenizer, and how to step them. Raises UserError."""
     if not is_from_run(source):
-        return settings_of_huggingface(source)
+        if read_foreign_settings is None:
+            raise UserError(f"init_from: {source} is not a run; to start from a Hugging Face model, import "
+                            "train before you call configure()")
+        return read_foreign_settings(source)
     settings, run = read_settings(run_of(source)), run_of(source)
     taken = {name: settings[name] for name in (*names_in("function", "optimizer"), "tokenizer")}
     if re.match(r"bpe:|.*[/\\]", settings["tokenizer"]) or os.path.isdir(settings["tokenizer"]):
@@ -510,20 +515,8 @@ def settings_to_start_from(source):
     return taken
 
 
-def settings_of_huggingface(source):
-    """The same for a Hugging Face model, whose training knew none of our rules. Raises UserError."""
-    try:
-        settings = huggingface.settings_of(source)
-        tokenizer = huggingface.tokenizer_of(source)
-    except ValueError as error:
-        raise UserError(f"init_from: {error}") from None
-    if tokenizer is not None:
-        settings["tokenizer"] = tokenizer
-    return settings | {"lr": huggingface.LR}
-
-
-OWN_MODULES = {"configure", "huggingface", "parametrization", "generate", "model", "train", "data",
-               "training", "interop", "scaling"}
+OWN_MODULES = {"configure", "parametrization", "generate", "model", "train", "data", "training", "interop",
+               "scaling"}
 
 
 def read_settings(source):

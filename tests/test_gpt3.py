@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import column, cuda, run, tiny
 
-import huggingface
 import training.compile
 from configure import Config, UserError, configure
 from data.loader import TokenDataset, prefetch_batches
@@ -259,11 +258,6 @@ def test_flex_attention_is_used_in_compiled_training_on_cuda_and_nowhere_else(mo
     assert model.attention_masks(8, "cpu")[1].shape == (8, 8)
     with torch.no_grad():
         assert model.attention_masks(16, "cpu")[1].dtype == torch.bool
-
-
-def test_a_model_with_a_window_is_not_exported_as_one_without():
-    with pytest.raises(ValueError, match="^window: got 5, which no class of transformers"):
-        huggingface.family_of(Config(window=5))
 
 
 @pytest.mark.parametrize(("settings", "blocks"), [  # context 64: a dense block counts 64, a band 2w - w^2/64

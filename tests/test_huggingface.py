@@ -5,26 +5,31 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import sys
 
 import pytest
 import torch
 from conftest import BLOCKS, GPT2_BLOCK, column, run, tiny, tokens
 
-import huggingface
 import train
-from configure import Config, UserError, configure
+from configure import SETTINGS, Config, UserError, configure
 from data.tokenizer import build_encoding, load_kept
 from data.tokenizer_json import SAMPLE, write_tokenizer_json
-from model import GPT
+from interop.export import export
+from interop.export import main as export_main
+from interop.families import FAMILIES, NO_EFFECT, family_of, fields_of
+from interop.huggingface import LR, read_huggingface
+from interop.weights import WEIGHTS, write_model
+from model import GPT, Attention
 from parametrization import ROLES, forward_multipliers, hyperparameters
-from training.exchange import WEIGHTS, read_huggingface, write_model
-from training.export import export
-from training.export import main as export_main
+from training.checkpoint import read_checkpoint, write_checkpoint
 from training.pretrained import hash_weights, load
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors, an optional package")
+pytest.importorskip("transformers", reason="needs transformers, an optional package")
 TEXT = ["the model learns; a teacher reads, that river moves over one gradient and into the next. " * 40]
 MULTIPLIERS = {"embedding_mult": 1.7, "logit_mult": 0.6, "attention_mult": 1.3, "depth_alpha": 0.7}
 SHAPES = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 280}
@@ -90,12 +95,73 @@ def test_an_exported_model_computes_the_same_in_transformers_and_comes_back(tran
             assert (model(x_BT) - back.eval()(x_BT)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("name", "setting"), NOT_HELD.items(), ids=NOT_HELD)
-def test_what_no_class_holds_is_refused_by_the_setting_that_stands_in_the_way(tmp_path, name, setting):
-    with pytest.raises(UserError, match=rf"^{setting}: got .*; the nearest, \w+, takes {setting}="):
-        write(GPT(tiny(**BLOCKS[name])), str(tmp_path / "out"))
-    with pytest.raises(UserError, match="^bias: got True"):
-        write(GPT(tiny(bias=True)), str(tmp_path / "other"))
+@pytest.mark.parametrize(("block", "setting"), [
+    *[(BLOCKS[name], setting) for name, setting in NOT_HELD.items()], ({"bias": True}, "bias"),
+    ({"window": 5}, "window")])
+def test_what_no_class_computes_is_refused_by_the_setting_that_stands_in_the_way(tmp_path, block, setting):
+    with pytest.raises(UserError, match=f"^{setting} must be .* for an export"):
+        write(GPT(tiny(**block)), str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_parameter_or_a_number_of_rows_that_no_class_has_is_refused_by_its_name(tmp_path):
+    model = GPT(tiny())
+    model.second_readout = torch.nn.Linear(32, 64)
+    with pytest.raises(UserError, match="^second_readout.weight: Qwen3ForCausalLM .* no such parameter"):
+        write(model, str(tmp_path / "head"))
+    model = GPT(tiny())
+    model.blocks[1].attention.qkv.weight = torch.nn.Parameter(torch.zeros(64, 32))
+    with pytest.raises(UserError, match="^blocks.1.attention.qkv.weight: has 64 rows"):
+        write(model, str(tmp_path / "rows"))
+
+
+def test_a_function_setting_that_no_one_taught_the_export_is_refused(monkeypatch):
+    monkeypatch.setitem(SETTINGS, "softcap", SETTINGS["window"])
+    monkeypatch.setattr(Config, "softcap", None, raising=False)
+    assert family_of(Config()).model_type == "qwen3"
+    monkeypatch.setattr(Config, "softcap", 30.0)
+    with pytest.raises(UserError, match="^softcap must be None for an export, got 30"):
+        family_of(Config())
+
+
+@pytest.mark.parametrize("change", ["softcap", "untrained softcap", "grouped keys"])
+def test_an_edit_of_the_model_that_no_class_computes_is_not_exported(proxy, tmp_path, change, monkeypatch):
+    if change == "grouped keys":  # as if each pair of heads had one key and one value
+        def grouped(qkv_BTNHD, q_norm, k_norm, rotary):
+            qkv_BTNHD = qkv_BTNHD.clone()
+            qkv_BTNHD[:, :, 1:, 1::2] = qkv_BTNHD[:, :, 1:, ::2]
+            return original(qkv_BTNHD, q_norm, k_norm, rotary)
+        original = Attention.queries_keys_values
+        monkeypatch.setattr(Attention, "queries_keys_values", staticmethod(grouped))
+    else:
+        def capped(self, x_BTC, targets_BT=None):
+            return 30 * torch.tanh(original(self, x_BTC) / 30)
+        original = GPT.read_out
+        monkeypatch.setattr(GPT, "read_out", capped)
+    source = proxy / "run"
+    if change == "untrained softcap":  # whose logits are all 0
+        checkpoint = read_checkpoint(str(source / "best.pt"))
+        checkpoint["model"]["readout.weight"].zero_()
+        source = tmp_path / "untrained"
+        shutil.copytree(proxy / "run", source)
+        write_checkpoint(str(source / "best.pt"), checkpoint)
+    with pytest.raises(UserError, match="^export: .* computes other logits than model.py"):
+        export(str(source), str(tmp_path / "out"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
+
+
+@pytest.mark.parametrize("size", [8000])  # bytes: the tokenizer is larger, then the weights
+def test_an_export_on_a_full_disk_is_one_line_and_leaves_nothing(proxy, tmp_path, size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(UserError, match="^to: cannot write .*out: ") as caught:
+            export(str(proxy / "run"), str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
 
 
 def save_theirs(transformers, kind, folder, **changes):
@@ -147,7 +213,7 @@ def test_a_model_from_elsewhere_is_trained_with_plain_adamw(corpus, tmp_path):
     write_tokenizer_json(build_encoding("bpe:280", lambda: TEXT), str(tmp_path / "in"), 16)
     config = start(tmp_path / "in", corpus)
     for role in ROLES:
-        assert hyperparameters(config, role)["lr"] == config.lr == huggingface.LR
+        assert hyperparameters(config, role)["lr"] == config.lr == LR
         assert hyperparameters(config, role)["eps"] == config.eps
     assert forward_multipliers(config) == {"branch": 1, "logits": 1, "attention": config.head_dim ** -0.5}
     config = start(tmp_path / "in", corpus, "--steps=20", "--lr=1e-3", "--eval_every=20")
@@ -155,32 +221,51 @@ def test_a_model_from_elsewhere_is_trained_with_plain_adamw(corpus, tmp_path):
     assert column(result, "val_loss")[-1] < column(result, "val_loss")[0]
 
 
-FIELDS = {"n_head": (3, "n_head: got 3, takes a divisor of 32"),
-          "activation_function": ("relu", "activation_function: got relu, takes gelu or"),
-          "scale_attn_by_inverse_layer_idx": (True, "scale_attn_by_inverse_layer_idx: got True, takes False"),
-          "model_type": ("bert", "model_type: got 'bert'"), "n_embd": ("wide", "holds no sizes")}
-LLAMA_FIELDS = {"num_key_value_heads": (1, "num_key_value_heads: got 1, takes 2"),
-                "head_dim": (32, "head_dim: got 32, takes 16"),
-                "hidden_act": ("gelu", "hidden_act: got gelu, takes silu"),
-                "rope_scaling": ({"rope_type": "llama3", "factor": 8.0}, "rope_type: got llama3"),
-                "partial_rotary_factor": (0.5, "partial_rotary_factor: got 0.5"),
-                "mlp_bias": (True, "mlp_bias: got True"), "use_sliding_window": (True, "use_sliding_window")}
+# {a field of config.json: values that make it another function, or none}
+GPT2_FIELDS = {"n_head": [3, 0, -2, True, 10**20, 2.0], "activation_function": ["relu", "silu", None, 7],
+               "scale_attn_by_inverse_layer_idx": [True], "scale_attn_weights": [False],
+               "add_cross_attention": [True], "is_encoder_decoder": [True], "model_type": ["bert", None, []],
+               "n_embd": ["wide", None, 10**20, 2**31], "n_layer": [10**12, 0, 1.5], "n_positions": [10**20],
+               "vocab_size": [10**20, -1], "n_inner": [10**20, "wide"], "layer_norm_epsilon": [-1, math.nan],
+               "num_hidden_layers": [10**12], "auto_map": [{"AutoModel": "code.Model"}]}
+LLAMA_FIELDS = {"head_dim": [32, 10**20], "num_key_value_heads": [3], "hidden_act": ["gelu", "relu2"],
+                "rope_scaling": [{"rope_type": "llama3", "factor": 8.0}, {"type": "linear", "factor": 2.0}],
+                "rope_parameters": [{"rope_type": "yarn", "factor": 2.0}, [], {"rope_theta": -1.0}, 3],
+                "rope_theta": [77.0], "partial_rotary_factor": [0.5], "mlp_bias": [True],
+                "use_sliding_window": [True], "layer_types": [["full_attention", "sliding_attention"]],
+                "sliding_window": [4], "pretraining_tp": [2], "rms_norm_eps": [0, None],
+                "tie_word_embeddings": ["yes"]}
+NAMED = {"layer_norm_epsilon": "norm_eps", "rms_norm_eps": "norm_eps", "rope_scaling": "rope_parameters"}
 
 
-@pytest.mark.parametrize(("block", "field", "value", "line"), [
-    *[("gpt2", field, *case) for field, case in FIELDS.items()],
-    *[("no qk_norm", field, *case) for field, case in LLAMA_FIELDS.items()]])
-def test_what_our_block_cannot_hold_is_refused_by_the_field(tmp_path, block, field, value, line):
+@pytest.mark.parametrize(("block", "field", "value"), [
+    *[("gpt2", field, value) for field, values in GPT2_FIELDS.items() for value in values],
+    *[("no qk_norm", field, value) for field, values in LLAMA_FIELDS.items() for value in values]], ids=str)
+def test_a_field_that_makes_another_function_is_refused_in_one_line(tmp_path, block, field, value):
     folder = str(tmp_path / "in")
     write(GPT(tiny(**BLOCKS[block])), folder)
-    with open(f"{folder}/config.json") as file:
-        fields = json.load(file)
-    for name in ("rope_parameters", "rope_theta") if field == "rope_scaling" else ():
-        del fields[name]
-    with open(f"{folder}/config.json", "w") as file:
-        json.dump(fields | {field: value}, file)
-    with pytest.raises(UserError, match=f"^init_from: .*{line}"):
+    change_fields({field: value})(tmp_path / "in")
+    named = NAMED.get(field, field)
+    with pytest.raises(UserError, match=f"^init_from: config.json of .*{named}") as caught:
         configure([f"--init_from={folder}"])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def change_fields(changes):
+    def change(folder):
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(fields | changes))
+    return change
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_field_of_a_class_is_written_or_known_to_have_no_effect(transformers, family):
+    config = Config(**{name: values[0] for name, values in family.block.items()}, norm_eps=1e-5, dropout=0.25)
+    fields = fields_of(config, family)
+    declared = getattr(transformers, family.config_class)().to_dict()
+    assert declared.keys() <= fields.keys() | NO_EFFECT
+    assert {value for name, value in fields.items() if "drop" in name} == {0.25}
+    assert {name for name in declared if "drop" in name} - NO_EFFECT <= fields.keys()
 
 
 def change_tensors(change):
@@ -204,13 +289,14 @@ def only_pickle(folder):
 WRONG = {
     "truncated": (cut, f"{WEIGHTS} is damaged"), "pickle": (only_pickle, "a pickle, which can run code"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
-    "a part missing": (lambda folder: (folder / WEIGHTS).unlink() or (
-        folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}'),
-        "lacks part.safetensors"),
     "a tensor missing": (change_tensors(lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.weight")),
                          "lacks transformer.h.1.mlp.c_fc.weight"),
     "a tensor too many": (change_tensors(lambda tensors: tensors.update(adapter=torch.zeros(1))),
                           "holds transformer.adapter|holds adapter, for which"),
+    "tied, with another readout": (change_fields({"tie_word_embeddings": True}), "tie_word_embeddings is"),
+    "bool": (change_tensors(lambda tensors: tensors.update(
+        {"transformer.ln_f.weight": torch.ones(32, dtype=torch.bool)})), "ln_f.weight holds torch.bool"),
+    "NaN": (change_tensors(lambda tensors: tensors["transformer.ln_f.weight"].fill_(math.nan)), "not finite"),
     "another shape": (change_tensors(lambda tensors: tensors.update(
         {"transformer.ln_f.weight": torch.zeros(5)})), r"transformer.ln_f.weight has the shape \(5,\)"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
@@ -229,6 +315,19 @@ def test_a_wrong_folder_is_one_line_and_nothing_runs(corpus, tmp_path, damage, l
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("block", ["default", "gpt2"])
+def test_a_model_without_tokenizer_json_gets_none_that_it_was_not_trained_with(corpus, tmp_path, block):
+    write(lively(**BLOCKS[block], vocab_size=257), str(tmp_path / "in"))
+    for name in ("vocab.json", "merges.txt"):  # of another BPE than OpenAI's
+        (tmp_path / "in" / name).write_text("{}")
+    for words in ([], ["--tokenizer=bpe:257"]):
+        with pytest.raises(UserError, match="^tokenizer must be the one that"):
+            train.train(start(tmp_path / "in", corpus, *words), quiet=True)
+    with pytest.raises(UserError, match="^tokenizer: .*holds no tokenizer.json"):
+        load(str(tmp_path / "in"))
+    train.train(start(tmp_path / "in", corpus, "--steps=0", "--tokenizer=bytes"), quiet=True)
+
+
 def test_weights_in_several_files_and_without_their_first_names_are_read(tmp_path):
     model = lively(**GPT2_BLOCK)
     write(model, str(tmp_path / "in"))
@@ -239,9 +338,10 @@ def test_weights_in_several_files_and_without_their_first_names_are_read(tmp_pat
     names, weight_map = sorted(tensors), {}
     for i in range(2):
         part = {name: tensors[name] for name in names[i::2]}
-        safetensors.save_file(part, tmp_path / "in" / f"part{i}.safetensors")
-        weight_map |= {name: f"part{i}.safetensors" for name in part}
-    (tmp_path / "in" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        safetensors.save_file(part, tmp_path / "in" / f"model-0000{i}-of-00002.safetensors")
+        weight_map |= {name: f"model-0000{i}-of-00002.safetensors" for name in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "in" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     (tmp_path / "in" / WEIGHTS).unlink()
     _, weights = read_huggingface(str(tmp_path / "in"))
     assert weights.keys() == expected.keys()
@@ -306,11 +406,11 @@ def test_an_exported_run_is_finetuned_by_the_preset_on_other_text_and_resumes(pr
 def test_an_export_into_what_exists_or_of_no_run_writes_nothing(proxy, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
-    for words, line in (([f"{proxy}/run", f"--to={tmp_path}/full"], "^to: got .*full, which exists"),
-                        ([f"{proxy}/hf", f"--to={tmp_path}/new"], "which holds no run"),
-                        ([f"{proxy}/nothing", f"--to={tmp_path}/new"], "which holds no run"),
-                        ([f"{proxy}/run"], "takes RUN_DIR --to=DIR"),
-                        ([f"{proxy}/run", f"--to={tmp_path}/new", "--half"], "takes RUN_DIR --to=DIR")):
+    for words, line in (([f"{proxy}/run", f"--to={tmp_path}/full"], "^to must be a new or empty"),
+                        ([f"{proxy}/hf", f"--to={tmp_path}/new"], "must be a run"),
+                        ([f"{proxy}/nothing", f"--to={tmp_path}/new"], "must be a run"),
+                        ([f"{proxy}/run"], "RUN_DIR --to=DIR"),
+                        ([f"{proxy}/run", f"--to={tmp_path}/new", "--half"], "RUN_DIR --to=DIR")):
         with pytest.raises(UserError, match=line):
             export_main(words)
     assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["mine.txt"]
@@ -319,9 +419,9 @@ def test_an_export_into_what_exists_or_of_no_run_writes_nothing(proxy, tmp_path)
 def test_without_the_optional_package_a_line_says_what_to_install(proxy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
+    with pytest.raises(UserError, match="pip install transformers"):
         export(str(proxy / "run"), str(tmp_path / "out"))
-    with pytest.raises(UserError, match="pip install safetensors"):
+    with pytest.raises(UserError, match="pip install transformers"):
         load(str(proxy / "hf"))
 
 

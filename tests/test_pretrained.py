@@ -78,17 +78,41 @@ def test_what_starts_from_a_run_computes_what_the_run_computed(corpus, tmp_path)
     assert (config.lr, config.base_batch, config.base_tokens) == (0.03, 2, 100), "steps are of the same size"
 
 
-@pytest.mark.parametrize(("change", "line"), [
-    ("--width=64", r"width: got 64, but .*best.pt was trained with 32; takes the same with init_from"),
-    ("--depth=1", r"depth: got 1, but .* with 2"), ("--mlp=gelu", r"mlp: got gelu, but .* with swiglu"),
-    ("--logit_mult=1", r"logit_mult: got 1.0, but .* with 1.5"),
-    ("--base_width=32", r"base_width: got 32, but .* with 16"),
-    ("--vocab_size=512", r"vocab_size: got 512, takes the 280 rows that .*best.pt has"),
-    ("--tokenizer=bytes", r"tokenizer: got bytes, whose tokens .*; takes --tokenizer=.*run$"),
-    ("--tokenizer=bpe:280", r"tokenizer: got bpe:280, whose tokens are not those")])
-def test_what_does_not_fit_the_weights_is_rejected_by_name(corpus, pretrained, other_text, change, line):
-    with pytest.raises(UserError, match=line):
-        train.train(configure(start_words(corpus, pretrained[0], other_text, change)), quiet=True)
+@pytest.mark.parametrize("change", ["width=64", "depth=1", "mlp=gelu", "logit_mult=1", "base_width=32",
+                                    "window=4", "vocab_size=512", "tokenizer=bytes", "tokenizer=bpe:280"])
+def test_what_does_not_fit_the_weights_is_rejected_by_name(corpus, pretrained, other_text, change):
+    with pytest.raises(UserError, match=f"^{change.partition('=')[0]} must be .*best.pt"):
+        train.train(configure(start_words(corpus, pretrained[0], other_text, f"--{change}")), quiet=True)
+
+
+@pytest.mark.parametrize(("damaged", "expected"), [
+    (["best.pt"], "last.pt"), (["best.pt", "last.pt"], "previous.pt"),
+    (["best.pt", "last.pt", "previous.pt"], None)])
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_damaged_checkpoint_of_the_source_is_named_and_the_next_one_is_used(
+        pretrained, tmp_path, capsys, damaged, expected, is_gone):
+    source = str(tmp_path / "run")
+    shutil.copytree(pretrained[0], source)
+    for name in damaged:
+        os.truncate(f"{source}/{name}", 1000)
+        if is_gone:
+            os.remove(f"{source}/{name}")
+    if expected is None:
+        with pytest.raises(UserError, match="previous.pt"):
+            train.load(source)
+        return
+    weights = torch.load(f"{source}/{expected}", weights_only=True)["model"]
+    loaded = train.load(source)[0].state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    said = capsys.readouterr().err
+    assert all((name in said) != is_gone for name in damaged)
+
+
+def test_weights_are_not_validated_on_text_that_they_were_trained_on(corpus, pretrained, other_text):
+    more = "--steps=0", "--val_fraction=0.4"
+    with pytest.raises(UserError, match="^val_fraction must be at most 0.2 .*best.pt"):
+        train.train(configure(start_words(corpus, pretrained[0], corpus["dataset"], *more)), quiet=True)
+    train.train(configure(start_words(corpus, pretrained[0], other_text, *more)), quiet=True)
 
 
 def test_a_longer_context_is_taken_where_positions_are_rotary_and_a_shorter_one_always(corpus, tmp_path):
@@ -100,16 +124,16 @@ def test_a_longer_context_is_taken_where_positions_are_rotary_and_a_shorter_one_
         if fits:
             assert train.train(config, quiet=True).model.config.context == context
         else:
-            with pytest.raises(UserError, match="context: got 32, but .* with 16"):
+            with pytest.raises(UserError, match="^context must be 16"):
                 train.train(config, quiet=True)
 
 
 @pytest.mark.parametrize(("make", "line"), [
-    (lambda folder: None, "init_from: got .*, takes a run directory"),
+    (lambda folder: None, "^init_from: must be a run directory"),
     (lambda folder: folder.mkdir(), "init_from: .*holds no config.json"),
-    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"), "model_type: got None"),
+    (lambda folder: folder.mkdir() or (folder / "config.json").write_text("{}"), "model_type must be"),
     (lambda folder: folder.mkdir() or (folder / "config.json").write_text(json.dumps(asdict(Config()))),
-     "holds no best.pt and no last.pt")])
+     "must be a run that has saved")])
 def test_what_holds_no_run_is_rejected(corpus, tmp_path, make, line):
     make(tmp_path / "source")
     with pytest.raises(UserError, match=line):

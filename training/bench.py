@@ -28,10 +28,10 @@ if __name__ == "__main__":
 import torch
 
 from configure import UserError, asks_for_help, configure, is_from_run, run_cli
+from interop.weights import write_model
 from train import train
 from training.device import GIB, peak_flops, precision_name, select_device
 from training.distributed import init_distributed, rank, world_size
-from training.exchange import write_model
 from training.pretrained import load
 from training.sample import faster_on_gpu
 

@@ -1,20 +1,17 @@
-"""Trained weights to start from or to use: those of a run of ours, or of a Hugging Face model."""
+"""Trained weights to start from or to sample: those of a run of ours, or of a Hugging Face model.
+
+interop/ reads the latter; it is imported only where one is asked for.
+"""
 
 import functools
 import hashlib
 import os
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
-from configure import (
-    SETTINGS,
-    Config,
-    UserError,
-    is_from_run,
-    names_in,
-    run_of,
-    settings_of_huggingface,
-)
+import configure
+from configure import SETTINGS, Config, UserError, is_from_run, names_in, run_of
 from data.loader import TokenDataset
 from data.prepare import find_prepared
 from data.tokenizer import (
@@ -31,10 +28,18 @@ from training.checkpoint import (
     digest,
     folders_of,
     load_weights,
-    read_checkpoint,
+    read_newest,
     settings_of_checkpoint,
 )
-from training.exchange import read_huggingface, weight_files
+
+
+def read_foreign_settings(source):
+    """{setting: value} that a run takes over from a Hugging Face model. Raises UserError."""
+    from interop.huggingface import settings_to_start_from
+    return settings_to_start_from(source)
+
+
+configure.read_foreign_settings = read_foreign_settings
 
 
 class Pretrained(NamedTuple):
@@ -45,33 +50,45 @@ class Pretrained(NamedTuple):
     checkpoint: dict | None  # of a run
 
 
-def checkpoint_path(source):
-    """The checkpoint that `source` stands for: itself; or of a run directory the one of the lowest validation
-    loss, or the newest. Raises UserError."""
+def checkpoint_paths(source):
+    """The checkpoints that `source` may stand for, the first that is undamaged: itself; or of a run directory
+    the one of the lowest validation loss, then the newest. Raises UserError."""
     if source.endswith(".pt"):
         if not os.path.exists(source):
-            raise UserError(f"{source}: No such file; takes a checkpoint, such as {run_of(source)}/last.pt")
-        return source
-    for name in ("best.pt", "last.pt"):
-        path = os.path.join(source, name)
-        if os.path.exists(path):
-            return path
-    raise UserError(f"{source} holds no best.pt and no last.pt; takes a run that has saved one")
+            raise UserError(f"{source}: no such file; give a checkpoint, such as {run_of(source)}/last.pt")
+        return [source]
+    names = "best.pt", "last.pt", "previous.pt"
+    paths = [path for name in names if os.path.exists(path := os.path.join(source, name))]
+    if not paths:
+        raise UserError(f"{source} must be a run that has saved a checkpoint; it holds no best.pt, last.pt "
+                        "or previous.pt")
+    return paths
 
 
-def read_pretrained(source):
-    """The Pretrained of a run directory, a checkpoint in one, or a Hugging Face model. Raises UserError."""
+def warn(text):
+    print(text, file=sys.stderr)
+
+
+def read_pretrained(source, say=warn):
+    """The Pretrained of a run directory, a checkpoint in one, or a Hugging Face model. Raises UserError.
+
+    say: prints a line where a run's checkpoint is damaged, and another of its checkpoints is read.
+    """
     if not is_from_run(source):
+        from interop.huggingface import read_huggingface
         settings, weights = read_huggingface(source)
         return Pretrained(source, settings, weights, None)
-    path = checkpoint_path(source)
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = read_newest(checkpoint_paths(source), say)
     return Pretrained(path, settings_of_checkpoint(checkpoint), checkpoint["model"], checkpoint)
 
 
 def hash_weights(source):
     """The sha256 of the files that read_pretrained(source) takes weights from. Raises UserError."""
-    paths = [checkpoint_path(source)] if is_from_run(source) else weight_files(source)
+    if is_from_run(source):
+        paths = checkpoint_paths(source)[:1]
+    else:
+        from interop.huggingface import weight_files
+        paths = weight_files(source)
     hashes = []
     for path in paths:
         try:
@@ -94,15 +111,20 @@ def hash_file(path, size, time):
 
 
 def check_same_function(config, pretrained):
-    """Raises UserError where weights of `pretrained` would compute something else in a model of `config`."""
+    """Raises UserError where weights of `pretrained` would compute something else in a model of `config`, or
+    where its tokens cannot be those that they were trained on."""
     for name in names_in("function"):
         wanted, actual = getattr(config, name), pretrained.settings.get(name, getattr(config, name))
         if wanted == actual or name == "vocab_size":  # which may be left to the tokenizer: load() compares
             continue
         if name == "context" and (config.position == "rotary" or wanted < actual):
             continue
-        raise UserError(f"{name}: got {wanted}, but {pretrained.source} was trained with {actual}; takes the "
-                        "same with init_from")
+        raise UserError(f"{name} must be {actual}, as {pretrained.source} was trained, got {wanted}")
+    is_known = pretrained.checkpoint is not None or "tokenizer" in pretrained.settings
+    if not is_known and config.tokenizer.startswith("bpe:"):
+        raise UserError(f"tokenizer must be the one that {pretrained.source} was trained with, got "
+                        f"{config.tokenizer}; it has no tokenizer.json: give a folder that holds one, or a "
+                        "tiktoken name such as --tokenizer=gpt2")
 
 
 def check_same_tokenizer(config, dataset, pretrained):
@@ -110,22 +132,36 @@ def check_same_tokenizer(config, dataset, pretrained):
     if pretrained.checkpoint is not None:
         expected, advice = pretrained.checkpoint["tokens"]["tokenizer"], run_of(config.init_from)
     else:
-        advice = settings_of_huggingface(config.init_from).get("tokenizer")
+        advice = pretrained.settings.get("tokenizer")
         if advice in (None, config.tokenizer):
             return
         expected = ranks_sha256(build_encoding(advice, None))
     if dataset.hashes["tokenizer"] != expected:
-        raise UserError(f"tokenizer: got {config.tokenizer}, whose tokens are not those that "
-                        f"{pretrained.source} was trained on; takes --tokenizer={advice}")
+        raise UserError(f"tokenizer must be the one that {pretrained.source} was trained with, got "
+                        f"{config.tokenizer}; try --tokenizer={advice}")
+
+
+def check_held_out(config, dataset, pretrained):
+    """Raises UserError where the weights were trained on text that `dataset` validates on: documents are held
+    out by a hash below val_fraction, so those of a larger fraction are not all held out by a smaller one."""
+    if pretrained.checkpoint is None:
+        return
+    now = dataset.meta["settings"]
+    is_same_text = pretrained.settings["dataset"] in (config.dataset, now["dataset"])
+    largest = pretrained.settings["val_fraction"]
+    if is_same_text and now["val_fraction"] > largest:
+        raise UserError(f"val_fraction must be at most {largest} on the text that {pretrained.source} was "
+                        f"trained on, got {now['val_fraction']}: the weights have seen the rest of the text")
 
 
 def load_pretrained(pretrained, config, dataset, model):
     """Copy the weights into `model`, which is to be trained on `dataset`. Raises UserError."""
     check_same_tokenizer(config, dataset, pretrained)
+    check_held_out(config, dataset, pretrained)
     weights, rows = dict(pretrained.weights), len(pretrained.weights["token_embedding.weight"])
     if model.config.vocab_size != rows:
-        raise UserError(f"vocab_size: got {model.config.vocab_size}, takes the {rows} rows that "
-                        f"{pretrained.source} has")
+        raise UserError(f"vocab_size must be {rows}, as {pretrained.source} has that many rows, got "
+                        f"{model.config.vocab_size}")
     if "position_embedding.weight" in weights:
         weights["position_embedding.weight"] = weights["position_embedding.weight"][:config.context]
     load_weights(pretrained.source, {"model": weights}, model)
@@ -143,9 +179,10 @@ def build_pretrained(pretrained, device="cpu"):
 def tokenizer_of(source, pretrained):
     """The Tokenizer of what read_pretrained(source) returned. Raises UserError."""
     if pretrained.checkpoint is None:
-        name = settings_of_huggingface(source).get("tokenizer")
+        name = pretrained.settings.get("tokenizer")
         if name is None:
-            raise UserError(f"tokenizer: {source} holds no tokenizer.json")
+            raise UserError(f"tokenizer: {source} holds no tokenizer.json; save it there with transformers' "
+                            "AutoTokenizer.save_pretrained()")
         check_tokenizer_name(name)
         encoding = build_encoding(name, None)
         return Tokenizer(encoding, encoding.n_vocab)
