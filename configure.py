@@ -702,11 +702,16 @@ def end_with(message):
     sys.exit(2)
 
 
-def reject_running_a_module():
-    """End with a line where Python was told to run a module of this project that is not a command."""
+def check_start():
+    """Ends with a line what cannot run: a module of this project that is not a command, and any program in a
+    folder that is gone, where torch would end the process."""
     root, started = Path(__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
     if started is None or not Path(started).absolute().is_relative_to(root):
         return
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        end_with("the working directory was deleted; change to another folder")
     path = Path(started).absolute().relative_to(root)
     if path.parts[0].removesuffix(".py") not in OWN_MODULES:
         return
@@ -715,4 +720,4 @@ def reject_running_a_module():
                  "`python -m scaling` lists the commands of the lab")
 
 
-reject_running_a_module()
+check_start()

@@ -8,13 +8,15 @@ import signal
 import sys
 from dataclasses import dataclass, field
 
+# Before torch: it rejects what torch would not survive
+from configure import TRAIN_USAGE, Config, UserError, configure, run_cli, split_words
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
 import torch
 from tqdm import tqdm
 
-from configure import TRAIN_USAGE, Config, UserError, configure, run_cli, split_words
 from data.datasets import would_read
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import find_prepared, is_prepared, prepare

@@ -23,6 +23,7 @@ from scaling import coordinate_check, table
 from scaling.cli import parse_options
 from scaling.sweep import torchrun_rank
 from training.distributed import torchrun_variables
+from training.sample import sampling_config
 from training.schedule import decay_start, lr_factor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -99,13 +100,14 @@ def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):
     (["proxy"], "proxy: No such file or directory; did you mean config/proxy.py?"),
     (["config/prxy.py"], "config/prxy.py: No such file or directory; did you mean config/proxy.py?"),
     (["out/mine2"], "out/mine2: No such file or directory; did you mean out/mine?"),
+    (["out/mine2", "--prompt=hi"], "out/mine2: No such file or directory; did you mean out/mine?"),
     (["nothing-like-it"], "nothing-like-it: No such file or directory")])
 def test_a_slip_is_answered_with_what_was_meant(words, advice, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "config.json").write_text("{}")
     with pytest.raises(UserError) as caught:
-        configure(words)
+        sampling_config(words) or configure(words)
     advice = advice.replace("config/proxy.py?", os.path.relpath(os.path.join(ROOT, "config/proxy.py")) + "?")
     assert str(caught.value) == advice
 

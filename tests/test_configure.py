@@ -3,10 +3,14 @@
 import ast
 import dataclasses
 import glob
+import io
 import json
 import math
 import os
+import pickle
+import random
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -111,6 +115,15 @@ NO_NUMBERS = ["9**9**9", "9**9**9**9", "1e999", "-1e999", "nan", "inf", "1/0", "
 def test_what_is_not_a_finite_number_is_rejected_as_one(text):
     with pytest.raises(UserError, match="^lr must be a number above 0"):
         configure([f"--lr={text}"])
+
+
+def test_a_path_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    file = write(tmp_path / "mine.py", 'data_dir = "~/prepared"\n')
+    config = configure([file, "--out=~/run", "--dataset=~/texts", "--tokenizer=~/old", "--prompt=~/x"])
+    assert (config.out, config.dataset) == ("/home/someone/run", "/home/someone/texts")
+    assert (config.data_dir, config.tokenizer) == ("/home/someone/prepared", "/home/someone/old")
+    assert config.prompt == "~/x" and Config(init_from="~/run").init_from == "/home/someone/run"
 
 
 def test_a_config_survives_json_to_the_last_bit(tmp_path):
@@ -233,6 +246,43 @@ def test_a_committed_file_holds_settings_that_differ_from_what_they_build_on(pat
     assert not same, f"{path} sets what it already has: {', '.join(same)}"
     assert ast.get_docstring(ast.parse(source))
     assert len(source.splitlines()) <= 25
+
+
+def any_file(choose):
+    """(a name, bytes) of a file that somebody may give in place of a configuration."""
+    text = "".join(choose.choice("lr width=\n 128#'\"()[]{}:*-é\0\\\t") for _ in range(choose.randrange(60)))
+    valid = choose.choice(["lr = 0.5\nwidth = 64\n", '{"lr": 0.5}', "lr = [", "class A: pass", "lr = 'é'",
+                           "raise BaseException", "import sys; sys.exit(3)", "lr = 10**9999", "lr: int",
+                           "def f(): f()\nf()", "del lr", "from os import *", "[" * 300, "lr = x = 64"])
+    content = choose.choice([text, valid]).encode(choose.choice(["utf-8", "utf-16", "utf-8-sig", "utf-32"]))
+    if choose.random() < 0.3:
+        content = choose.randbytes(choose.randrange(40))
+    if choose.random() < 0.2:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as file:
+            file.writestr("__main__.py", "open('it ran', 'w').close()")
+        content = packed.getvalue()
+    if choose.random() < 0.1:
+        content = pickle.dumps(content)
+    name = choose.choice(["a.py", "a.pt", "a.txt", "a", "a.json", "a.pyc", "a.PY", "a.zip", "run/config.json"])
+    return name, content
+
+
+def test_any_file_is_a_configuration_or_rejected_in_a_line(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("run")
+    choose, accepted = random.Random(0), 0
+    tries = 20_000 if request.config.getoption("--long") else 300
+    for _ in range(tries):
+        name, content = any_file(choose)
+        with open(name, "wb") as file:
+            file.write(content)
+        try:
+            accepted += isinstance(configure(["run" if "/" in name else name]), Config)
+        except UserError as error:
+            assert name.split("/")[0] in str(error)
+        os.remove(name)
+    assert 0 < accepted < tries and os.listdir() == ["run"], "some is a configuration, and no other file ran"
 
 
 def test_the_files_that_the_readme_names_exist():

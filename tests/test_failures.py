@@ -289,6 +289,19 @@ def test_a_pipe_that_is_closed_while_a_run_trains_is_not_called_a_fault_of_its_f
     assert code == 128 + signal.SIGPIPE and errors == ""
 
 
+def test_a_closed_output_gives_no_traceback():
+    done = subprocess.run(f"{sys.executable} -m scaling.table >&- 2>&-; echo $?", shell=True, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout == "0\n"
+
+
+def test_a_deleted_working_directory_is_one_line(tmp_path):
+    script = f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir ../gone; {sys.executable} {ROOT}/train.py"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the working directory")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_terminal_that_shows_ascii_alone_gets_escapes(monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))

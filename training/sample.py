@@ -3,11 +3,13 @@
 `python train.py RUN_DIR --prompt=TEXT` streams it, and changes nothing in the run directory.
 """
 
+import os
 import sys
 from dataclasses import replace
 
 from configure import (
     Config,
+    UserError,
     asks_for_help,
     check_setting,
     is_from_run,
@@ -54,6 +56,8 @@ def sampling_config(argv):
     if len(sources) != 1 or not flags or not flags.keys() <= SAMPLING or sources[0].endswith(".py"):
         return None
     [source] = sources
+    if not os.path.exists(source) and os.path.isdir(os.path.dirname(source)):
+        read_settings(source)  # not the name of a model, but a mistyped path: raises the UserError
     settings = {"sample_tokens": Config.sample_tokens}
     if is_from_run(source):
         settings = {name: value for name, value in read_settings(run_of(source)).items() if name in SAMPLING}
@@ -66,7 +70,10 @@ def sample(source, config):
     """Print what the model of `source` writes after config.prompt or, where that is -, after each line of
     standard input. Raises UserError."""
     device, autocast = select_device(config, training=False)
-    model, tokenizer = load(source, device)
+    try:
+        model, tokenizer = load(source, device)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("init_from: ")) from None
     graphed = faster_on_gpu(device)
     with autocast:
         if config.prompt != "-":
