@@ -264,10 +264,11 @@ def any_file(choose):
         content = packed.getvalue()
     if choose.random() < 0.1:
         content = pickle.dumps(content)
-    name = choose.choice(["a.py", "a.pt", "a.txt", "a", "a.json", "a.pyc", "a.PY", "a.zip", "run/config.json"])
+    name = choose.choice(["a.py", "a.pt", "a.txt", "a", "a.json", "a.pyc", "a.zip", "run/config.json"])
     return name, content
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
 def test_any_file_is_a_configuration_or_rejected_in_a_line(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     os.mkdir("run")
