@@ -115,17 +115,6 @@ def test_weights_are_not_validated_on_text_that_they_were_trained_on(corpus, pre
     train.train(configure(start_words(corpus, pretrained[0], other_text, *more)), quiet=True)
 
 
-def test_text_that_the_weights_were_trained_on_is_not_held_out(corpus, pretrained, other_text):
-    def start(text, fraction):
-        words = start_words(corpus, pretrained[0], text, f"--val_fraction={fraction}", "--steps=0")
-        return train.train(configure(words), quiet=True).val_loss
-
-    assert corpus["val_fraction"] == 0.2
-    with pytest.raises(UserError, match="^val_fraction .*0.2.*0.4"):
-        start(corpus["dataset"], 0.4)
-    assert start(corpus["dataset"], 0.1) > 0 and start(other_text, 0.4) > 0
-
-
 def test_a_longer_context_is_taken_where_positions_are_rotary_and_a_shorter_one_always(corpus, tmp_path):
     for position, context, fits in (("rotary", 32, True), ("learned", 8, True), ("learned", 32, False)):
         source = str(tmp_path / position)

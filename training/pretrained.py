@@ -154,21 +154,6 @@ def check_held_out(config, dataset, pretrained):
                         f"trained on, got {now['val_fraction']}: the weights have seen the rest of the text")
 
 
-def check_held_out(config, dataset, pretrained):
-    """Raises UserError where `dataset` holds out text that the weights were trained on: of the same text, a
-    document is held out if a hash of it is below val_fraction."""
-    checkpoint = pretrained.checkpoint
-    if checkpoint is None:
-        return
-    folder = find_prepared(checkpoint["tokens"], folders_of(config, checkpoint))
-    before = pretrained.settings if folder is None else TokenDataset(folder).meta["settings"]
-    now = dataset.meta["settings"]
-    is_same_text = all(now[name] == before[name] for name in ("dataset", "subset", "split", "text_field"))
-    if is_same_text and now["val_fraction"] > before["val_fraction"]:
-        raise UserError(f"val_fraction must be at most {before['val_fraction']} on {now['dataset']}, got "
-                        f"{now['val_fraction']}: {pretrained.source} was trained on the rest of that text")
-
-
 def load_pretrained(pretrained, config, dataset, model):
     """Copy the weights into `model`, which is to be trained on `dataset`. Raises UserError."""
     check_same_tokenizer(config, dataset, pretrained)
