@@ -5,7 +5,6 @@ starts at once.
 """
 
 import ast
-import bisect
 import contextlib
 import difflib
 import errno
@@ -79,13 +78,11 @@ class Config:
     depth: Count = setting(4, "function", "transformer blocks")
     context: Count = setting(256, "function", "tokens per sequence")
     head_dim: Count = setting(64, "function", "channels per attention head")
-    window: Count | None = setting(None, "function",
-        help="latest tokens that every other block attends to; None: all, in all blocks")
+    window: Count | None = setting(None, "function", "latest tokens that every other block sees; None: all")
     position: one_of("learned", "rotary") = setting("rotary", "function", "how a token knows its position")
     norm: one_of("layer", "rms") = setting("rms", "function", before="layer",
         help="LayerNorm, or RMSNorm, which neither centers nor has a bias")
-    qk_norm: Flag = setting(True, "function", before=False,
-        help="RMS-normalize queries and keys, each with a gain")
+    qk_norm: Flag = setting(True, "function", "RMS-normalize queries and keys, with gains", before=False)
     mlp: one_of("gelu", "gelu_tanh", "relu2", "swiglu") = setting("swiglu", "function", before="gelu",
         help="of nearly equal numbers of parameters")
     mlp_ratio: Positive | None = setting(None, "function",
@@ -94,8 +91,7 @@ class Config:
         help="tokens, / 2 pi, in a turn of the slowest channels, with position=rotary")
     norm_eps: Positive | None = setting(None, "function",
         help="added to variances; None: 1e-5 for norm=layer, 1e-6 for rms")
-    tied: Flag = setting(False, "function",
-        help="one matrix for embedding and readout; it takes the embedding's rules")
+    tied: Flag = setting(False, "function", "one matrix for embedding and readout, by the embedding's rules")
     bias: Flag = setting(False, "function", "biases in the blocks' linear layers and in every LayerNorm")
     vocab_size: Count | None = setting(None, "function",
         help="rows of embedding and readout; None: the tokenizer's count, never fewer")
@@ -108,20 +104,15 @@ class Config:
         help="mup: exponents of lr, decay, eps and the forward pass, from sp's at 0 to mup's at 1")
     depth_alpha: Share = setting(1.0, "function", tuned=True,
         help="mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP")
-    embedding_mult: Positive = setting(1.0, "function", tuned=True,
-        help="x what the embeddings put into the residual stream")
+    embedding_mult: Positive = setting(1.0, "function", "x the embeddings", tuned=True)
     logit_mult: Positive = setting(1.0, "function", "x logits", tuned=True)
     attention_mult: Positive = setting(1.0, "function", "x attention logits", tuned=True)
 
     mup_init: Share = setting(1.0, "init", "mup: exponents of init, from sp's at 0 to mup's at 1", tuned=True)
-    embedding_std: Positive = setting(0.02, "init", tuned=True,
-        help="init standard deviation of token and position embeddings")
-    hidden_std: Positive = setting(1.0, "init", tuned=True,
-        help="init of the hidden matrices, in units of 1/sqrt(fan_in)")
-    readout_std: NotNegative = setting(1.0, "init", tuned=True,
-        help="init of the readout, in units of 1/sqrt(base_width)")
-    zero_residual_out: Flag = setting(False, "init", tuned=True,
-        help="start every block's two output projections at 0")
+    embedding_std: Positive = setting(0.02, "init", "standard deviation of all embeddings", tuned=True)
+    hidden_std: Positive = setting(1.0, "init", "hidden matrices, in units of 1/sqrt(fan_in)", tuned=True)
+    readout_std: NotNegative = setting(1.0, "init", "readout, in units of 1/sqrt(base_width)", tuned=True)
+    zero_residual_out: Flag = setting(False, "init", "start each block's output projections at 0", tuned=True)
     zero_query: Flag = setting(False, "init", tuned=True,
         help="start queries (with qk_norm: their gains) at 0, so attention starts uniform")
     init_from: Text | None = setting(None, "init",
@@ -129,8 +120,7 @@ class Config:
 
     optimizer: one_of("adamw", "muon") = setting("adamw", "optimizer",
         help="of the hidden matrices; all else is stepped by AdamW")
-    lr: Positive = setting(2**-9, "optimizer", tuned=True,
-        help="peak learning rate of the hidden matrices at the base shape")
+    lr: Positive = setting(2**-9, "optimizer", "peak rate of hidden matrices at the base shape", tuned=True)
     embedding_lr_mult: Positive = setting(1.0, "optimizer", "x lr, embedding", tuned=True)
     readout_lr_mult: Positive = setting(1.0, "optimizer", "x lr, readout", tuned=True)
     norm_lr_mult: Positive = setting(1.0, "optimizer", "x lr, norms and biases", tuned=True)
@@ -144,8 +134,7 @@ class Config:
     beta2: Fraction = setting(0.95, "optimizer", "Adam's decay of the squared-gradient average", tuned=True)
     eps: Positive = setting(1e-8, "optimizer", "Adam's epsilon at the base shape", tuned=True)
     momentum: Fraction = setting(0.95, "optimizer", "Muon's, with Nesterov's correction", tuned=True)
-    grad_clip: NotNegative = setting(1.0, "optimizer", tuned=True,
-        help="largest global gradient norm; 0: no clipping")
+    grad_clip: NotNegative = setting(1.0, "optimizer", "largest gradient norm; 0: no clipping", tuned=True)
 
     batch: Count = setting(32, "training", "sequences per optimizer step, over all devices and accumulation")
     batch_start: Count | None = setting(None, "training",
@@ -170,40 +159,36 @@ class Config:
     dataset: Text = setting("stdlib", "data",
         help="stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name")
     tokenizer: Text = setting("bpe:2048", "data",
-        help="bpe:N, trained on the data; bytes; a tiktoken name; a folder with one")
+        help="bpe:N, trained on the data; bytes; a tiktoken name; a folder that holds one")
     subset: Text | None = setting(None, "data", "configuration of a hub data set")
     split: Text = setting("train", "data", "split of a hub data set")
-    text_field: Text = setting("text", "data",
-        help="column that holds the text of .csv, .jsonl, .parquet and hub rows")
+    text_field: Text = setting("text", "data", "column of .csv, .jsonl, .parquet and hub rows with the text")
     max_tokens: Count | None = setting(None, "data", "tokens to prepare; None: all")
     val_fraction: Fraction = setting(0.05, "data",
         help="fraction of the documents held out, chosen by a fixed hash of their text")
 
     steps: Whole = setting(1000, "run", "optimizer steps")
-    micro_batch: Count | None = setting(None, "run",
-        help="sequences per pass, a divisor of batch; None: the whole batch")
+    micro_batch: Count | None = setting(None, "run", "sequences per pass, a divisor of batch; None: all")
     eval_every: Count | None = setting(None, "run", "steps between evaluations; None: at the end only")
     eval_tokens: Count = setting(65536, "run", fact=True,
         help="validation tokens per evaluation, as many whole windows as fit")
     checkpoint_every: Count | None = setting(500, "run", "steps between checkpoints; None: at the end only")
     data_dir: Text = setting("data/prepared", "run", "folder of prepared data sets")
-    out: Text | None = setting(None, "run",
-        help="run directory; None: out/NAME on the command line, none from Python")
-    device: Device = setting("auto", "run", fact=True,
-        help="cpu, cuda, cuda:N or mps; auto: the fastest available")
+    out: Text | None = setting(None, "run", "run directory; None: out/NAME for train.py, none from Python")
+    device: Device = setting("auto", "run", "cpu, cuda, cuda:N or mps; auto: the fastest there is", fact=True)
     precision: one_of("auto", "bf16", "fp32") = setting("auto", "run", fact=True,
         help="of matrix products; auto: bf16 where it is fast")
     compile: one_of("auto", "blocks", "model", False) = setting("auto", "run", fact=True,
         help="torch.compile; auto: blocks, for bf16")
     graph: one_of("auto", True, False) = setting("auto", "run",
-        help="the optimizer step as one CUDA graph; auto: on one GPU")
+        help="each step as one CUDA graph; auto: on one GPU")
     shard: Flag = setting(False, "run",
         help="split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)")
     log_roles: Flag = setting(False, "run",
         help="per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv")
     wandb: Flag = setting(False, "run", "log to Weights & Biases too, offline without a login")
     prompt: AnyText = setting("", "run",
-        help="what the sample at the end continues; of a RUN_DIR, -: each line of standard input")
+        help="what the sample continues; of a RUN_DIR, -: each line of standard input")
     samples: Count = setting(1, "run", "how many texts to sample")
     sample_tokens: Whole = setting(200, "run", "tokens in a sample, at most: it ends at an end of text")
     temperature: NotNegative = setting(0.8, "run",
@@ -266,8 +251,7 @@ class Config:
 
     def stage(self, step):
         """The Stage that `step`, counted from 0, belongs to."""
-        stages = self.stages()
-        return stages[bisect.bisect_right(stages, step, key=lambda stage: stage.first_step) - 1]
+        return next(stage for stage in reversed(self.stages()) if stage.first_step <= step)
 
     def tokens_before(self, step):
         """Tokens that all steps before `step` train on together."""
@@ -277,8 +261,7 @@ class Config:
     def steps_for(self, tokens):
         """How many steps train on this many tokens, to the nearest."""
         sequences = tokens / self.context
-        stages = self.stages()
-        stage = stages[bisect.bisect_right(stages, sequences, key=lambda stage: stage.first_sequence) - 1]
+        stage = next(stage for stage in reversed(self.stages()) if stage.first_sequence <= sequences)
         return stage.first_step + round((sequences - stage.first_sequence) / stage.batch)
 
     def pass_batch(self, world_size=1):
@@ -362,8 +345,8 @@ TUNED = tuple(name for name in SETTINGS if SETTINGS[name].tuned)
 
 
 def complete_saved(settings):
-    """All settings, from those that this or an older version saved; a younger setting gets its default, or
-    what the older version did."""
+    """All settings, from those that this or an older version saved. A setting that did not exist yet gets its
+    default, or what versions without it did."""
     missing = {name: declared.default if declared.before is None else declared.before
                for name, declared in SETTINGS.items() if name not in settings}
     return missing | settings
@@ -409,8 +392,8 @@ def closest(word, words):
 
 
 def advice_for(name, more=()):
-    """The end of an error line about the unknown setting `name`: what it may stand for, of the settings and
-    `more` names; or nothing."""
+    """The end of an error line about the unknown setting `name`: which setting, or which of the names `more`,
+    was meant; or nothing."""
     plain = name.lower().replace("-", "_")
     for setting, others in OTHER_NAMES.items():
         if plain in others.split():
@@ -437,18 +420,15 @@ def check_setting(name, value, where=""):
     if kind is not object and type(value) is not kind or not accepts(value):
         allowed = f"one of {description}" if kind is object else description
         raise UserError(f"{where}{name} must be {allowed}{', or none' * optional}, got {shown(value)}"
-                        f"{closest(shown(value).strip(QUOTES), description.split(', '))}")
+                        f"{closest(shown(value)[1:-1], description.split(', '))}")
     return os.path.expanduser(value) if get_args(Text)[1] is accepts else value
 
 
-QUOTES = "'\""
-
-
 def shown(value):
-    """`value` as an error line shows it, which has no room for a thousand digits."""
+    """`value` in an error message, cut to 80 characters."""
     try:
         return f"{value!r:.80}"
-    except Exception:  # an int of more digits than Python prints, or what a config file has made
+    except Exception:  # an int of more digits than Python prints, or an object of a config file
         return f"a {type(value).__name__}"
 
 
@@ -501,8 +481,8 @@ read_foreign_settings = None
 
 
 def settings_to_start_from(source):
-    """What a run that starts from the weights of `source` takes from it where nothing else is given: what
-    they need to mean the same, its tokenizer, and how to step them. Raises UserError."""
+    """{setting: value} that a run takes over with the weights of `source`, unless told otherwise: what is in
+    groups "function" and "optimizer", and the tokenizer. Raises UserError."""
     if not is_from_run(source):
         if read_foreign_settings is None:
             raise UserError(f"init_from: {source} is not a run; to start from a Hugging Face model, import "
@@ -542,8 +522,8 @@ def read_settings(source):
 
 
 def closest_source(source):
-    """The end of an error line about a config file or run directory that cannot be read: the nearest ones,
-    by their paths or by their names alone."""
+    """The end of an error line about a config file or run directory that does not exist: the most similar
+    one, by path or by name alone."""
     folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
     files = [str(path) for path in Path(folder).rglob("*.py") if path.name != "config.py"]
     runs = [str(path.parent) for path in Path("out").glob("*/config.json")]
@@ -556,8 +536,8 @@ def closest_source(source):
 
 @contextlib.contextmanager
 def forget_imports():
-    """After the block, configurations that it imported are not in memory: the next to import them reads them
-    anew, as they may be edited while a notebook lives. What is installed or belongs to the project stays."""
+    """Forgets the configurations that are imported within the block, so that they are read again next time: a
+    notebook lives longer than an edit. Installed packages and the project's own modules stay."""
     before = set(sys.modules)
     try:
         yield
@@ -570,7 +550,7 @@ def forget_imports():
 
 
 def is_assignment(name, value):
-    """Whether a global of a config file is meant as a setting: no import, function or private name is."""
+    """Whether a global variable of a config file is a setting, and not an import, a function or private."""
     if name in SETTINGS:
         return True
     return not (name.startswith("_") or inspect.ismodule(value) or callable(value))
@@ -703,8 +683,8 @@ def end_with(message):
 
 
 def check_start():
-    """Ends with a line what cannot run: a module of this project that is not a command, and any program in a
-    folder that is gone, where torch would end the process."""
+    """Ends the program with a line where it is a module of ours that is not a command, or where the working
+    directory was deleted, which torch does not survive."""
     root, started = Path(__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
     if started is None or not Path(started).absolute().is_relative_to(root):
         return
