@@ -123,6 +123,25 @@ def parse_range(name, item):
     return [check_setting(name, value) for value in values]
 
 
+def reject_unused(words, unused, command):
+    """Raises UserError where one of the --name=value `words` names a setting that is in `unused`: `command`
+    would train, or print, the same without it."""
+    for word in words:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("-") and name in unused:
+            raise UserError(f"{name}: {command} does not use it, so the result would be the same; remove "
+                            f"--{name}")
+
+
+def format_value(value):
+    """A setting's value as the command line takes it; a power of two, such as most learning rates, as one."""
+    if isinstance(value, float) and 0 < value < math.inf:
+        eighths = 8 * math.log2(value)
+        if abs(eighths - round(eighths)) < ROUNDING and not value.is_integer():
+            return f"2**{round(eighths) / 8:g}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def make_folder(path):
     """Makes the folder `path` unless it exists. Raises UserError when it cannot be written."""
     try:

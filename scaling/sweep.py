@@ -27,7 +27,7 @@ from tqdm import tqdm
 from configure import Config, UserError, configure, names_in
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, parse_options, parse_values
+from scaling.cli import command, format_value, parse_options, parse_values
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
     FACTS,
@@ -276,7 +276,7 @@ def print_table(axes, rows):
     print("".join(f"{name:>{width}}" for name, width in columns.items()) + f"{'val_loss':>14}")
     for row in rows:
         config = json.loads(row["config"])
-        values = "".join(f"{config[name]!s:>{width}.12}" for name, width in columns.items())
+        values = "".join(f"{format_value(config[name]):>{width}.12}" for name, width in columns.items())
         print(values, f"{row['val_loss']:13.4f}  {row['failure']}")
 
 
