@@ -124,13 +124,12 @@ def parse_range(name, item):
 
 
 def reject_unused(words, unused, command):
-    """Raises UserError where one of the --name=value `words` names a setting that is in `unused`: `command`
-    would train, or print, the same without it."""
+    """Raises UserError where one of the --name=value `words` names a setting in `unused`: `command` would
+    give the same without it."""
     for word in words:
         name = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and name in unused:
-            raise UserError(f"{name}: {command} does not use it, so the result would be the same; remove "
-                            f"--{name}")
+            raise UserError(f"{name} has no effect on {command}; remove --{name}")
 
 
 def format_value(value):

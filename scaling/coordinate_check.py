@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from configure import UserError, configure
+from configure import UserError, configure, names_in
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
 from model import GPT
@@ -51,11 +51,9 @@ BOUND = 0.25  # of a power. Finite sizes leave up to 0.20 under μP; a wrong exp
 SHRINKING = -0.5  # power of the logits' change where the readout's random weights do most of it
 SLOW = 1 / 8  # x lr: at the tuned rate, without its warmup, 5 steps are already chaotic
 BATCH, CONTEXT = 2, 64  # sequences, tokens: small, so that the check is quick
-# Settings that change nothing here: short_run() overrides them, or they are of what the check does not do
-UNUSED = frozenset("""batch batch_start batch_ramp_tokens base_batch base_tokens micro_batch context window
-    dropout schedule warmup warmup_tokens final_lr decay_fraction decay_tokens eval_every eval_tokens
-    checkpoint_every compile graph shard log_roles wandb prompt samples sample_tokens temperature
-    top_k""".split())
+# Settings that change nothing here: short_run() overrides them, or the check does not do what they are for
+UNUSED = {*names_in("training", "run"), "base_batch", "base_tokens", "context", "window"} - {
+    "seed", "device", "precision", "data_dir"}
 # Of layers whose output is not looked at: the logits and the vectors have rows of their own
 OTHERWISE_CHECKED = {"readout", "norm", "bias"}
 STREAM = "residual stream"
@@ -274,9 +272,10 @@ def check_sizes(config, options):
     sizes = parse_values(axis, options[f"{axis}s"] or "64,128,256,512")
     both = options["widths"] and options["depths"]
     if both or options["seeds"] < 2 or len(set(sizes)) < 2:
-        raise UserError("coordinate_check: takes --widths or --depths, 2 or more, and --seeds from 2")
+        raise UserError("coordinate_check: give --widths or --depths, with two sizes or more, and --seeds of 2 "
+                        "or more")
     if config.init_from is not None:
-        raise UserError(f"init_from: got {config.init_from}, takes none: what is checked is initialization")
+        raise UserError(f"init_from must be none, got {config.init_from}: the check is of the initialization")
     for size in sizes:
         replace(config, **{axis: size})  # rejects a width that is no multiple of head_dim
     return axis, sizes
@@ -310,9 +309,9 @@ def say_what_decides(axis, sizes, rows, seeds):
 def main(argv):
     defaults = {"widths": "", "depths": "", "steps": 5, "seeds": 3, "out": "out/coordinate_check"}
     options, _, words = parse_options(argv, defaults, __doc__)
+    reject_unused(words, UNUSED | {"depth" if options["depths"] else "width"}, "the coordinate check")
     config = configure(words)
     axis, sizes = check_sizes(config, options)
-    reject_unused(words, UNUSED | {axis}, "the coordinate check")
     make_folder(options["out"])
     checked = {}
     for name in dict.fromkeys((config.parametrization, "mup", "sp")):  # sp: the control

@@ -271,12 +271,13 @@ def draw_coordinate_check(checked, axis, sizes, steps, folder):
     return save(figure, os.path.join(folder, f"{axis}.png"), pyplot)
 
 
-def draw_scatter(axis, base, pairs, folder):
+def draw_scatter(axis, pairs, folder):
     """Writes scatter.png to `folder`: the target's loss against the proxy's for the same settings, a panel
     for each of `pairs` (scaling/scatter.py); what diverged lies on the upper or right edge. Returns its path.
     """
     pyplot = load_pyplot()
     figure, axes = panel_grid(pyplot, len(pairs))
+    several = len({pair["cloud"] for pair in pairs}) > 1
     for pair, ax in zip(pairs, axes, strict=True):
         edges = [edge_of(pair[which]) for which in ("proxy", "target")]
         x, y = (np.minimum(pair[which], edge) for which, edge in
@@ -286,8 +287,9 @@ def draw_scatter(axis, base, pairs, folder):
         ax.plot(x[beyond], y[beyond], "^", color=COLORS[1], fillstyle="none", label="beyond, or diverged")
         best = np.argmin(pair["proxy"])
         ax.plot(x[best], y[best], "*", color=COLORS[4], markersize=14, mec="k", label="best by the proxy")
-        ax.set(title=f"{len(x)} pairs, rank correlation {pair['rank']:+.2f}",
-               xlabel=f"loss at {axis} {base:g}, nats per token",
+        name = f"{title(pair['cloud'])}\n" if several else ""
+        ax.set(title=f"{name}{len(x)} pairs, rank correlation {pair['rank']:+.2f}",
+               xlabel=f"loss at {axis} {pair['base']:g}, nats per token",
                ylabel=f"loss at {axis} {pair['size']:g}, nats per token")
     figure.legend(handles=axes[0].lines, fontsize=10, loc="outside right center")
     return save(figure, os.path.join(folder, "scatter.png"), pyplot)

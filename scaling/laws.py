@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from configure import Config, UserError, configure
+from configure import SETTINGS, Config, UserError, configure
 from data.files import write_text
 from model import GPT
 from parametrization import role_of
 from scaling import law_figures
-from scaling.cli import command, make_folder, parse_options
+from scaling.cli import command, make_folder, parse_options, reject_unused
 from scaling.law_fits import (
     FORMS,
     all_tested,
@@ -49,6 +49,9 @@ from training.model_size import model_size
 
 COUNTS = {"all": "N with embedding and readout", "body": "N without embedding and readout"}
 FEWEST_STEPS = 100  # of a model that is recommended
+# Settings that a forecast depends on, besides SAME
+USED = set("""width depth head_dim window position norm qk_norm mlp mlp_ratio tied bias vocab_size batch
+    batch_start batch_ramp_tokens steps""".split())
 SAME = ("dataset", "tokenizer", "val_fraction", "context", "init_from")  # of all rows: others change the loss
 
 
@@ -234,6 +237,7 @@ def depth_line(trials):
 
 def target_config(words, trials):
     """The Config that is to be predicted, with the vocabulary of the rows. Raises UserError."""
+    reject_unused(words, SETTINGS.keys() - USED - {*SAME}, "a forecast")
     target, known = configure(words), trials[-1].config
     for name in SAME:
         wanted, actual = getattr(target, name), getattr(known, name)

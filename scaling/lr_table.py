@@ -9,13 +9,17 @@ power of -0.32. These reach far beyond what was measured here. Settings apply to
 
 from dataclasses import replace
 
-from configure import UserError, configure
+from configure import SETTINGS, UserError, configure
 from parametrization import batch_rule, horizon_rule, hyperparameters
-from scaling.cli import command, parse_options
+from scaling.cli import command, parse_options, reject_unused
 from scaling.sweep import TYPICAL_VOCAB_SIZE
 from training.model_size import model_size
 
 COLUMNS = "config,parameters,width,depth,tokens a step,tokens,lr,muP,with rules".split(",")
+
+
+USED = {"width", "depth", "head_dim", "context", "optimizer", "lr", "depth_alpha", "batch", "batch_start",
+        "batch_ramp_tokens", "steps"}
 
 
 def hidden_lr(config):
@@ -53,7 +57,8 @@ def main(argv):
     files = [word for word in words if not word.startswith("-")]
     proxy = configure([options["proxy"], *(word for word in words if word.startswith("-"))])
     if not files:
-        raise UserError("lr_table: takes configurations, such as config/gpt3/*.py")
+        raise UserError("lr_table: give one or more configurations, such as config/gpt3/*.py")
+    reject_unused(words, SETTINGS.keys() - USED, "the rates")
     rows = [lr_row(name, configure([name]), proxy) for name in files]
     rows.sort(key=lambda row: int(row["parameters"].replace(",", "")))
     rows.insert(0, dict(zip(COLUMNS, COLUMNS, strict=True)))

@@ -99,7 +99,7 @@ def format_plane(report):
 
 @command
 def main(argv):
-    options, _, folders = parse_options(argv, {"to": ""}, __doc__)
+    options, _, folders = parse_options(argv, {"to": ""}, __doc__, takes_settings=False)
     if not folders or any(word.startswith("-") for word in folders):
         raise UserError("plane: takes folders of trials.csv, and --to")
     report = analyze([row for folder in folders for row in rows_of(folder)])

@@ -29,6 +29,7 @@ from scaling.trials import FACTS, HASHES, has_failed, read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
 BOOTSTRAP_DRAWS = 1000
+TRUSTED_SEEDS = 5  # of fewer a bootstrap shows too little of their noise
 STARS = {True: "lowest point of the fit", False: "the best"}  # what they are in the figures
 
 
@@ -260,7 +261,47 @@ def format_report(report):
             lines += [f"{axis} {size[axis]:.0f}, from the best: {', '.join(size['order'])} (rank correlation "
                       f"with {ladder['base']:.0f}: {format_rank(size['rank_correlation'])})"
                       for size in ladder["rungs"]]
+        lines.append(judge_drift(ladder, report) if report["numeric"] else judge_choice(ladder, report))
     return "\n".join(lines)
+
+
+def judge_drift(ladder, report):
+    """What the ladder says of transfer, in plain words, and what it cannot say."""
+    axis, swept, sizes = report["axis"], report["swept"], ladder["rungs"]
+    at_edge = [f"{size[axis]:g}" for size in sizes if size["edge"]]
+    text = ""
+    if at_edge:
+        text = (f"The best {swept} of {axis} {', '.join(at_edge)} lies at the edge of the values tried: it is "
+                "not in the drift; try values beyond. ")
+    if len(sizes) - len(at_edge) < 2:
+        return f"{text}No drift can be told from fewer than two sizes with a best {swept} between those tried."
+    costs = [size["regret"] for size in sizes if size["regret"] is not None]
+    costs = f"at the best {swept} of {axis} {ladder['base']:g} a size loses up to {max(costs):.4f} nats"
+    few = min(size["seeds"] for size in sizes)
+    if few == 1:
+        return (f"{text}With one seed, nothing says whether this drift is noise; {costs}. More seeds would tell, "
+                "such as seed=0,1,2 in the sweep.")
+    low, high = ladder["drift_interval"]
+    if not np.isfinite((low, high)).all():
+        return f"{text}Too few draws have a best {swept} at two sizes for an interval; {costs}."
+    said = f"The drift is larger than its noise: the best {swept} moves with {axis}"
+    if low <= 0 <= high:
+        said = f"The drift is within its noise: as far as these rows tell, one {swept} serves every {axis}"
+    if few < TRUSTED_SEEDS:
+        costs += f". With {few} seeds such an interval is too narrow, by about half"
+    return f"{text}{said}; {costs}."
+
+
+def judge_choice(ladder, report):
+    """The same of a setting whose values are no numbers."""
+    sizes, base = ladder["rungs"], f"{report['axis']} {ladder['base']:g}"
+    costs = [size["regret"] for size in sizes if size["regret"] is not None]
+    said = f"The best {report['swept']} of {base} is the best at every size"
+    if max(costs, default=0) > 0:
+        said = f"The best {report['swept']} of {base} loses up to {max(costs):.4f} nats at another size"
+    if min(size["seeds"] for size in sizes) == 1:
+        return f"{said}. With one seed, nothing says whether that is noise; more would tell, such as seed=0,1,2."
+    return f"{said}."
 
 
 def format_rank(correlation):

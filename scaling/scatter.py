@@ -4,7 +4,8 @@ Pairs the trials of the same settings at two sizes, proxy and target: rows of tr
 sizes are those of the axis that varies (--axis=NAME where several do: a grid's other axes are settings like
 any); the proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. Prints
 Spearman's rank correlation, over all pairs and over the better half by the proxy, and what the proxy's
-favourite costs on the target: its loss there less the lowest. Draws scatter.png and scatter.svg into DIR, or
+favourite costs on the target: its loss there less the lowest. Trials whose losses do not compare, as those of
+two parametrizations or of two texts, are pairs of their own. Draws scatter.png and scatter.svg into DIR, or
 --to=DIR. The trials may be a sweep over width and other settings, or searches at several widths.
 """
 
@@ -12,19 +13,43 @@ import json
 
 import numpy as np
 
-from configure import UserError
+from configure import UserError, names_in
 from scaling import figures
 from scaling.cli import command, make_folder, parse_options
 from scaling.fits import rank_correlation
-from scaling.report import AXES, axes_beside, choose_base, format_rank, rows_of, values_of
+from scaling.report import (
+    AXES,
+    axes_beside,
+    choose_base,
+    decide,
+    format_rank,
+    rows_of,
+    settings_and_facts,
+    values_of,
+)
+from scaling.trials import FACTS, HASHES
 
 FEWEST = 3  # pairs: of fewer there is no order to speak of
+
+
+def split_clouds(rows):
+    """{name: rows}: what differs in parametrization, in the text or in how it was measured is kept apart."""
+    configs = settings_and_facts(rows)
+    apart = [name for name in ("parametrization", *names_in("data"), *FACTS)
+             if name in configs[0] and len(values_of(configs, name)) > 1]
+    apart = [name for name in apart if name not in HASHES or not decide(apart, name, configs)]
+    clouds = {}
+    for row, config in zip(rows, configs, strict=True):
+        words = [str(config[name]) if name == "parametrization" else f"{name}={config[name]}"
+                 for name in apart]
+        clouds.setdefault(", ".join(words), []).append(row)
+    return dict(sorted(clouds.items()))
 
 
 def losses_at(axis, rows):
     """{size: {other settings, as JSON: mean loss over the seeds}}; infinite where a trial diverged. What
     changes with the size by itself, as the steps of a sweep with --hold, is no other setting."""
-    configs = [json.loads(row["config"]) for row in rows]
+    configs = settings_and_facts(rows)
     left_out = {*AXES, "seed"} - {*axes_beside(axis, AXES, configs)}
     by_size = {}
     for row, config in zip(rows, configs, strict=True):
@@ -36,8 +61,8 @@ def losses_at(axis, rows):
 
 
 def pair_losses(losses, base):
-    """[{size, proxy, target, rank, rank_of_better_half, cost}] for each size but `base`, where `proxy` and
-    `target` are lists of losses of the same settings. Raises UserError where too few are the same."""
+    """[{base, size, proxy, target, rank, rank_of_better_half, cost}] for each size but `base`, where `proxy`
+    and `target` are lists of losses of the same settings, FEWEST at least."""
     pairs = []
     for size, found in losses.items():
         shared = [key for key in losses[base] if key in found]
@@ -47,12 +72,24 @@ def pair_losses(losses, base):
         if not np.isfinite(proxy).any() or not np.isfinite(target).any():
             continue
         better = proxy <= np.median(proxy)
-        pairs.append({"size": size, "proxy": proxy, "target": target, "rank": rank_correlation(proxy, target),
+        pairs.append({"base": base, "size": size, "proxy": proxy, "target": target,
+                      "rank": rank_correlation(proxy, target),
                       "rank_of_better_half": rank_correlation(proxy[better], target[better]),
                       "cost": target[np.argmin(proxy)] - target.min()})
+    return pairs
+
+
+def pair_clouds(axis, rows, base):
+    """pair_losses() of each of split_clouds(), each pair with the name of its `cloud`; the proxy is chosen in
+    each. Raises UserError where no two sizes have trials of the same settings."""
+    pairs = []
+    for name, of_cloud in split_clouds(rows).items():
+        losses = losses_at(axis, of_cloud)
+        own_base = choose_base(axis, of_cloud, list(losses), base)
+        pairs += [pair | {"cloud": name} for pair in pair_losses(losses, own_base)]
     if not pairs:
-        raise UserError(f"scatter: got no size with {FEWEST} trials of the same settings as the "
-                        f"proxy's, {base:g}; takes a sweep such as `width=64,256 lr=2**-9..2**-6`, or --base")
+        raise UserError(f"scatter: no two sizes have {FEWEST} trials of the same settings; give a sweep such "
+                        "as `width=64,256 lr=2**-9..2**-6`, or --base")
     return pairs
 
 
@@ -63,15 +100,20 @@ def choose_axis(rows, axis):
     if axis in varied:
         return axis
     if axis or not varied:
-        raise UserError(f"axis: got {axis or 'trials of one size'}, takes one of the axes that vary: "
-                        f"{', '.join(varied) or 'none does'}")
+        raise UserError(f"axis must be one that varies ({', '.join(varied) or 'none does'}), got {axis or 'none'}")
     return varied[0]
 
 
-def format_pairs(axis, base, pairs):
-    lines = [f"{axis} {base:g} and   pairs   rank correlation   of the better half   cost of its favourite"]
-    lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}{format_rank(pair['rank']):>19}"
-              f"{format_rank(pair['rank_of_better_half']):>21}{pair['cost']:>24.4f}" for pair in pairs]
+def format_pairs(axis, pairs):
+    """A table for each cloud, under its name where there are several."""
+    lines, several = [], len({pair["cloud"] for pair in pairs}) > 1
+    for cloud in dict.fromkeys(pair["cloud"] for pair in pairs):
+        own = [pair for pair in pairs if pair["cloud"] == cloud]
+        lines += [cloud] * several
+        lines.append(f"{axis} {own[0]['base']:g} and   pairs   rank correlation   of the better half   "
+                     "cost of its favourite")
+        lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}{format_rank(pair['rank']):>19}"
+                  f"{format_rank(pair['rank_of_better_half']):>21}{pair['cost']:>24.4f}" for pair in own]
     return "\n".join(lines)
 
 
@@ -80,12 +122,10 @@ def main(argv):
     defaults = {"to": "", "axis": "", "base": 0}
     options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
     if not folders:
-        raise UserError("scatter: takes folders of trials.csv, --to, --axis, --base")
+        raise UserError("scatter: give one or more folders of trials.csv; options are --to, --axis, --base")
     rows = [row for folder in folders for row in rows_of(folder)]
     axis = choose_axis(rows, options["axis"])
-    losses = losses_at(axis, rows)
-    base = choose_base(axis, rows, list(losses), options["base"])
-    pairs = pair_losses(losses, base)
+    pairs = pair_clouds(axis, rows, options["base"])
     folder = options["to"] or folders[0]
     make_folder(folder)
-    print(format_pairs(axis, base, pairs), figures.draw_scatter(axis, base, pairs, folder), sep="\n")
+    print(format_pairs(axis, pairs), figures.draw_scatter(axis, pairs, folder), sep="\n")

@@ -19,10 +19,10 @@ from configure import UserError, configure
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, make_folder, parse_options, parse_values
+from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.figures import line_style, load_pyplot, save
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
-from scaling.transfer import finetuned, pretrain, reject_failures
+from scaling.transfer import UNUSED, finetuned, pretrain, reject_failures
 from train import train
 from training.model_size import model_size
 
@@ -145,6 +145,7 @@ def main(argv):
     defaults = {"depths": "1,2,4,8,16", "equal": "flops", "lrs": "", "seeds": 1, "stack": 1, "finetune": "",
                 "finetune_steps": 100, "out": "out/shapes"}
     options, _, words = parse_options(argv, defaults, __doc__)
+    reject_unused(words, UNUSED, "these trainings")
     config = configure(words)
     lrs = parse_values("lr", options["lrs"]) if options["lrs"] else [config.lr]
     shapes = shapes_of(config, parse_values("depth", options["depths"]), options["equal"])

@@ -10,13 +10,17 @@ from itertools import product
 
 import torch
 
-from configure import SETTINGS, configure
+from configure import SETTINGS, configure, names_in
 from model import GPT
 from parametrization import TABLES, forward_multipliers, hyperparameters, param_groups
-from scaling.cli import command, parse_options, parse_values
+from scaling.cli import command, parse_options, parse_values, reject_unused
 
 TYPICAL_VOCAB_SIZE = 2**12  # where none is set: the tokenizer's is known only when there is text
 COLUMNS = ("init std", "lr", "lr*decay", "eps")
+# Settings that change nothing in these tables, or, as the parametrization, are shown with all their values
+UNUSED = {*names_in("training", "data", "run"), "parametrization", "window", "rotary_base", "norm_eps",
+          "vocab_size", "embedding_mult", "zero_residual_out", "zero_query", "init_from", "beta1", "beta2",
+          "momentum", "grad_clip"} - {"batch", "batch_start", "batch_ramp_tokens", "steps"}
 
 
 def describe_role(config, group):
@@ -68,6 +72,7 @@ def main(argv):
     axes, words = split_axes(argv)
     _, more, words = parse_options(words, {}, __doc__, takes_axes=True)
     axes = {name: parse_values(name, text) for name, text in (axes | more).items()}
+    reject_unused([*words, *(f"--{name}" for name in axes)], UNUSED, "the tables")
     config = configure(words)
     sizes = [replace(config, **dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
     print("\n\n".join(map(format_size, sizes)))

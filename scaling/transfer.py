@@ -20,7 +20,7 @@ import numpy as np
 from configure import UserError, configure
 from data.files import write_text
 from data.prepare import prepare
-from scaling.cli import command, make_folder, parse_options, parse_values
+from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.figures import BESIDE, load_pyplot, save
 from scaling.law_figures import label_loss, shades
 from scaling.law_fits import DRAWS, fit_law, interval_of
@@ -29,6 +29,7 @@ from train import train
 
 PAPER = "text to Python in arXiv 2102.01293: k 1.9e4, alpha 0.18, beta 0.38"
 LR_MULTS = (0.1, 0.3, 1.0)
+UNUSED = {"eval_every", "prompt", "samples", "sample_tokens", "temperature", "top_k"}
 
 
 def pretrain(config, folder):
@@ -225,6 +226,7 @@ def main(argv):
     defaults = {"out": "out/transfer", "finetune": "", "finetune_steps": "8..512", "finetune_lrs": "",
                 "finetune_batch": 0, "stack": 1}
     options, axes, words = parse_options(argv, defaults, __doc__, takes_axes=True)
+    reject_unused(words, UNUSED, "these trainings")
     config = configure(words)
     if not options["finetune"]:
         raise UserError("finetune: got none, takes --finetune=DATASET, the text that follows")

@@ -20,12 +20,19 @@ from processes import Fork, to_words, wait_until
 
 import model
 import parametrization
-from configure import Config, UserError, run_cli
+from configure import SETTINGS, Config, UserError, run_cli
 from data.loader import TokenDataset
 from data.prepare import prepare
 from scaling import figures, scatter, stack, sweep
 from scaling.cli import parse_values
-from scaling.coordinate_check import checked_layers, coordinate_check, expected_powers
+from scaling.coordinate_check import (
+    checked_layers,
+    coordinate_check,
+    expected_powers,
+    judge,
+    lowest_power,
+    short_run,
+)
 from scaling.report import analyze, format_report
 from scaling.report import main as report_main
 from scaling.stack import train_stacked
@@ -33,6 +40,7 @@ from scaling.sweep import run_trials, trial_configs
 from scaling.trials import append_rows, identity, read_trials, settings_of
 from train import train
 
+coordinate_check_module = importlib.import_module("scaling.coordinate_check")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MIXED = [{"lr": 2**-6, "seed": 0},
          {"lr": 2**-8, "seed": 1, "logit_mult": 2.0, "zero_query": True, "beta1": 0.8, "base_batch": 2},
@@ -490,7 +498,8 @@ def test_a_regret_beyond_the_grid_is_not_made_up():
 def test_an_optimum_at_the_edge_is_reported_and_not_fitted():
     report = analyze(ladder([-7.5, -11.0, -3.0]))
     assert [size["edge"] for size in report["ladders"]["mup"]["rungs"]] == [False, True, True]
-    assert format_report(report).count("at the edge") == 2
+    text = format_report(report)
+    assert text.count("at the edge") == 3 and "No drift can be told" in text.splitlines()[-1]
 
 
 def test_the_report_rejects_rows_that_are_no_ladder(tmp_path):
@@ -579,14 +588,47 @@ def test_a_scatter_pairs_the_same_settings_of_two_sizes(tmp_path):
     near, far = scatter.pair_losses(losses, 64)
     assert (near["size"], far["size"]) == (128, 256) and near["rank"] > 0.95 > 0.5 > far["rank"]
     assert near["cost"] == 0 and far["cost"] == pytest.approx(0.1 * (2.2**2 - 0.2**2), rel=0.1)
-    path = figures.draw_scatter("width", 64, [near, far], str(tmp_path))
+    pairs = scatter.pair_clouds("width", rows, 64)
+    path = figures.draw_scatter("width", pairs, str(tmp_path))
     assert {*os.listdir(tmp_path)} == {"scatter.png", "scatter.svg"} and path.endswith(".png")
-    text = scatter.format_pairs("width", 64, [near, far])
-    assert text.splitlines()[1].split()[:2] == ["128", "11"]
-    few = scatter.format_pairs("width", 64, [near | {"rank_of_better_half": np.nan}])
+    assert scatter.format_pairs("width", pairs).splitlines()[1].split()[:2] == ["128", "11"]
+    few = scatter.format_pairs("width", [pairs[0] | {"rank_of_better_half": np.nan}])
     assert few.splitlines()[1].split()[3] == "-", "fewer than three have no order"
-    with pytest.raises(UserError, match="^scatter: got no size with 3 trials of the same settings"):
-        scatter.pair_losses({64: {"a": 1.0}, 128: {"a": 1.0}}, 64)
+    with pytest.raises(UserError, match="^scatter: no two sizes have 3 trials of the same settings"):
+        scatter.pair_clouds("width", ladder([-7, -7, -7])[:5], 64)
+
+
+def test_a_scatter_draws_trials_whose_losses_do_not_compare_apart(tmp_path):
+    """A proxy that ranks rates as its target does, and one that does not: in one cloud neither could be
+    seen."""
+    rows = ladder([-7, -7, -7], seeds=1) + ladder([-7, -9, -11], seeds=1, parametrization="sp")
+    pairs = scatter.pair_clouds("width", rows, 64)
+    assert [(pair["cloud"], pair["size"]) for pair in pairs] == [
+        ("mup", 128), ("mup", 256), ("sp", 128), ("sp", 256)]
+    assert [len({*pair["proxy"]}) for pair in pairs] == [len(pair["proxy"]) for pair in pairs] == [11] * 4
+    assert pairs[1]["rank"] > 0.9 > pairs[3]["rank"]
+    text = scatter.format_pairs("width", pairs)
+    assert text.splitlines()[0] == "mup" and text.splitlines()[4] == "sp"
+    other_text = ladder([-7, -7, -7], seeds=1, dataset="other")
+    assert {pair["cloud"] for pair in scatter.pair_clouds("width", rows[:33] + other_text, 64)} == {
+        "dataset=other", "dataset=stdlib"}
+
+
+@pytest.mark.parametrize(("optima", "more", "sentence"), [
+    ([-7, -7.02, -7], {"seeds": 3}, "The drift is within its noise"),
+    ([-7, -7.5, -8], {"seeds": 3}, "The drift is larger than its noise"),
+    ([-7, -7.5, -8], {"seeds": 1}, "With one seed, nothing says whether this drift is noise"),
+    ([-7, -3, -3], {"seeds": 3}, "No drift can be told")])
+def test_a_report_ends_in_a_sentence_that_says_what_its_drift_is_worth(optima, more, sentence):
+    assert sentence in format_report(analyze(ladder(optima, **more))).splitlines()[-1]
+
+
+def test_a_sweeps_table_shows_rates_as_the_command_line_takes_them(capsys):
+    rows = [{"config": json.dumps({"lr": lr, "width": 64}), "val_loss": 3.0, "failure": ""}
+            for lr in (2**-11, 2**-10.5, 0.0005, 2.0)]
+    sweep.print_table({"lr": [], "width": []}, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["2**-11", "2**-10.5", "0.0005", "2"]
 
 
 def test_a_scatter_of_a_grid_pairs_equal_sizes_of_the_other_axis_and_averages_over_seeds_alone():
@@ -602,7 +644,7 @@ def test_one_seed_has_no_interval():
     report = analyze(ladder([-7, -7.5, -8], seeds=1))
     lines = format_report(report).splitlines()
     assert lines[0].endswith("for each doubling of width, -")
-    assert [line.split()[4] for line in lines[2:]] == ["-"] * 3
+    assert [line.split()[4] for line in lines[2:5]] == ["-"] * 3
 
 
 def test_figures_show_every_ladder_each_in_a_style_of_its_own(tmp_path):
@@ -634,7 +676,7 @@ def test_a_size_at_which_every_trial_diverged_is_in_the_report(tmp_path):
     assert [size["edge"] for size in rungs] == [False, False, True]
     own = {row["parameters"] for row in rows if row["width"] == 256}
     assert own == {rungs[2]["parameters"]} != {rungs[1]["parameters"]}
-    assert format_report(report).splitlines()[-1].split()[-3:] == ["-", "inf", "-"]
+    assert format_report(report).splitlines()[4].split()[-3:] == ["-", "inf", "-"]
     for row in rows:
         if row["width"] == 256:  # failed: it has no numbers at all
             row |= {"val_loss": np.nan, "parameters": np.nan, "flops": np.nan, "curve": []}
@@ -662,9 +704,9 @@ TYPING_ERRORS = {
     "report": {"FOLDER nofolder": "report: nofolder has no trials; takes a folder that",
                "FOLDER --base=3": "base: got 3, takes one of 32",
                "FOLDER --to=FILE": "out: cannot write FILE: "},
-    "coordinate_check": {"--widths=64,99": "width: got 99, takes a multiple of head_dim",
-                         "--widths=64,64": "coordinate_check: takes --widths or --depths, 2 or more",
-                         "--widths=64,128 --depths=2,4": "coordinate_check: takes --widths or --depths"}}
+    "coordinate_check": {"--widths=64,99": "width",
+                         "--widths=64,64": "coordinate_check: give --widths or --depths",
+                         "--widths=64,128 --depths=2,4": "coordinate_check: give --widths or --depths"}}
 
 
 @pytest.mark.parametrize(("command", "line"), [
@@ -676,7 +718,7 @@ def test_a_typing_error_is_one_line_and_nothing_is_trained(corpus, tmp_path, mon
     run_trials(kept, str(tmp_path / "kept"))
     monkeypatch.setattr(sweep, "train", None)
     monkeypatch.chdir(tmp_path)
-    settings = [] if command == "report" else to_words(corpus)
+    settings = [] if command in ("report", "coordinate_check") else to_words(corpus)
 
     def place(text):
         return text.replace("FOLDER", str(tmp_path / "kept")).replace("FILE", str(file))
@@ -735,6 +777,89 @@ def test_the_coordinate_check_tells_mup_from_sp_with_muon_over_depth(corpus):
     assert len(failing(config, "depth", (4, 16), seeds=1)) >= 4
 
 
+@pytest.mark.parametrize("settings", [{}, {"embedding_std": 0.5, "embedding_lr_mult": 24.0}])
+def test_the_coordinate_check_passes_mup_with_tied_embeddings_however_large_they_start(corpus, settings):
+    config = Config(**corpus | CHECKED | {"tied": True} | settings)
+    rows, _ = coordinate_check(config, "width", (64, 256), seeds=1)
+    assert {row["verdict"] for row in rows} == {"PASS"}
+    readout = next(row for row in rows if row["layer"] == "readout")
+    assert abs(readout["change"]) < 0.1
+
+
+@pytest.mark.parametrize(("change", "interval", "start", "verdict"), [
+    (0.1, 0.2, 0.0, "PASS"), (0.3, 0.1, 0.0, "FAIL"), (-0.087, 0.317, 0.0, "UNDECIDED"),
+    (0.4, 0.3, 0.0, "UNDECIDED"), (0.9, 0.3, 0.0, "FAIL"), (0.0, 0.1, 0.5, "FAIL"),
+    (np.nan, np.nan, np.nan, "FAIL"), (0.0, 0.1, np.nan, "PASS")])
+def test_a_row_whose_interval_is_wider_than_the_bound_is_undecided(change, interval, start, verdict):
+    row = {"layer": "mlp.up", "change": change, "interval": interval, "start": start, "expected": 0.0}
+    assert judge(row, lowest_power(row, [row])) == verdict
+
+
+def test_an_undecided_check_says_what_would_decide_it_and_does_not_succeed(corpus, tmp_path, monkeypatch,
+                                                                           capsys):
+    rows = [{"layer": "mlp.up", "change": -0.087, "interval": 0.317, "start": 0.0, "expected": 0.0,
+             "verdict": "UNDECIDED"}]
+    monkeypatch.setattr(coordinate_check_module, "coordinate_check", lambda *of: (rows, {}))
+    monkeypatch.setattr(figures, "draw_coordinate_check", lambda *of: "")
+    words = ["--head_dim=16", "--widths=64,128", "--seeds=3", f"--out={tmp_path}"]
+    assert coordinate_check_module.main(words) == 1
+    output = capsys.readouterr().out
+    assert "UNDECIDED: mlp.up" in output and "--seeds=5" in output and "--widths=64,128,256" in output
+    rows[0]["verdict"] = "PASS"
+    assert coordinate_check_module.main(words) == 0
+    assert "head_dim" in capsys.readouterr().out, "what it cannot see"
+
+
+def test_the_seeds_of_the_coordinate_check_go_on_from_the_configured_one(corpus):
+    config = Config(**corpus | CHECKED)
+    (_, first), (_, second) = (coordinate_check(dataclasses.replace(config, seed=seed), "width", (64, 128), 1, 2)
+                               for seed in (0, 1))
+    assert first["mlp.down", 1][64][1] == second["mlp.down", 1][64][0] != first["mlp.down", 1][64][0]
+
+
+# A changed value of each setting; some act beside another one only. On the other settings what says that they
+# do nothing here is right
+CHANGED = {"seed": 1, "head_dim": 32, "position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu",
+           "mlp_ratio": 2.0, "rotary_base": 10.0, "norm_eps": 0.1, "tied": True, "bias": True, "depth": 3,
+           "vocab_size": 300, "base_width": 32, "base_depth": 1, "base_head_dim": 8, "parametrization": "sp",
+           "depth_alpha": 0.5, "embedding_mult": 2.0, "logit_mult": 2.0, "attention_mult": 9.0,
+           "embedding_std": 0.5, "hidden_std": 0.5, "readout_std": 0.3, "zero_residual_out": False,
+           "zero_query": True, "optimizer": "muon", "lr": 2**-6, "embedding_lr_mult": 2.0,
+           "readout_lr_mult": 2.0, "norm_lr_mult": 2.0, "weight_decay": 0.9, "beta1": 0.5, "beta2": 0.5,
+           "eps": 0.1, "momentum": 0.5, "grad_clip": 1e-4, "max_tokens": 2000, "val_fraction": 0.5,
+           "precision": "bf16"}
+# These name a text, a machine or a folder: what they change is tested with train()
+NAMES = {"dataset", "tokenizer", "subset", "split", "text_field", "data_dir", "device", "out", "steps",
+         "init_from", "width"}
+
+
+def test_every_setting_changes_the_coordinate_check_or_is_rejected_by_it(corpus):
+    plain = Config(**corpus | CHECKED | {"width": 32, "depth": 4})  # not the base shape, where mup is sp
+
+    def measured(**changes):
+        run = dataclasses.replace(plain, **changes)
+        return str(coordinate_check_module.measure_run(short_run(run, 2), TokenDataset(prepare(run)), 2))
+
+    for name, value in CHANGED.items():
+        beside = {"optimizer": "muon"} if name == "momentum" else {}
+        assert measured(**beside) != measured(**beside, **{name: value}), name
+    assert {*CHANGED, *NAMES, *coordinate_check_module.UNUSED} >= {*SETTINGS} - {"mup_init", "mup_lr"}
+    for name in coordinate_check_module.UNUSED - {"out", "steps"}:
+        with pytest.raises(UserError, match=f"^{name} has no effect on the coordinate check"):
+            coordinate_check_module.main([f"--{name}=1"])
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    ("table", ["width=64,128", "--steps=5", "--seed=1"]), ("table", ["seed=0,1"]),
+    ("lr_table", ["config/target.py", "--parametrization=sp"]),
+    ("shapes", ["--eval_every=5"]), ("transfer", ["--finetune=x", "--temperature=0.5"]),
+    ("coordinate_check", ["--width=64"])])
+def test_a_setting_that_a_command_does_not_use_is_rejected(command, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="has no effect on"):
+        importlib.import_module(f"scaling.{command}").main(words)
+
+
 MUTANTS = {  # role and its wrong exponents, and the axis on which they show
     "Muon's lr": ("hidden", {"muon_lr": (-1, 0)}, "width"),
     "Muon's lr over depth": ("hidden", {"muon_lr": (0, -1)}, "depth"),
@@ -758,7 +883,7 @@ def test_a_large_random_readout_hides_neither_a_right_table_nor_a_wrong_one(corp
         return rows | {"readout": rows["readout"]._replace(lr=(-1, 0))}, forward
 
     monkeypatch.setitem(parametrization.TABLES, "mup", mutant)
-    assert "readout" in failing(config, "width", (64, 256), seeds=1)
+    assert failing(config, "width", (64, 256), seeds=1).keys() >= {"logits", "readout"}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
