@@ -694,7 +694,7 @@ TYPING_ERRORS = {
     "search": {"width=64": "width: got width=64, takes --width=64",
                "--space=lr,width": "space: got width, takes some of lr,",
                "--space=lr:2**-6..2**-8": "space: got lr:2**-6..2**-8, takes lr:LOW..HIGH",
-               "--space=warmup:0.1..2": "warmup: got 2.0, takes a number from 0 to below 1",
+               "--space=warmup:0.1..2": "warmup",
                "--sampler=sobol": "sampler: got sobol, takes gp or tpe",
                "--storage=postgresql+nothing://": "storage: got postgresql+nothing://, which does not answer",
                "--trials=²": "trials: got '²', takes a whole number",
