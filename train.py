@@ -161,9 +161,9 @@ def describe(run):
         modes += ", compiled"
     if use_cuda_graph(config, run.device):
         modes += ", one CUDA graph a step"
-    return (f"{dataset.folder}: {len(dataset.train):,} training tokens, vocabulary {dataset.vocab_size:,}\n"
+    return (f"{dataset.folder}: {dataset.train_tokens:,} training tokens, vocabulary {dataset.vocab_size:,}\n"
             f"{parameters:,} parameters on {modes}; {describe_steps(config)}: "
-            f"{tokens / len(dataset.train):.2f} epochs, {run.model.flops_per_token() * tokens:.2e} FLOPs\n"
+            f"{dataset.describe_epochs(tokens)}, {run.model.flops_per_token() * tokens:.2e} FLOPs\n"
             f"{format_table(run.model)}")
 
 

@@ -1,12 +1,17 @@
 """Where text comes from: the standard library, local files or the Hugging Face hub, as a stream of documents.
 
-Memory use is bounded, whatever the size of the data set.
+At most one row, or about MAX_CHARS of a text file, is in memory at a time, whatever the size of the data set.
 """
 
+import codecs
+import contextlib
+import csv
 import fnmatch
 import glob
+import gzip
 import hashlib
 import importlib
+import io
 import json
 import os
 import platform
@@ -17,21 +22,27 @@ import tokenize
 
 from configure import Config, UserError, closest
 
-FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # builders of `datasets`
+TEXT_ENDINGS = (".txt .text .md .markdown .rst .org .adoc .tex .html .htm .xml .css .py .pyi .c .h .cc .cpp "
+                ".hpp .cs .java .kt .scala .swift .go .rs .js .jsx .ts .tsx .php .rb .pl .lua .jl .r .hs .ml "
+                ".sh .sql").split()
+ROW_ENDINGS = (".jsonl", ".parquet", ".csv")  # whose rows are documents; read in this order, after the text
 COMPRESSIONS = (".gz", ".zst")  # may follow each of them but .parquet, which is compressed inside
-OFFLINE = "--dataset=stdlib or a path to local .txt, .jsonl, .csv or .parquet files"
+OFFLINE = "--dataset=stdlib or a path to local text, .jsonl, .csv or .parquet files"
 SOURCE_SETTINGS = ("subset", "split", "text_field")  # not every kind of data set has them
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig",
+                    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # begins as UTF-16's does
+                    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
-# Characters. A .txt may be one book: it is cut at the first blank line after MIN_CHARS, anywhere at MAX_CHARS
+# Characters. A text file may be one book: it is cut at a blank line after MIN_CHARS, anywhere at MAX_CHARS
 MIN_CHARS, MAX_CHARS = 2**14, 2**16
+ROWS_WITHOUT_TEXT = 1000  # rows of .jsonl without the field `text_field` until that is taken for an error
+PARQUET_ROWS = 100  # read at a time
 
 HUB_TIMEOUT = 10  # seconds
 STDLIB = sysconfig.get_paths()["stdlib"]
 # Folders of the standard library that hold no modules, or only tests
 SKIPPED_FOLDERS = re.compile(r"tests?|idle_test|(site|dist)-packages|pydoc_data|config-.*|__\w+__")
 GENERATED = re.compile(r"(?mi)^#.*generated (by|from)|^this file is.* generated|character mapping codec")
-# The column that `datasets` adds when the rows of a .csv have more fields than its header
-EXTRA_CSV_FIELD = "__index_level_0__"
 
 
 def documents(config):
@@ -39,70 +50,112 @@ def documents(config):
 
     Raises UserError when the data set cannot be read.
     """
-    try:
+    with reading(config.dataset):
         for text in read_source(config):
             # Half of a surrogate pair, which JSON can hold, has no UTF-8 form
             text = text.encode("utf-8", "replace").decode()
             if text and not text.isspace():
                 yield text
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` and its file formats raise errors of many types
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200]
-        raise UserError(f"dataset: {config.dataset} cannot be read "
-                        f"({type(cause).__name__}: {reason})") from error
 
 
 def read_source(config):
     """Yields the texts of config's data set as they stand in the source, blank ones too."""
     if config.dataset == "stdlib":
-        return stdlib_documents()
-    if is_hub(config.dataset):
-        return hub_documents(config)
-    return file_documents(config)
+        yield from stdlib_documents()
+    elif is_hub(config.dataset):
+        yield from hub_documents(config)
+    else:
+        for path in local_files(config.dataset):
+            with reading(path):
+                yield from file_documents(path, config.text_field)
+
+
+@contextlib.contextmanager
+def reading(source):
+    """Raises UserError where `source` cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        around = error.object[max(0, error.start - 20):error.end + 10]
+        raise UserError(f"dataset: {source} must be text in UTF-8, or in UTF-16 or UTF-32 with a byte order "
+                        f"mark, but holds {around!r}; try `iconv -f latin1 -t utf-8`") from None
+    except OSError as error:
+        raise UserError(f"dataset: cannot read {error.filename or source} "
+                        f"({error.strerror or ' '.join(str(error).split())})") from None
+    except Exception as error:  # the libraries that read files and the hub raise errors of many types
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200]
+        raise UserError(f"dataset: cannot read {source} ({type(cause).__name__}: {reason})") from error
 
 
 def is_hub(name):
     """Whether `name` is owner/name and neither a local path nor spelled like one."""
     is_owner_and_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    return is_owner_and_name and file_format(name) is None and not os.path.exists(name)
+    return is_owner_and_name and ending(name) is None and not os.path.exists(name)
 
 
 def describe(config):
-    """{"kind": "stdlib", "local" or "hub", "python": version or None, "files": count, "fingerprint": sha256}.
+    """({"kind": "stdlib", "local" or "hub", "python": version or None, "files": count,
+    "fingerprint": sha256}, when it changed last, in ns).
 
-    The fingerprint changes whenever the text of local files or of the standard library may have changed: it
-    covers their names, sizes and, of local files, times of modification. Hub data sets are not fingerprinted.
-    Raises UserError for a data set that does not exist, and for a setting that this kind does not have.
+    The fingerprint covers the names and sizes of local files and of the standard library's, and of local
+    files the times of modification. A program can set those back; the time of change, which is returned too,
+    only the system sets. Hub data sets are not fingerprinted. Raises UserError for a data set that does not
+    exist, and for a setting that this kind does not have.
     """
-    version, files = None, []
+    version, files, changed = None, [], 0
+    reject_unsupported_settings(config)
     if config.dataset == "stdlib":
-        kind, supported = "stdlib", ()
+        kind = "stdlib"
         version = platform.python_version()
         files = [(os.path.relpath(path, STDLIB), os.path.getsize(path)) for path in stdlib_files()]
     elif is_hub(config.dataset):
-        kind, supported = "hub", SOURCE_SETTINGS
+        kind = "hub"
     else:
-        kind, supported = "local", ()
+        kind = "local"
         paths = local_files(config.dataset)
-        if any(file_format(path) != ".txt" for path in paths):
-            supported = ("text_field",)
         root = os.path.dirname(paths[0])
-        for path in paths:
-            stat = os.stat(path)
-            files.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
-    reject_unsupported_settings(config, supported)
+        with reading(config.dataset):
+            for path in paths:
+                status = os.stat(path)
+                files.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
+                changed = max(changed, status.st_ctime_ns)
     fingerprint = hashlib.sha256(json.dumps([version, files]).encode()).hexdigest()
-    return {"kind": kind, "python": version, "files": len(files), "fingerprint": fingerprint}
+    return {"kind": kind, "python": version, "files": len(files), "fingerprint": fingerprint}, changed
 
 
-def reject_unsupported_settings(config, supported):
-    """Raises UserError when a setting that is not in `supported` differs from its default."""
+def supported_settings(name):
+    """Those of SOURCE_SETTINGS that the data set `name` has. Raises UserError."""
+    if name == "stdlib":
+        return ()
+    if is_hub(name):
+        return SOURCE_SETTINGS
+    has_rows = any(ending(path) in ROW_ENDINGS for path in local_files(name))
+    return ("text_field",) if has_rows else ()
+
+
+def reject_unsupported_settings(config):
+    """Raises UserError when a setting that the data set does not have differs from its default."""
+    supported = supported_settings(config.dataset)
     for name in SOURCE_SETTINGS:
         default, value = getattr(Config, name), getattr(config, name)
         if name not in supported and value != default:
-            raise UserError(f"{name}: got {value}, but {config.dataset} has none; takes --{name}={default}")
+            raise UserError(f"{name} must be {default}: {config.dataset} has no {name}, got {value}")
+
+
+def parse_mixture(name):
+    """[(data set, weight)] of a mixture such as stdlib:0.7,texts/:0.3; [] of a single data set. Raises
+    UserError."""
+    found = [re.fullmatch(r"(.+):(\d*\.?\d+)", part) for part in name.split(",")]
+    if not any(found) or os.path.exists(os.path.expanduser(name)):
+        return []
+    parts = {part[1].strip(): float(part[2]) for part in found if part}
+    if len(parts) < len(found) or len(parts) < 2 or 0 in parts.values():
+        raise UserError("dataset must be one data set, or several different ones, each with a weight above "
+                        f"0, such as stdlib:0.7,texts/:0.3, got {name}")
+    return [*parts.items()]
 
 
 # The standard library
@@ -128,71 +181,86 @@ def stdlib_documents():
             yield text
 
 
-# Local files
+# Which local files
 
 
-def file_format(path):
-    """The key of FORMATS that `path` has, .gz or .zst aside; None for a file that is not read."""
+def ending(path):
+    """The ending that says how `path` is read, .gz or .zst aside; None for a file that is not read."""
     root, extension = os.path.splitext(path.lower())
     if extension in COMPRESSIONS:
         extension = os.path.splitext(root)[1]
         if extension == ".parquet":
             return None
-    if extension in FORMATS:
-        return extension
-    return None
+    return extension if extension in (*TEXT_ENDINGS, *ROW_ENDINGS) else None
 
 
 def local_files(name):
-    """Sorted paths of the text files that a path, glob or folder stands for. Raises UserError."""
+    """The text files that a path, glob or folder stands for, in the order in which they are read. A file that
+    is named itself, or by its ending as in *.log, is taken for text where its ending is not a known one.
+    Raises UserError."""
     path = os.path.expanduser(name)
-    if os.path.isfile(path):
-        matches = [path]
-    elif os.path.isdir(path):
-        matches = walk(path)
-    elif glob.has_magic(path):
-        matches = find_matches(path)
-        if not matches:
-            raise UserError(f"dataset: the glob {name} matches nothing; takes one that does, {OFFLINE}")
-    else:
-        siblings = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*"))
-        advice = closest(path, ["stdlib", *siblings])
-        raise UserError(f"dataset: no such file or folder: {name}; takes {OFFLINE}, or owner/name{advice}")
-    files = sorted(match for match in matches if os.path.isfile(match))
-    readable = [file for file in files if file_format(file) is not None]
+    with reading(name):
+        if os.path.isfile(path):
+            files = [path]
+        elif os.path.isdir(path):
+            files = walk(path)
+        elif glob.has_magic(path):
+            files = [match for match in find_matches(path) if os.path.isfile(match)]
+        else:
+            raise no_such_file(name, path)
+    last_part = os.path.splitext(path)[1] or os.path.basename(path)
+    is_named = not os.path.isdir(path) and not glob.has_magic(last_part)
+    readable = [file for file in files if ending(file) or is_named and may_be_text(file)]
     if not readable:
-        found = f"only others, such as {files[0]}" if files else "none"
-        raise UserError(f"dataset: got {name}, takes files that end in {', '.join(FORMATS)} "
-                        f"(and {' or '.join(COMPRESSIONS)} after that, but for .parquet); there are {found}")
-    return readable
+        found = f"only others, such as {min(files)}" if files else "none"
+        raise UserError(f"dataset {name} must hold text files such as .txt, .md or .py, or rows in .jsonl, "
+                        f".csv or .parquet files (or .txt.gz, .txt.zst and so on); there are {found}")
+    formats = {extension: number for number, extension in enumerate(ROW_ENDINGS, start=1)}
+    return sorted(readable, key=lambda file: (formats.get(ending(file), 0), file))
+
+
+def may_be_text(path):
+    """Whether a file whose ending is not known may be read as text; .json would be one large row."""
+    return not re.search(r"\.json(\.gz|\.zst)?$|\.parquet\.\w+$", path.lower())
+
+
+def no_such_file(name, path):
+    """The UserError for a path that is no file, folder or glob. Raises OSError where that cannot be told."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path)
+        return UserError(f"dataset must be a file or a folder, but {name} is a pipe or a device, which "
+                         "cannot be read twice; write its content to a file first")
+    siblings = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*"))
+    advice = closest(path, ["stdlib", *siblings])
+    return UserError(f"dataset: no such file or folder: {name}; try {OFFLINE}, or owner/name on the "
+                     f"Hugging Face hub{advice}")
 
 
 def walk(root, with_hidden=False):
     """The paths of all files under `root`. Each folder is entered once, however many symbolic links lead to
-    it, and by its own name where that lies under `root`, so loops end and no document is read twice. Hidden
-    files and folders (.name) are left out, unless with_hidden."""
-    found, entered = [], set()
-    folders, links = [root], []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
+    it, so loops end and no document is read twice. Hidden files and folders (.name) are left out, unless
+    with_hidden. Raises OSError."""
+    found, entered, folders = [], set(), [root]
+    while folders:
+        folder = folders.pop(0)
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
-        for name in sorted(os.listdir(folder)):
-            path = os.path.join(folder, name)
-            if name.startswith(".") and not with_hidden:
-                continue
-            if os.path.isdir(path):
-                (links if os.path.islink(path) else folders).append(path)
-            elif os.path.exists(path):  # not a link to nowhere, or to itself
-                found.append(path)
+        names = [name for name in sorted(os.listdir(folder)) if with_hidden or not name.startswith(".")]
+        paths = [os.path.join(folder, name) for name in names]
+        found += [path for path in paths if os.path.isfile(path)]
+        # By its own name where it has one here: links come last
+        folders = [path for path in paths if os.path.isdir(path) and not os.path.islink(path)] + folders
+        folders += [path for path in paths if os.path.isdir(path) and os.path.islink(path)]
     return found
 
 
 def would_read(name, path):
     """Whether the file at `path` belongs to the data set `name`, or would if it were there."""
-    if file_format(path) is None or is_hub(name):
+    if parts := parse_mixture(name):
+        return any(would_read(part, path) for part, _ in parts)
+    if ending(path) is None or is_hub(name):
         return False
     name, path = os.path.abspath(os.path.expanduser(name)), os.path.abspath(path)
     if os.path.isdir(name):
@@ -201,20 +269,20 @@ def would_read(name, path):
 
 
 def find_matches(pattern):
-    """The paths that a glob matches; ** stands for any folders, in which walk() looks."""
+    """The paths that a glob matches; ** stands for any folders, in which walk() looks. Raises OSError."""
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return glob.glob(pattern)
-    split = parts.index("**")
-    roots = filter(os.path.isdir, glob.glob(os.sep.join(parts[:split]) or os.sep)) if split else [""]
-    parts = [part for part in parts[split:] if part]
-    matches = []
-    for root in roots:
-        for path in walk(root or os.curdir, with_hidden=any(part.startswith(".") for part in parts)):
-            path = os.path.relpath(path, root or os.curdir)
-            if is_match(path.split(os.sep), parts):
-                matches.append(os.path.join(root, path))
-    return matches
+    prefix = os.sep.join(parts[:parts.index("**")])
+    if prefix:
+        roots = glob.glob(prefix)
+    else:
+        roots = [os.sep] if pattern.startswith(os.sep) else [os.curdir]
+    with_hidden = any(part.startswith(".") for part in parts[parts.index("**"):])
+    paths = [path for root in filter(os.path.isdir, roots) for path in walk(root, with_hidden)]
+    if roots == [os.curdir] and parts[0] != os.curdir:
+        paths = [os.path.relpath(path) for path in paths]
+    return [path for path in paths if is_match(path.split(os.sep), parts)]
 
 
 def is_match(names, parts):
@@ -231,82 +299,137 @@ def is_match(names, parts):
     return fnmatch.fnmatchcase(names[0], parts[0]) and is_match(names[1:], parts[1:])
 
 
-def file_documents(config):
-    """Yields documents of local files, format by format: a row is one document in .jsonl, .csv and .parquet;
-    a .txt is one document, or several where it is long. Raises UserError."""
-    datasets = import_datasets()
-    paths = local_files(config.dataset)
-    chained = [path for path in paths if "::" in os.path.abspath(path)]
-    if chained:  # `datasets` reads a path with :: as a chain of two file systems
-        raise UserError(f"dataset: {chained[0]} has :: in its name, which `datasets` cannot open; takes a "
-                        "path without it")
-    if any(path.lower().endswith(".zst") for path in paths):
-        require_zstd()
-    for extension, builder in FORMATS.items():
-        files = [path for path in paths if file_format(path) == extension]
-        if not files:
-            continue
-        # A split for each file, so that no document reaches from one file into the next
-        splits = {f"file{i}": glob.escape(os.path.abspath(path)) for i, path in enumerate(files)}
-        options = builder_options(extension, config)
-        loaded = datasets.load_dataset(builder, data_files=splits, streaming=True, **options)
-        for rows in loaded.values():
-            if extension == ".txt":
-                yield from split_text(row["text"] for row in rows)
-            else:
-                if extension == ".csv":
-                    rows = reject_extra_fields(rows, config)
-                yield from text_column(rows, config)
+# What is in a local file
 
 
-def builder_options(extension, config):
-    """What `datasets` must be told for its defaults not to change the text."""
-    if extension == ".txt":
-        return {"keep_linebreaks": True, "encoding_errors": "replace", "chunksize": 2**20}
-    if extension == ".csv":  # else NA and null in the text are missing values, and 007 is the number 7
-        return {"na_filter": False, "converters": {config.text_field: str}}
-    if extension == ".parquet":  # else as many rows at once as the first group has, which may be none
-        return {"batch_size": 1000}
-    return {}
+def file_documents(path, field):
+    """Yields the documents of a file: a row is one document in .jsonl, .csv and .parquet; text is one
+    document, or several where it is long. Raises UserError, and whatever the format's library raises."""
+    readers = {".jsonl": jsonl_values, ".csv": csv_values, ".parquet": parquet_values}
+    if ending(path) not in readers:
+        yield from split_text(path)
+        return
+    yield from text_values(path, field, readers[ending(path)](path, field))
 
 
-def reject_extra_fields(rows, config):
-    """Yields the rows of a .csv. Raises UserError when they have more fields than the header: pandas then
-    takes the first for an index and shifts the others, and a text with an unquoted comma loses a part."""
-    for row in rows:
-        if EXTRA_CSV_FIELD in row:
-            raise UserError(f"dataset: {config.dataset} has rows with more fields than its header; takes "
-                            "double quotes around text that holds commas")
-        yield row
-
-
-def text_column(rows, config):
-    """Yields the text field of each row. Raises UserError when there is none or it does not hold text."""
-    field = config.text_field
-    for row in rows:
-        if field not in row:
-            raise UserError(f"text_field: got {field}, but {config.dataset} has the columns {', '.join(row)}")
-        value = row[field]
+def text_values(source, field, values):
+    """Yields `values` of the column `field`, "" for None. Raises UserError where one is not text."""
+    for value in values:
         if value is not None and not isinstance(value, str):
-            raise UserError(f"text_field: got {field}, but in {config.dataset} that holds "
-                            f"{type(value).__name__}, not text; the columns are {', '.join(row)}")
+            raise UserError(f"text_field must be a column of text, but {field} in {source} holds "
+                            f"{str(value)[:40]}")
         yield value or ""
 
 
-def split_text(lines):
+def open_bytes(path):
+    """The file at `path`, opened and decompressed. Raises UserError and OSError."""
+    if path.lower().endswith(".gz"):
+        return gzip.open(path)
+    if path.lower().endswith(".zst"):
+        return import_zstd().open(path)
+    return open(path, "rb")
+
+
+def open_text(path, newline=None):
+    """The same, decoded: as its byte order mark says, or from UTF-8. Raises UserError and OSError."""
+    with open_bytes(path) as file:
+        head = file.read(4096)
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and head.count(0) > len(head) / 4:
+        raise UserError(f"dataset: {path} is full of zero bytes: it must be text in UTF-8, or in UTF-16 or "
+                        "UTF-32 with a byte order mark; try `iconv -f utf-16le -t utf-8`")
+    return io.TextIOWrapper(open_bytes(path), encoding, newline=newline)
+
+
+def split_text(path):
     """Yields documents of MIN_CHARS to 2 * MAX_CHARS characters, cut between lines unless a line is longer
-    than MAX_CHARS; the last document may be shorter. Joined, they are the text."""
+    than MAX_CHARS, then at white space if it has any; the last document may be shorter. Joined, they are the
+    text, with \\n at the end of each line."""
     parts, size = [], 0
-    for line in lines:
-        for start in range(0, len(line), MAX_CHARS):  # a file can be one endless line
-            part = line[start:start + MAX_CHARS]
-            parts.append(part)
-            size += len(part)
-            at_blank_line = size >= MIN_CHARS and part.isspace()
+    with open_text(path) as file:
+        for line in bounded_lines(file):
+            parts.append(line)
+            size += len(line)
+            at_blank_line = size >= MIN_CHARS and line.isspace()
             if at_blank_line or size >= MAX_CHARS:
                 yield "".join(parts)
                 parts, size = [], 0
     yield "".join(parts)
+
+
+def bounded_lines(file):
+    """Yields the lines of a text file; of one with more than MAX_CHARS characters, parts of about as many."""
+    rest = ""
+    while part := file.readline(MAX_CHARS):
+        line, rest = rest + part, ""
+        if len(part) == MAX_CHARS and part[-1] != "\n" and (found := re.match(r"(?s:.*\S)(?=\s.)", line)):
+            line, rest = line[:found.end()], line[found.end():]
+        yield line
+    yield rest
+
+
+def jsonl_values(path, field):
+    """Yields what `field` holds in each row of a .jsonl file; None where a row has no such field."""
+    found, row = False, {}
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line, parse_int=float)  # Python makes no int of thousands of digits
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is {type(row).__name__}, not an object such as "
+                                 f'{{"{field}": "some text"}}')
+            found = found or field in row
+            if not found and number >= ROWS_WITHOUT_TEXT:
+                break
+            yield row.get(field)
+    if not found and row:
+        raise no_such_field(path, field, row)
+
+
+def csv_values(path, field):
+    """Yields what `field` holds in each row of a .csv file."""
+    csv.field_size_limit(2**31 - 1)  # characters; the default is 2**17
+    with open_text(path, newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        if header and field not in header:
+            raise no_such_field(path, field, header)
+        for row in rows:
+            if len(row) > len(header):
+                raise UserError(f"dataset: line {rows.line_num} of {path} has more fields than its header; "
+                                "text that holds commas must stand in double quotes")
+            if row:  # not a blank line
+                yield "".join(row[header.index(field):][:1])
+
+
+def parquet_values(path, field):
+    """Yields what `field` holds in each row of a .parquet file."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        names = file.schema_arrow.names
+        if field not in names:
+            raise no_such_field(path, field, names)
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
+            yield from batch.column(0).to_pylist()
+
+
+def no_such_field(path, field, names):
+    return UserError(f"text_field must be one of {', '.join(names)}, the columns of {path}, got {field}")
+
+
+def import_zstd():
+    """The module that reads .zst files. Raises UserError when it is not installed."""
+    module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError("dataset: .zst files need the package `backports.zstd`; pip install backports.zstd, "
+                        "or decompress them with `unzstd`") from None
 
 
 # The Hugging Face hub
@@ -314,70 +437,39 @@ def split_text(lines):
 
 def hub_documents(config):
     """Yields one document a row, downloaded as it is read. Raises UserError."""
-    datasets = import_datasets()
-    from huggingface_hub.errors import GatedRepoError
-
-    name = config.dataset
-    revision = hub_revision(name)
-    try:
-        rows = datasets.load_dataset(name, config.subset, split=config.split, revision=revision,
-                                     streaming=True)
-    except (GatedRepoError, datasets.exceptions.DatasetNotFoundError):
-        raise gated_error(name) from None
-    except ValueError as error:  # it names the available subsets or splits
-        raise UserError(f"subset, split: got {config.subset}, {config.split} of {name}: "
-                        f"{' '.join(str(error).split())[:300]}") from None
-    yield from text_column(rows, config)
-
-
-def hub_revision(name):
-    """The commit that the hub data set `name` is at now. Raises UserError when the hub does not give it.
-
-    Asked first, and once: `datasets` itself would retry for minutes where the hub is unreachable.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        return HfApi().dataset_info(name, timeout=HUB_TIMEOUT).sha
-    except GatedRepoError:
-        raise gated_error(name) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"dataset: {name} is neither a path nor a public data set on the Hugging Face hub; "
-                        f"check the name, log in with `hf auth login`, or use {OFFLINE}") from None
-    except Exception as error:
-        raise UserError(f"dataset: no path {name}, and the Hugging Face hub is unreachable "
-                        f"({type(error).__name__}); check the network, or use {OFFLINE}") from None
-
-
-def gated_error(name):
-    return UserError(f"dataset: {name} is gated on the Hugging Face hub; accept its terms there and log in "
-                     f"with `hf auth login`, or use {OFFLINE}")
-
-
-# Libraries that not every machine has
-
-
-def import_datasets():
-    """The `datasets` library, told not to print. Raises UserError when it is not installed."""
     try:
         import datasets
     except ImportError:
-        raise UserError("dataset: all but stdlib needs the package `datasets`; pip install datasets, or use "
-                        "--dataset=stdlib") from None
+        raise UserError("dataset: a data set of the Hugging Face hub needs the package `datasets`; pip "
+                        f"install datasets, or use {OFFLINE}") from None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are raised as well
-    return datasets
-
-
-def require_zstd():
-    """Raises UserError when `datasets` cannot read .zst files.
-
-    It could with the package `zstandard` too, which takes the end of a truncated file for its regular end.
-    """
-    module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    name, field = config.dataset, config.text_field
     try:
-        importlib.import_module(module)
-    except ImportError:
-        raise UserError("dataset: .zst files need the package `backports.zstd`; pip install backports.zstd, "
-                        "or decompress them with `unzstd`") from None
+        # Asked first, and once: `datasets` itself would retry for minutes where the hub is unreachable
+        revision = HfApi().dataset_info(name, timeout=HUB_TIMEOUT).sha
+        rows = datasets.load_dataset(name, config.subset, split=config.split, revision=revision,
+                                     streaming=True)
+    except (GatedRepoError, datasets.exceptions.DatasetNotFoundError):
+        raise UserError(f"dataset: {name} is gated on the Hugging Face hub; accept its terms there and log "
+                        f"in with `hf auth login`, or use {OFFLINE}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"dataset: {name} is neither a path nor a public data set on the Hugging Face hub; "
+                        f"check the name, log in with `hf auth login`, or use {OFFLINE}") from None
+    except ValueError as error:  # it names the available subsets or splits
+        raise UserError(f"subset, split: got {config.subset}, {config.split} of {name}: "
+                        f"{' '.join(str(error).split())[:300]}") from None
+    except Exception as error:
+        raise UserError(f"dataset: there is no path {name}, and the Hugging Face hub is unreachable "
+                        f"({type(error).__name__}); check the network, or use {OFFLINE}") from None
+    yield from text_values(name, field, (value_of(name, field, row) for row in rows))
+
+
+def value_of(name, field, row):
+    """What a row of the data set `name` holds in `field`. Raises UserError."""
+    if field not in row:
+        raise no_such_field(name, field, row)
+    return row[field]

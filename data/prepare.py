@@ -3,10 +3,11 @@
 train.py does the same when its data set is not prepared yet. A prepared folder is complete or does not exist:
 
 train.bin, val.bin      token ids, little endian, an end-of-text token after each document
-tokenizer.tiktoken      the tokenizer's ranks; its pattern and special tokens are in meta.json
+tokenizer.json          the tokenizer; tokenizer_config.json, which goes with it, names the end of text
 meta.json               settings, source, tokenizer, counts, sha256
 checked.json            size and time stamp of the token files when they last matched their sha256
 
+The folder of a mixture, --dataset=stdlib:0.7,texts/:0.3, has no tokens: its meta.json names what it mixes.
 --verify compares every byte of an existing folder with its sha256; else that happens where a stamp differs.
 """
 
@@ -15,13 +16,13 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import secrets
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
@@ -29,15 +30,19 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from configure import UserError, configure, names_in, run_cli
-from data.datasets import describe, documents
+from configure import Config, UserError, configure, names_in, run_cli
+from data.datasets import SOURCE_SETTINGS, describe, documents, parse_mixture, supported_settings
 from data.files import durable_file, write_text
-from data.loader import CHECKED, TokenDataset, read_meta, stamp
+from data.loader import CHECKED, MIXED, TokenDataset, apportion, read_meta, stamp
 from data.tokenizer import (
+    ENCODED_CHARS,
+    END_OF_TEXT,
+    OLD_TOKENIZER_FILE,
     TOKENIZER_FILE,
-    build_encoding,
+    build_tokenizer,
     check_tokenizer_name,
-    save_encoding,
+    cut,
+    keep_tokenizer,
     tokenizer_identity,
 )
 
@@ -45,9 +50,9 @@ FORMAT = 1  # version of a folder's content; increase it when old folders must n
 # The settings that decide what the tokens are: their hash is in the folder's name
 IDENTITY_SETTINGS = names_in("data")
 STALE_AFTER = 24 * 60 * 60  # seconds
+FEW_DOCUMENTS = 1000  # where the hash holds out none of at most so many, the end of each is held out
 TOKENIZER_TRAINING_CHARS = 50_000_000  # characters that a bpe:N is trained on, at most
-PIECE_CHARS = 2**16  # characters encoded at once: tiktoken's regex overflows on a blank run of 10**6
-BATCH_CHARS = 2**22  # characters given to tiktoken's threads together
+BATCH_CHARS = 2**20  # characters that are encoded together, by several threads
 
 
 def prepare(config):
@@ -55,17 +60,32 @@ def prepare(config):
 
     A prepared folder is itself accepted as a data set, for machines without the text or the libraries.
     """
+    paths = {name: os.path.expanduser(getattr(config, name)) for name in ("dataset", "tokenizer", "data_dir")}
+    config = replace(config, **paths)
     if is_prepared(config.dataset):
         check_prepared_settings(config)
         return config.dataset
     check_tokenizer_name(config.tokenizer)
-    source = describe(config)
+    parts = mixture_parts(config)
+    source, changed = describe_mixture(parts) if parts else describe(config)
     settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS}
     settings["tokenizer"] = tokenizer_identity(config.tokenizer)
     folder = os.path.join(config.data_dir, folder_name(settings, source))
+    if is_older(folder, changed):
+        # The same names, sizes and times of modification, but written to since then: maybe another text
+        source["changed"] = changed
+        folder = os.path.join(config.data_dir, folder_name(settings, source))
     if not os.path.isdir(folder):
-        write_folder(config, folder, settings, source)
+        write_folder(config, folder, parts, {"format": FORMAT, "settings": settings, "source": source})
     return folder
+
+
+def is_older(folder, time):
+    """Whether there is a prepared `folder` from before `time`, in ns."""
+    try:
+        return os.stat(os.path.join(folder, "meta.json")).st_mtime_ns < time
+    except OSError:
+        return False
 
 
 def is_prepared(folder):
@@ -79,8 +99,8 @@ def is_prepared(folder):
         meta = None
     if isinstance(meta, dict) and "format" in meta and isinstance(meta.get("settings"), dict):
         return True
-    others = ("train.bin", "val.bin", TOKENIZER_FILE)
-    return all(os.path.isfile(os.path.join(folder, name)) for name in others)
+    names = os.listdir(folder)
+    return {"train.bin", "val.bin"} < {*names} and not {TOKENIZER_FILE, OLD_TOKENIZER_FILE}.isdisjoint(names)
 
 
 def prepared_folders(data_dir):
@@ -100,19 +120,20 @@ def find_prepared(hashes, folders):
 
 
 def check_prepared_settings(config):
-    """Raises UserError when the prepared folder config.dataset was prepared with other settings."""
+    """Raises UserError when another setting is asked for than the folder config.dataset was prepared with."""
     prepared = TokenDataset(config.dataset).meta["settings"]
     for name in IDENTITY_SETTINGS:
         wanted, actual = getattr(config, name), prepared.get(name)
-        if name == "dataset" or actual == wanted:  # there the path of the text, here of the folder
+        # Of the data set, there is the path of the text, here of the folder. A default is not asked for
+        if name == "dataset" or wanted in (actual, getattr(Config, name)):
             continue
         if name == "tokenizer" and os.path.isdir(wanted):
             if tokenizer_identity(wanted) == tokenizer_identity(config.dataset):
                 continue
         if name == "tokenizer" and str(actual).startswith("sha256:"):
             actual = config.dataset  # a folder that holds it
-        raise UserError(f"{name}: got {wanted}, but {config.dataset} was prepared with {actual}; "
-                        f"takes --{name}={actual}")
+        raise UserError(f"{name} must be {actual}, with which {config.dataset} was prepared, got {wanted}; "
+                        f"try without --{name}")
 
 
 def folder_name(settings, source):
@@ -123,38 +144,99 @@ def folder_name(settings, source):
     return f"{readable[:60]}-{identity[:12]}"
 
 
-def write_folder(config, folder, settings, source):
-    """Write a prepared folder under a temporary name, and rename it when it is complete. Raises UserError."""
+def write_folder(config, folder, parts, meta):
+    """Write a prepared folder, of a mixture if there are `parts`, under a temporary name, and rename it when
+    it is complete. Raises UserError."""
     temporary = os.path.join(config.data_dir, f".{os.path.basename(folder)}.{secrets.token_hex(4)}")
     try:
         os.makedirs(temporary)
         remove_stale_folders(config.data_dir)
-        meta = {"format": FORMAT, "settings": settings, "source": source, **write_tokens(config, temporary)}
+        meta |= write_mixture(config, temporary, parts) if parts else write_tokens(config, temporary)
         with durable_file(os.path.join(temporary, "meta.json")) as file:
             file.write(json.dumps(meta, indent=1).encode())
-        stamps = {name: stamp(os.path.join(temporary, name)) for name in ("train.bin", "val.bin")}
-        write_text(os.path.join(temporary, CHECKED), json.dumps(stamps))
         os.rename(temporary, folder)
-    except OSError as error:
+    except OSError as error:  # of writing: where text or a tokenizer cannot be read, that is a UserError
         # If the folder exists now, another process was faster and wrote the same tokens
         if not os.path.isdir(folder):
-            raise UserError(f"data_dir: cannot write {config.data_dir} ({error.strerror}); takes a folder "
-                            "that can be written, with room for the tokens") from None
+            raise UserError(f"data_dir: cannot write {config.data_dir} ({error.strerror}); try a folder that "
+                            "can be written, with room for the tokens") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stale_folders(data_dir):
     """Delete what killed preparations left: temporary folders that nothing was written to for a day."""
-    for name in os.listdir(data_dir):
-        if not re.fullmatch(r"\..+-[0-9a-f]{12}\.[0-9a-f]{8}", name):
-            continue
-        folder = os.path.join(data_dir, name)
+    for folder in glob.glob(os.path.join(glob.escape(data_dir), f".*-{12 * '[0-9a-f]'}.{8 * '[0-9a-f]'}")):
         with contextlib.suppress(OSError):  # another process may delete it too
-            paths = [folder, *glob.glob(os.path.join(glob.escape(folder), "*"))]
-            last_written = max(os.path.getmtime(path) for path in paths)
-            if time.time() - last_written > STALE_AFTER:
+            paths = [folder, *(entry.path for entry in os.scandir(folder))]
+            if time.time() - max(map(os.path.getmtime, paths)) > STALE_AFTER:
                 shutil.rmtree(folder)
+
+
+# Mixtures
+
+
+def mixture_parts(config):
+    """[(Config, weight)] of the data sets that config.dataset mixes; [] where it is one data set. A setting
+    that only some of them have is theirs. Raises UserError."""
+    parts = parse_mixture(config.dataset)
+    if not parts:
+        return []
+    if 0 in apportion(MIXED, [weight for _, weight in parts]):
+        raise UserError(f"dataset: each weight must be at least 1/{MIXED} of their sum, got {config.dataset}")
+    supported = {name: () if is_prepared(name) else supported_settings(name) for name, _ in parts}
+    configs = []
+    for name, weight in parts:
+        others = {setting: getattr(Config, setting) for setting in SOURCE_SETTINGS
+                  if setting not in supported[name] and any(setting in found for found in supported.values())}
+        configs.append((replace(config, dataset=os.path.expanduser(name), **others), weight))
+    return configs
+
+
+def describe_mixture(parts):
+    """The same as describe() for a mixture."""
+    sources, changed = [], 0
+    for config, weight in parts:
+        if is_prepared(config.dataset):
+            source = TokenDataset(config.dataset).hashes
+        else:
+            source, last = describe(config)
+            changed = max(changed, last)
+        sources.append([source, weight])
+    return {"kind": "mixture", "parts": sources}, changed
+
+
+def write_mixture(config, folder, parts):
+    """Write what a mixture needs into `folder`, after its parts were prepared with the tokenizer that they
+    share; returns what meta.json says about it. A bpe:N is trained on text of all parts, by their weights.
+
+    Raises UserError, and OSError when the disk is full or fails.
+    """
+    for part, _ in parts:
+        if is_prepared(part.dataset):  # then its tokenizer is the one to share
+            check_prepared_settings(part)
+            config = replace(config, tokenizer=part.dataset)
+    total = sum(weight for _, weight in parts)
+    tokenizer = build_tokenizer(config.tokenizer, lambda: [
+        text for part, weight in parts
+        for text in tokenizer_training_texts(part, int(TOKENIZER_TRAINING_CHARS * weight / total))])
+    saved = save_tokenizer(tokenizer, folder, config.tokenizer)
+    name = folder if config.tokenizer.startswith("bpe:") else config.tokenizer
+    datasets = [TokenDataset(prepare(replace(part, tokenizer=name))) for part, _ in parts]
+    described = [{"dataset": part.dataset, "weight": weight, "hashes": dataset.hashes,
+                  "folder": os.path.relpath(dataset.folder, folder)}
+                 for (part, weight), dataset in zip(parts, datasets, strict=True)]
+    counts = {split: mixed_counts(split, described, datasets) for split in ("train", "val")}
+    return {"tokenizer": saved, "vocab_size": tokenizer.vocab_size, "parts": described,
+            "bytes_per_token": bytes_per_token(counts), **counts}
+
+
+def mixed_counts(split, parts, datasets):
+    """What meta.json says about a split of a mixture; its sha256 is of the parts' and their weights."""
+    counts = {name: sum(dataset.meta[split][name] for dataset in datasets)
+              for name in ("documents", "tokens", "bytes")}
+    identity = [[part["hashes"][split], part["weight"]] for part in parts]
+    return counts | {"sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 
 
 # Documents to token files, in bounded memory
@@ -165,18 +247,32 @@ def write_tokens(config, folder):
 
     Raises UserError, and OSError when the disk is full or fails.
     """
-    encoding = build_encoding(config.tokenizer, lambda: tokenizer_training_texts(config))
-    dtype = np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
-    splits = write_splits(config, folder, encoding, dtype)
-    with durable_file(os.path.join(folder, TOKENIZER_FILE)) as file:
-        saved = save_encoding(encoding, file)
-    byte_count = sum(counts["bytes"] for counts in splits.values())
-    token_count = sum(counts["tokens"] for counts in splits.values())
-    return {"tokenizer": saved, "vocab_size": encoding.n_vocab, "dtype": dtype.str[1:],
-            "bytes_per_token": round(byte_count / token_count, 4), **splits}
+    tokenizer = build_tokenizer(config.tokenizer, lambda: tokenizer_training_texts(
+        config, TOKENIZER_TRAINING_CHARS))
+    saved = save_tokenizer(tokenizer, folder, config.tokenizer)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    splits = write_splits(config, folder, tokenizer, dtype)
+    stamps = {name: stamp(os.path.join(folder, name)) for name in ("train.bin", "val.bin")}
+    write_text(os.path.join(folder, CHECKED), json.dumps(stamps))
+    return {"tokenizer": saved, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str[1:],
+            "bytes_per_token": bytes_per_token(splits), **splits}
 
 
-def write_splits(config, folder, encoding, dtype):
+def save_tokenizer(tokenizer, folder, name):
+    """Write the tokenizer into `folder`; returns what meta.json says about it. Raises OSError."""
+    keep_tokenizer(tokenizer, folder)
+    with open(os.path.join(folder, TOKENIZER_FILE), "rb") as file:
+        file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": name, "special_tokens": {END_OF_TEXT: tokenizer.eot}, "sha256": tokenizer.sha256,
+            "file_sha256": file_sha256}
+
+
+def bytes_per_token(splits):
+    return round(sum(counts["bytes"] for counts in splits.values())
+                 / sum(counts["tokens"] for counts in splits.values()), 4)
+
+
+def write_splits(config, folder, tokenizer, dtype):
     """Write train.bin and val.bin; returns {"train", "val": {"documents", "tokens", "bytes", "sha256"}}.
 
     The document that reaches max_tokens (training and validation together) is written completely and is the
@@ -190,38 +286,71 @@ def write_splits(config, folder, encoding, dtype):
             writers[split] = SplitWriter(file, dtype)
         progress = stack.enter_context(
             tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None))
-        for text, split, ids in encode_documents(split_documents(config), encoding):
-            writers[split].add(text, ids)
-            progress.update(len(ids))
-            total += len(ids)
-            if config.max_tokens and total >= config.max_tokens:
+        for split, text, ids, is_last in encoded_parts(config, tokenizer):
+            writers[split].add(text, [*ids, tokenizer.eot] if is_last else ids, is_last)
+            progress.update(len(ids) + is_last)
+            total += len(ids) + is_last
+            if is_last and config.max_tokens and total >= config.max_tokens:
                 break
     for split, writer in writers.items():
         if writer.documents == 0:
-            raise UserError(f"max_tokens: got {config.max_tokens}, reached before the first {split} "
-                            f"document; takes more, such as {10 * total}, or another --val_fraction")
+            raise UserError(f"max_tokens must be more, got {config.max_tokens}, which is reached before the "
+                            f"first {split} document; try {10 * total}, or another --val_fraction")
     return {split: writer.summary() for split, writer in writers.items()}
 
 
 class SplitWriter:
-    """Appends documents to the token file of a split; counts and hashes them."""
+    """Appends parts of documents to the token file of a split; counts and hashes them."""
 
     def __init__(self, file, dtype):
         self.file, self.dtype = file, dtype
         self.documents = self.tokens = self.bytes = 0
         self.sha256 = hashlib.sha256()
 
-    def add(self, text, ids):
+    def add(self, text, ids, is_last):
         raw = np.array(ids, self.dtype).tobytes()
         self.file.write(raw)
         self.sha256.update(raw)
-        self.documents += 1
+        self.documents += is_last
         self.tokens += len(ids)
         self.bytes += len(text.encode())
 
     def summary(self):
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
                 "sha256": self.sha256.hexdigest()}
+
+
+def encoded_parts(config, tokenizer):
+    """Yields (split, text, token ids, whether it is the document's last) of the parts of each document."""
+    for batch in batches_of_parts(config):
+        texts = [text for _, text, _ in batch]
+        for (split, text, is_last), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+            yield split, text, ids, is_last
+
+
+def batches_of_parts(config):
+    """Yields lists of (split, part of a document, whether it is the last), each of about BATCH_CHARS
+    characters."""
+    batch, size = [], 0
+    for text, split in split_documents(config):
+        parts = parts_of(text, config)
+        for i, part in enumerate(parts, start=1):
+            batch.append((split, part, i == len(parts)))
+            size += len(part)
+            if size >= BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def parts_of(text, config):
+    """A document in parts that are encoded one by one, and have the tokens of the whole. Only the long
+    modules of the standard library are cut in the midst of a word: so they were when the losses in README.md
+    were measured."""
+    if config.dataset == "stdlib":
+        return [text[start:start + ENCODED_CHARS] for start in range(0, len(text), ENCODED_CHARS)]
+    return cut(text, ENCODED_CHARS)
 
 
 def hash_fraction(text):
@@ -233,35 +362,47 @@ def hash_fraction(text):
 
 
 def split_documents(config):
-    """Yields (document, "train" or "val"). Raises UserError at the end when a split got no document."""
-    count, lowest, highest = 0, 1.0, 0.0
-    for text in documents(config):
-        fraction = hash_fraction(text)
+    """Yields (document, "train" or "val"). Where the text has few documents, and their hashes leave a split
+    without any, the end of each is held out. Raises UserError at the end when a split got nothing."""
+    stream = documents(config)
+    first, splits = [], set()
+    for text in itertools.islice(stream, FEW_DOCUMENTS):
+        first.append(text)
+        splits.add(split_of(text, config))
+        if len(splits) == 2:
+            break
+    few = len(splits) < 2 and len(first) < FEW_DOCUMENTS
+    count, found = 0, set()
+    for text in itertools.chain(first, stream):
         count += 1
-        lowest, highest = min(lowest, fraction), max(highest, fraction)
-        yield text, "val" if fraction < config.val_fraction else "train"
+        parts = cut_end(text, config.val_fraction) if few else [(text, split_of(text, config))]
+        found |= {split for _, split in parts}
+        yield from parts
     if count == 0:
-        raise UserError(f"dataset: {config.dataset} holds no text; takes at least two documents")
-    if lowest == highest:
-        raise UserError(f"dataset: {config.dataset} is one document, or copies of one; takes two or "
-                        "more, as whole documents are held out for validation")
-    if not lowest < config.val_fraction <= highest:
-        missing = "training" if highest < config.val_fraction else "validation"
-        raise UserError(f"val_fraction: got {config.val_fraction}, which leaves no {missing} text among "
-                        f"{count} documents; takes {shortest_decimal(lowest, highest)}, for one")
+        raise UserError(f"dataset {config.dataset} must hold text, but there is none")
+    for split, change in ("train", "smaller"), ("val", "larger"):
+        if split not in found:
+            raise UserError(f"val_fraction leaves no text for {split} of {count} documents, got "
+                            f"{config.val_fraction}; try a {change} one, or more text")
 
 
-def shortest_decimal(lowest, highest):
-    """The number with the fewest decimals that is above `lowest` and at most `highest`."""
-    for digits in itertools.count(1):
-        decimal = math.floor(lowest * 10**digits + 1) / 10**digits
-        if decimal <= highest:
-            return decimal
+def split_of(text, config):
+    return "val" if hash_fraction(text) < config.val_fraction else "train"
 
 
-def tokenizer_training_texts(config):
-    """The first TOKENIZER_TRAINING_CHARS characters of the training split, as a list of str."""
-    texts, room = [], TOKENIZER_TRAINING_CHARS
+def cut_end(text, val_fraction):
+    """[(part, split)] of a document whose last val_fraction, from a white space on, is held out. Copies are
+    cut at the same place, so that none is trained on where another is validated."""
+    place = len(text) - int(val_fraction * len(text))
+    space = re.search(r"\s", text[place:])
+    end = place + space.start() if space else place
+    parts = [(text[:end], "train"), (text[end:], "val")]
+    return [(part, split) for part, split in parts if part and not part.isspace()]
+
+
+def tokenizer_training_texts(config, room):
+    """The first `room` characters of the training split, as a list of str."""
+    texts = []
     for text, split in split_documents(config):
         if split == "train":
             texts.append(text[:room])
@@ -269,37 +410,6 @@ def tokenizer_training_texts(config):
         if room == 0:
             break
     return texts
-
-
-def batch_documents(documents):
-    """Yields lists of (text, split), each of about BATCH_CHARS characters."""
-    batch, size = [], 0
-    for text, split in documents:
-        batch.append((text, split))
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_documents(documents, encoding):
-    """(text, split) to (text, split, token ids with the end of text), in the same order."""
-    for batch in batch_documents(documents):
-        pieces = []  # of all texts of the batch; a text has piece_counts of them
-        piece_counts = []
-        for text, _ in batch:
-            text_pieces = [text[start:start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
-            pieces.extend(text_pieces)
-            piece_counts.append(len(text_pieces))
-        encoded_pieces = iter(encoding.encode_ordinary_batch(pieces))  # by several threads
-        for (text, split), count in zip(batch, piece_counts, strict=True):
-            ids = []
-            for _ in range(count):
-                ids.extend(next(encoded_pieces))
-            ids.append(encoding.eot_token)
-            yield text, split, ids
 
 
 def main(argv):

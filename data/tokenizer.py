@@ -1,73 +1,137 @@
-"""Tokenizers: built, kept with prepared data and in run directories, loaded; each is a tiktoken.Encoding."""
+"""Tokenizers: built by name, kept in a folder as tokenizer.json, and loaded again.
+
+All are byte-level BPEs, run by the library `tokenizers`: text -> pieces (by a pattern) -> tokens of bytes.
+tiktoken gives the vocabularies of the names that it knows. Older versions kept its format; that is read too.
+"""
 
 import base64
 import codecs
-import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
+import unicodedata
+from itertools import pairwise
 
 import numpy as np
 import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configure import UserError, closest
-from data.files import atomic_file, write_text
-from data.tokenizer_json import END_OF_TEXT, bytes_to_unicode, ranks_of_bpe, read_tokenizer_json
+from data.files import write_text
 
-TOKENIZER_FILE = "tokenizer.tiktoken"
-RUN_META = "tokenizer.meta.json"  # beside TOKENIZER_FILE in a run directory: what load_encoding() needs
+TOKENIZER_FILE = "tokenizer.json"
+OLD_TOKENIZER_FILE = "tokenizer.tiktoken"  # ranks, of older versions; the rest of what they kept is in:
+OLD_RUN_META = "tokenizer.meta.json"  # beside it in a run directory; in a prepared folder, meta.json
+END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split into pieces, without possessive quantifiers, which `tokenizers` reads differently
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-ANY_CHARACTER = r"(?s:.)"
 MIN_BPE_SIZE, MAX_BPE_SIZE = 258, 1_000_000  # tokens; at least 256 bytes, 1 merge and the end of text
+ENCODED_CHARS = 2**16  # characters encoded at once, which bounds memory
+TRAINING_CHARS = 2**10  # characters trained on at once: the time of BPE training grows with their square
+# The longest start of a text that ends between two pieces, by every pattern in use: after a letter or number
+# that white space follows, or any character that a blank follows
+ENDS_BETWEEN_PIECES = re.compile(r"(?s:.*)(?:[^\W_](?=[ \t\n])|\S(?=[ \t]))")
 OFFLINE = "--tokenizer=bytes and --tokenizer=bpe:2048 need no download"
+# Text that is encoded and decoded to see whether a tokenizer keeps all of it
+SAMPLE = ("The 12th of May, 1,234,567.89 dollars; it's DON'T we'll I'D they've\u2019s.\n\n\tdef f(x_1):  "
+          "return x**2  # \u00e9t\u00e9 Stra\u00dfe \u041c\u043e\u0441\u043a\u0432\u0430 \u6771\u4eac\u90fd "
+          "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \U0001f600\U0001f44d\U0001f3fd e\u0301 \u00b2\u2167 "
+          "\x00\x7f\u00a0\u3000  \r\n \r \n   \n  a   b\t\t https://a.b/c?d=e&f=%20 ")
 
 
-@contextlib.contextmanager
-def panics_as_errors():
-    """Turns a panic of tiktoken's Rust code, which derives from BaseException, into a UserError. A pattern
-    that makes the regex engine give up does it, and so do ids that do not fit."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"tokenizer: the tokenizer of the prepared folder is damaged ({reason}); takes a "
-                        "folder that `python -m data.prepare` wrote") from None
+def cut(text, size):
+    """`text` in parts of at most `size` characters, cut where a tokenizer cuts it too, if it does within that
+    length. So the tokens of the parts are those of the text."""
+    start, parts = 0, []
+    while len(text) - start > size:
+        found = ENDS_BETWEEN_PIECES.match(text, start, start + size + 1)
+        end = found.end() if found else start + size
+        parts.append(text[start:end])
+        start = end
+    parts.append(text[start:])
+    return parts
+
+
+def byte_characters():
+    """{character: byte} by which byte-level BPE writes bytes as text, as GPT-2's encoder.py did first: most
+    bytes that can be printed stand for themselves, the others for the characters from 256 on."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    table = {character: ord(character) for character in characters if ord(character) < 256}
+    others = [byte for byte in range(256) if byte not in table.values()]
+    return table | dict(zip(characters[len(table):], others, strict=True))
+
+
+BYTE_OF = byte_characters()
+CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
+
+
+def spell(token):
+    """A token of bytes as it is written in a tokenizer.json."""
+    return "".join(CHARACTER_OF[byte] for byte in token)
+
+
+def unspell(token):
+    return bytes(BYTE_OF[character] for character in token)
 
 
 class Tokenizer:
-    """Text to token ids and back. `encoding` is a tiktoken.Encoding, `eot` the id of its end of text."""
+    """Text to token ids and back. bpe: a tokenizers.Tokenizer; eot: the id of its end of text."""
 
-    def __init__(self, encoding, vocab_size):
-        self.encoding, self.vocab_size = encoding, vocab_size
-        self.eot = encoding.eot_token
+    def __init__(self, bpe, eot):
+        self.bpe, self.eot = bpe, eot
+        bpe.encode_special_tokens = True  # what looks like a special token in a text is text
+        self.vocab_size = 1 + max(bpe.get_vocab().values())  # there may be holes below it
+
+    @functools.cached_property
+    def added_tokens(self):
+        """{id: tokenizers.AddedToken} of special tokens, and of others that were added to the vocabulary."""
+        return self.bpe.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def ranks(self):
+        """{token's bytes: id}, without the added tokens."""
+        vocab = self.bpe.get_vocab(with_added_tokens=False)
+        return {unspell(token): token_id for token, token_id in vocab.items()
+                if token_id not in self.added_tokens}
+
+    @functools.cached_property
+    def sha256(self):
+        """What tells these tokens from those of another tokenizer, with hex digits."""
+        by_rank = sorted(self.ranks.items(), key=lambda item: item[1])
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank]
+        return hashlib.sha256(b"".join(lines)).hexdigest()
 
     @functools.cached_property
     def byte_lengths(self):
         """Bytes of each token id, int64 (vocab_size,); special tokens and holes in the vocabulary have 0."""
         lengths = np.zeros(self.vocab_size, np.int64)
-        for token, token_id in self.encoding._mergeable_ranks.items():
+        for token_id, token in self._bytes_of_id.items():
             lengths[token_id] = len(token)
+        for token_id, token in self.added_tokens.items():
+            if token.special:
+                lengths[token_id] = 0
         return lengths
 
     @functools.cached_property
     def _bytes_of_id(self):
-        """{token id: its bytes}; some tokenizers leave holes below vocab_size."""
-        tokens = {token_id: token for token, token_id in self.encoding._mergeable_ranks.items()}
-        for text, token_id in self.encoding._special_tokens.items():
-            tokens[token_id] = text.encode()
+        """{token id: its bytes}."""
+        tokens = {token_id: token for token, token_id in self.ranks.items()}
+        for token_id, token in self.added_tokens.items():
+            tokens[token_id] = token.content.encode()
         return tokens
 
     def encode(self, text):
-        """Token ids of `text`, a list of int; what looks like a special token in it is encoded as text.
-        Raises UserError where the tokenizer's pattern cannot split it."""
-        with panics_as_errors():
-            return self.encoding.encode_ordinary(text)
+        """Token ids of `text`, a list of int; what looks like a special token in it is encoded as text."""
+        return [token_id for ids in self.encode_batch(cut(text, ENCODED_CHARS)) for token_id in ids]
+
+    def encode_batch(self, parts):
+        """[token ids] of each of `parts`, str, by several threads."""
+        return [found.ids for found in self.bpe.encode_batch_fast(parts, add_special_tokens=False)]
 
     def decode(self, ids):
         """Text of token ids; ids without a token, such as a padded vocabulary's, are skipped."""
@@ -83,40 +147,49 @@ class Tokenizer:
         if text := decoder.decode(b"", final=True):
             yield text
 
+    def identity(self):
+        """What tells this tokenizer from others, wherever it is kept: a hash of all that it does to text."""
+        spec = json.loads(self.bpe.to_str())
+        facts = [self.sha256, self.eot, spec["normalizer"], spec["pre_tokenizer"]]
+        return f"sha256:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
+
+
+# Building one
+
 
 def check_tokenizer_name(name):
     """Raises UserError when `name` is not a tokenizer."""
     if os.path.isdir(name):
-        load_kept(name)
+        load_tokenizer(name)
         return
     tiktoken_names = tiktoken.list_encoding_names()
     bpe = re.fullmatch(r"bpe:(\d+)", name)
     if bpe:
         too_long = len(bpe[1]) > 100  # Python makes no int of thousands of digits
         if too_long or not MIN_BPE_SIZE <= int(bpe[1]) <= MAX_BPE_SIZE:
-            raise UserError(f"tokenizer: got {name[:100]}, takes bpe:N with N from {MIN_BPE_SIZE} (256 "
-                            f"bytes, 1 merge, end of text) to {MAX_BPE_SIZE}")
+            raise UserError(f"tokenizer: got {name[:100]}; in bpe:N, N is the vocabulary size, from "
+                            f"{MIN_BPE_SIZE} (256 bytes, 1 merge, end of text) to {MAX_BPE_SIZE}")
     elif name != "bytes" and name not in tiktoken_names:
         advice = closest(name, ["bytes", "bpe:2048", *tiktoken_names])
         raise UserError(f"tokenizer: got {name}, takes bytes, bpe:N, a folder that holds one, or one of "
                         f"{', '.join(tiktoken_names)}{advice}")
 
 
-def build_encoding(name, load_texts):
-    """The tiktoken.Encoding called `name`. Raises UserError.
+def build_tokenizer(name, load_texts=None):
+    """The Tokenizer called `name`. Raises UserError.
 
     name: bytes, bpe:N, what tiktoken knows, or a folder that holds a tokenizer.
     load_texts: called without arguments only for bpe:N; returns the list of str that it is trained on.
     """
     if os.path.isdir(name):
-        return load_kept(name).encoding
+        return load_tokenizer(name)
     if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return make_encoding(name, ANY_CHARACTER, ranks, {END_OF_TEXT: 256})
+        return from_ranks({bytes([byte]): byte for byte in range(256)}, None, {END_OF_TEXT: 256})
     if name.startswith("bpe:"):
         vocab_size = int(name.removeprefix("bpe:"))
-        ranks = ranks_of_bpe(train_bpe(vocab_size - 1, load_texts()))  # the last id is the end of text
-        return make_encoding(name, PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+        trained = train_bpe(vocab_size - 1, load_texts())  # the last id is the end of text
+        ranks = {unspell(token): rank for token, rank in trained.get_vocab().items()}
+        return from_ranks(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:
@@ -124,34 +197,23 @@ def build_encoding(name, load_texts):
                         f"network; {OFFLINE}") from None
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"tokenizer: {name} has no {END_OF_TEXT} token; {OFFLINE}")
-    return encoding
-
-
-def make_encoding(name, pattern, ranks, special_tokens):
-    """A tiktoken.Encoding. ranks: {token's bytes: id}; special_tokens: {text: id}."""
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    tokenizer = from_ranks(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+    if tokenizer.encode(SAMPLE) != encoding.encode_ordinary(SAMPLE):
+        raise UserError(f"tokenizer: `tokenizers` splits text in another way than {name}; {OFFLINE}")
+    return tokenizer
 
 
 def train_bpe(vocab_size, texts):
-    """A byte-level BPE of `vocab_size` tokens, a tokenizers.Tokenizer, as tiktoken does not train.
+    """A byte-level BPE of `vocab_size` tokens, a tokenizers.Tokenizer.
 
     Raises UserError when `texts` are too short for that many tokens.
     """
-    try:
-        import tokenizers
-        from tokenizers import models, pre_tokenizers, trainers
-    except ImportError:
-        raise UserError("tokenizer: bpe:N needs the package `tokenizers`; pip install tokenizers, or "
-                        "use --tokenizer=bytes") from None
-
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = split_by(PATTERN)
     # min_frequency: a pair that occurs once would be a token that training hardly sees
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False,
-                                  initial_alphabet=list(bytes_to_unicode().values()))
-    bpe.train_from_iterator(texts, trainer)
+                                  initial_alphabet=list(BYTE_OF))
+    bpe.train_from_iterator((part for text in texts for part in cut(text, TRAINING_CHARS)), trainer)
     trained_size = bpe.get_vocab_size()
     if trained_size < vocab_size:
         raise UserError(f"tokenizer: got bpe:{vocab_size + 1}, but the training text gives at most "
@@ -159,91 +221,148 @@ def train_bpe(vocab_size, texts):
     return bpe
 
 
-def ranks_content(encoding):
-    """The ranks of `encoding` in tiktoken's format, bytes."""
-    by_rank = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+def split_by(pattern):
+    """The pre-tokenizer that splits text into the matches of `pattern`, and writes those as bytes."""
+    # `tokenizers` reads {1,3}+ as a repetition; at the end of an alternative + changes nothing
+    regex = tokenizers.Regex(re.sub(r"(?<=\d})\+", "", pattern))
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(regex, behavior="isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def ranks_sha256(encoding):
-    """What tells the tokens of `encoding` from those of another."""
-    return hashlib.sha256(ranks_content(encoding)).hexdigest()
+def from_ranks(ranks, pattern, special_tokens):
+    """The Tokenizer that merges as tiktoken does: of all pairs in a piece, first the one that makes the token
+    of the lowest rank. ranks: {token's bytes: id}; special_tokens: {text: id}."""
+    halves = [halves_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [tuple(map(spell, pair)) for pair in halves if pair]  # the others are whole pieces only
+    vocab = {spell(token): rank for token, rank in ranks.items()} | special_tokens
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=None in halves))
+    if merges:
+        bpe.pre_tokenizer = split_by(pattern)
+    else:  # each byte is a token, however the text is split
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special_tokens])
+    return Tokenizer(bpe, special_tokens[END_OF_TEXT])
 
 
-def save_encoding(encoding, file):
-    """Write the ranks into the binary `file` in tiktoken's format. Returns what else load_encoding needs, a
-    dict for meta.json."""
-    content = ranks_content(encoding)
-    file.write(content)
-    return {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens,
-            "sha256": hashlib.sha256(content).hexdigest()}
+def halves_of(token, ranks):
+    """The two tokens that are merged last into `token` when the pair of the lowest rank is always the next to
+    be merged; None where that does not lead to it."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
+        best = min(range(len(pairs)), key=pairs.__getitem__)
+        if pairs[best] >= ranks[token]:
+            return None
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return tuple(parts)
 
 
-def load_encoding(folder, saved):
-    """The tiktoken.Encoding of a prepared folder. saved: what save_encoding returned.
-
-    Raises OSError, ValueError, KeyError or TypeError when the folder is damaged.
-    """
-    with open(os.path.join(folder, TOKENIZER_FILE), "rb") as file:
-        content = file.read()
-    if hashlib.sha256(content).hexdigest() != saved["sha256"]:
-        raise ValueError(f"{TOKENIZER_FILE} is not what was written")
-    # Parsed here, because tiktoken's own reader would leave a copy in /tmp
-    ranks = {}
-    for line in content.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    if not saved["pattern"]:
-        raise ValueError("the tokenizer's pattern is empty")
-    with panics_as_errors():
-        return make_encoding(saved["name"], saved["pattern"], ranks, saved["special_tokens"])
+# A tokenizer in a folder: a run directory, prepared data, a Hugging Face model
 
 
-# A tokenizer kept in a folder: in a run directory, or with prepared data
+def has_tokenizer(folder):
+    """Whether a run directory or the folder of a Hugging Face model holds its tokenizer."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, OLD_RUN_META))
 
 
-def keep_tokenizer(tokenizer, folder):
-    """Write `tokenizer` into a run directory, unless it is there. Raises OSError."""
-    if os.path.exists(os.path.join(folder, RUN_META)):
+def keep_tokenizer(tokenizer, folder, context=None):
+    """Write `tokenizer` into `folder`, unless one is there, in two files that transformers' AutoTokenizer
+    reads too. context: the most tokens that the model beside it takes. Raises OSError."""
+    if has_tokenizer(folder):
         return
-    with atomic_file(os.path.join(folder, TOKENIZER_FILE)) as file:
-        saved = save_encoding(tokenizer.encoding, file)
-    meta = {"tokenizer": saved, "vocab_size": tokenizer.vocab_size}
-    write_text(os.path.join(folder, RUN_META), json.dumps(meta, indent=1))
+    name = tokenizer.bpe.id_to_token(tokenizer.eot)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name,
+                "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    if context is not None:
+        settings["model_max_length"] = context
+    write_text(os.path.join(folder, "tokenizer_config.json"), json.dumps(settings, indent=1))
+    write_text(os.path.join(folder, TOKENIZER_FILE), tokenizer.bpe.to_str(pretty=True))
 
 
-def load_kept(folder):
+def load_tokenizer(folder):
     """The Tokenizer of a run directory, of prepared data or of a Hugging Face model. Raises UserError."""
-    for name in (RUN_META, "meta.json"):
+    if os.path.exists(os.path.join(folder, TOKENIZER_FILE)):
+        return read_tokenizer_json(folder)
+    for name in (OLD_RUN_META, "meta.json"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            return load_described(folder, path)
-    if os.path.exists(os.path.join(folder, "tokenizer.json")):
-        encoding = read_tokenizer_json(folder)
-        return Tokenizer(encoding, encoding.n_vocab)
+            return load_old_described(folder, path)
     raise UserError(f"tokenizer: {folder} holds none; takes a folder of prepared data or a run directory "
                     f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
 
 
-def load_described(folder, path):
+def read_tokenizer_json(folder):
+    """The Tokenizer of the tokenizer.json in `folder`. Raises UserError where that is no byte-level BPE which
+    keeps all of a text."""
+    path = os.path.join(folder, TOKENIZER_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer: cannot read {path} ({getattr(error, 'strerror', error)})") from None
+    try:
+        bpe = tokenizers.Tokenizer.from_str(content)
+        tokenizer = Tokenizer(bpe, end_of_text(folder, bpe))
+        if missing := BYTE_OF.keys() - bpe.get_vocab().keys():
+            raise ValueError(f"it has no token for byte {BYTE_OF[min(missing)]}")
+        # Qwen's tokenizers compose characters first, by Unicode's form NFC, which changes nothing one sees
+        if tokenizer.decode(tokenizer.encode(SAMPLE)) not in (SAMPLE, unicodedata.normalize("NFC", SAMPLE)):
+            raise ValueError("it changes text")
+        return tokenizer
+    except BaseException as error:  # of `tokenizers`: panics too, which are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"tokenizer: {path} cannot be used exactly ({reason}); takes a byte-level BPE that "
+                        "changes no text") from None
+
+
+def end_of_text(folder, bpe):
+    """The id of the end of text, whatever that is called. Raises ValueError if there is none."""
+    added = {token.content: token_id for token_id, token in bpe.get_added_tokens_decoder().items()}
+    if END_OF_TEXT in added:
+        return added[END_OF_TEXT]
+    with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as file:
+        token = json.load(file).get("eos_token")
+    if isinstance(token, dict):
+        token = token["content"]
+    if token not in added:
+        raise ValueError(f"its end of text is {token!r}, which is no token")
+    return added[token]
+
+
+def load_old(folder, saved):
+    """The Tokenizer of a folder that an older version wrote. saved: what it noted of the tokenizer.
+
+    Raises OSError, and ValueError, KeyError or TypeError when the folder is damaged.
+    """
+    with open(os.path.join(folder, OLD_TOKENIZER_FILE), "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+        raise ValueError(f"{OLD_TOKENIZER_FILE} is not what was written")
+    if not saved["pattern"]:
+        raise ValueError("the tokenizer's pattern is empty")
+    ranks = {}
+    for line in content.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return from_ranks(ranks, saved["pattern"], saved["special_tokens"])
+
+
+def load_old_described(folder, path):
     """The Tokenizer of `folder` that the JSON file at `path` describes. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
-        return Tokenizer(load_encoding(folder, meta["tokenizer"]), meta["vocab_size"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            return load_old(folder, json.load(file)["tokenizer"])
+    except OSError as error:
+        raise UserError(f"tokenizer: cannot read {error.filename} ({error.strerror})") from None
+    except Exception as error:  # of `tokenizers` too
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"tokenizer: {folder} is damaged ({type(error).__name__}: {reason}); takes a folder "
                         "that train.py or data.prepare wrote") from None
 
 
 def tokenizer_identity(name):
-    """What tells the tokenizer `name` from others: its name or, for one in a folder, a hash of what it is, as
-    two folders may hold the same. Raises UserError."""
-    if not os.path.isdir(name):
-        return name
-    encoding = load_kept(name).encoding
-    sha256 = hashlib.sha256(encoding._pat_str.encode())
-    for things in (encoding._mergeable_ranks, encoding._special_tokens):
-        sha256.update(repr(sorted(things.items(), key=lambda item: item[1])).encode())
-    return f"sha256:{sha256.hexdigest()}"
+    """The name of a tokenizer or, for one in a folder, what tells it from others. Raises UserError."""
+    return load_tokenizer(name).identity() if os.path.isdir(name) else name

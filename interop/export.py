@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from configure import UserError, asks_for_help, is_from_run, run_cli, run_of
 from data.files import write_text
-from data.tokenizer_json import write_tokenizer_json
+from data.tokenizer import keep_tokenizer
 from interop.weights import check_same_logits, import_transformers, with_large_weights, write_model
 from training.folder import claim_folder
 from training.pretrained import build_pretrained, read_pretrained, tokenizer_of
@@ -90,7 +90,7 @@ def export(source, folder):
     parameters = sum(p.numel() for p in model.parameters())
     unfinished, _ = claim_folder(f"{folder.rstrip(os.sep)}.unfinished")
     try:
-        write_tokenizer_json(tokenizer.encoding, unfinished, model.config.context)
+        keep_tokenizer(tokenizer, unfinished, model.config.context)
         family, config = write_proven(model, unfinished, tokenizer.eot)
         text = card(name, pretrained.checkpoint, pretrained.settings, config.vocab_size, parameters,
                     family.model_class)

@@ -1,5 +1,7 @@
 """The data package: training reads the text that was asked for, all of it, however it is divided."""
 
+import base64
+import codecs
 import dataclasses
 import glob
 import gzip
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,8 +26,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiktoken
 import torch
 from children import prepare_endless_text, run_command
+from conftest import column, run
 from huggingface_hub import errors
 from processes import Fork, wait_until
 
@@ -34,7 +39,7 @@ from data.datasets import MAX_CHARS, describe, documents, find_matches, stdlib_d
 from data.files import atomic_file, write_text
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import hash_fraction, prepare, remove_stale_folders, tokenizer_training_texts
-from data.tokenizer import build_encoding, train_bpe
+from data.tokenizer import PATTERN, SAMPLE, build_tokenizer, cut, train_bpe
 
 ODD_TEXT = "naïve 数 🙂 <|endoftext|> don't\r\n\t x=1234567\n\n\u2028e\u0301 \x00"
 WORDS = "the of model width depth loss token batch step lr attention rotary café 数据 🙂 == != 12 345".split()
@@ -199,14 +204,14 @@ def test_an_error_of_the_prefetching_thread_reaches_the_caller(dataset):
     (12, 4, 2, 8), (6, None, 4, 4), (1, None, 2, 2)])
 def test_a_batch_that_cannot_be_divided_is_rejected_at_once(dataset, batch, micro_batch, world_size, divisor):
     config = Config(batch=batch, micro_batch=micro_batch)
-    with pytest.raises(UserError, match=f"batch: got {batch}, takes a multiple of {divisor}: .*processes"):
+    with pytest.raises(UserError, match=f"batch must be a multiple of {divisor} .*processes"):
         prefetch_batches(dataset, config, 0, 0, world_size)
 
 
 def test_the_model_has_at_least_the_rows_that_the_tokenizer_needs(dataset):
     assert with_vocab_size(Config(), dataset).vocab_size == 257
     assert with_vocab_size(Config(vocab_size=320), dataset).vocab_size == 320
-    with pytest.raises(UserError, match="vocab_size: got 256, takes at least the tokenizer's 257"):
+    with pytest.raises(UserError, match="vocab_size must be at least .* 257"):
         with_vocab_size(Config(vocab_size=256), dataset)
 
 
@@ -245,25 +250,57 @@ def test_text_is_restored_from_its_tokens_and_never_contains_a_special_one(tmp_p
 def test_bpe_has_exactly_the_requested_size_and_splits_text_as_its_trainer_does():
     texts = [*itertools.islice(stdlib_documents(), 40), *[make_text(i) + ODD_TEXT for i in range(50)]]
     bpe = train_bpe(1999, texts)
-    encoding = build_encoding("bpe:2000", lambda: texts)
-    assert encoding.n_vocab == 2000 == len(encoding._mergeable_ranks) + 1 and encoding.eot_token == 1999
-    for text in [*texts, ODD_TEXT, " \n \n\n", "I'VE 1000000", "a" * 50,
+    tokenizer = build_tokenizer("bpe:2000", lambda: texts)
+    assert tokenizer.vocab_size == 2000 == len(tokenizer.ranks) + 1 and tokenizer.eot == 1999
+    by_tiktoken = tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
+    for text in [*texts, ODD_TEXT, SAMPLE, " \n \n\n", "I'VE 1000000", "a" * 50,
                  "\t\tnew = 'x'  # no\x1c\x85\xa0\n\n"]:
-        assert encoding.encode_ordinary(text) == bpe.encode(text).ids
+        assert tokenizer.encode(text) == bpe.encode(text).ids == by_tiktoken.encode_ordinary(text)
 
 
-def test_a_tokenizer_is_trained_on_the_start_of_the_training_split_alone(tmp_path, monkeypatch):
+def test_a_long_text_is_encoded_in_parts_that_give_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokenizer.ENCODED_CHARS", 200)
+    monkeypatch.setattr("data.prepare.ENCODED_CHARS", 200)
+    choose = random.Random(0)
+    pieces = [*WORDS, *8 * [" "], *"\n\t\x85\u3000_", "  ", "\r\n", "'s", "!?", "<|", "e\u0301"]
+    texts = ["".join(choose.choices(pieces, k=500)) for _ in range(40)]
+    config = Config(dataset=write_corpus(tmp_path / "text", texts), tokenizer="bpe:300", val_fraction=0.3,
+                    data_dir=str(tmp_path))
+    dataset = TokenDataset(prepare(config))
+    documents = {split: decoded_documents(dataset, split) for split in ("train", "val")}
+    assert sorted(documents["train"] + documents["val"]) == sorted(texts)
+    for split in ("train", "val"):
+        expected = []
+        for text in documents[split]:
+            whole = dataset.tokenizer.bpe.encode(text).ids
+            assert dataset.tokenizer.encode(text) == whole and len(cut(text, 200)) > 5
+            expected += [*whole, dataset.eot]
+        assert getattr(dataset, split).tolist() == expected
+
+
+def test_a_line_of_letters_without_a_space_takes_time_in_proportion_to_its_length():
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=320_000))
+    seconds = {}
+    for length in (40_000, 320_000):
+        start = time.process_time()
+        tokenizer = build_tokenizer("bpe:500", lambda length=length: [letters[:length]])
+        assert tokenizer.decode(tokenizer.encode(letters[:length])) == letters[:length]
+        seconds[length] = time.process_time() - start
+    assert seconds[320_000] < 30 * seconds[40_000], "8 times as long"
+
+
+def test_a_tokenizer_is_trained_on_the_start_of_the_training_split_alone(tmp_path):
     path = write_corpus(tmp_path / "text", [make_text(i) for i in range(40)])
     config = Config(dataset=path, tokenizer="bytes", val_fraction=0.5, data_dir=str(tmp_path))
     train = decoded_documents(TokenDataset(prepare(config)), "train")
-    assert tokenizer_training_texts(config) == train and len(train) < 40
-    monkeypatch.setattr("data.prepare.TOKENIZER_TRAINING_CHARS", len(train[0]) + 5)
-    assert tokenizer_training_texts(config) == [train[0], train[1][:5]]
+    assert tokenizer_training_texts(config, 10**6) == train and len(train) < 40
+    assert tokenizer_training_texts(config, len(train[0]) + 5) == [train[0], train[1][:5]]
 
 
 def test_hashes_are_those_of_the_files_and_differ_when_the_text_does(dataset, tmp_path):
     assert set(dataset.hashes) == {"train", "val", "tokenizer"}
-    for name, file in ("train", "train.bin"), ("val", "val.bin"), ("tokenizer", "tokenizer.tiktoken"):
+    assert dataset.hashes["tokenizer"] == dataset.tokenizer.sha256
+    for name, file in ("train", "train.bin"), ("val", "val.bin"):
         with open(os.path.join(dataset.folder, file), "rb") as content:
             assert dataset.hashes[name] == hashlib.sha256(content.read()).hexdigest()
     other = open_corpus(tmp_path, first=1).hashes
@@ -358,11 +395,11 @@ def test_compressed_files_give_the_documents_of_the_files_in_them(tmp_path, form
     assert list(documents(Config(dataset=str(folder / f"*.{form}{suffix}")))) == texts
     config = Config(dataset=str(folder), text_field="body")
     if form == "txt":
-        with pytest.raises(UserError, match="text_field: got body, but .* has none"):
+        with pytest.raises(UserError, match="text_field must be text"):
             describe(config)
     else:
-        assert describe(config)["files"] == 1
-        with pytest.raises(UserError, match="text_field: got body, .* has the columns text"):
+        assert describe(config)[0]["files"] == 1
+        with pytest.raises(UserError, match="text_field must be one of text, .*got body"):
             list(documents(config))
 
 
@@ -372,7 +409,7 @@ def test_a_truncated_compressed_file_is_rejected_rather_than_read_half(tmp_path,
     (tmp_path / "a.txt").write_text(text)
     path = compress(str(tmp_path / "a.txt"), suffix)
     os.truncate(path, os.path.getsize(path) * 3 // 4)
-    with pytest.raises(UserError, match="dataset: .* cannot be read .*ended before"):
+    with pytest.raises(UserError, match="dataset: cannot read .*ended before"):
         list(documents(Config(dataset=path)))
 
 
@@ -416,11 +453,92 @@ def test_a_long_text_file_becomes_documents_divided_at_blank_lines_and_loses_not
     assert max(map(len, parts)) <= 2 * MAX_CHARS
 
 
-def test_bytes_and_escapes_that_are_not_text_are_replaced(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\n")
-    assert list(documents(Config(dataset=str(tmp_path)))) == ["caf\ufffd \ufffd\n"]
+CONTENTS = {"txt": "caf\u00e9 \U0001f642 text", "csv": "text\ncaf\u00e9 \U0001f642 text\n",
+            "jsonl": '{"text": "caf\u00e9 \U0001f642 text"}\n'}
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("form", CONTENTS)
+def test_a_byte_order_mark_says_how_text_is_encoded(tmp_path, form):
+    for encoding in ENCODINGS:
+        mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+        (tmp_path / f"a.{form}").write_bytes((mark + CONTENTS[form]).encode(encoding))
+        assert list(documents(Config(dataset=str(tmp_path)))) == ["caf\u00e9 \U0001f642 text"], encoding
+
+
+@pytest.mark.parametrize("form", CONTENTS)
+def test_bytes_that_are_not_text_are_rejected_in_every_format(tmp_path, form, monkeypatch):
+    text = CONTENTS[form].replace("\U0001f642", "")
+    utf16, latin1 = text.encode("utf-16-le"), text.encode("latin1")
+    for content in (utf16, utf16[::-1], codecs.BOM_UTF16_LE + utf16[:-1], latin1, b"\xff" + text.encode()):
+        (tmp_path / f"a.{form}").write_bytes(content)
+        with pytest.raises(UserError, match="^dataset: .*a\\."):
+            list(documents(Config(dataset=str(tmp_path))))
     monkeypatch.setattr("data.datasets.stdlib_documents", lambda: ["half \ud800 pair"])
     assert list(documents(Config())) == ["half ? pair"]
+
+
+OTHER_COLUMNS = ["null", '"a"', "1", "2.5", "[1]", '{"b": 1}', "true", "9" * 5000]
+
+
+def test_columns_beside_the_text_may_change_their_type_and_come_and_go(tmp_path, request):
+    choose, texts = random.Random(0), [make_text(i, 5) for i in range(40)]
+    (tmp_path / "text").mkdir()
+    for _ in range(300 if request.config.getoption("--long") else 5):
+        rows = []
+        for text in texts:
+            fields = [f'"text": {json.dumps(text)}']
+            fields += [f'"{name}": {choose.choice(OTHER_COLUMNS)}' for name in choose.sample("xyz", k=2)]
+            rows.append("{" + ", ".join(choose.sample(fields, k=len(fields))) + "}\n")
+        rows.insert(choose.randrange(5), '{"x": 1}\n')
+        (tmp_path / "text/a.jsonl").write_text("".join(rows[:20]))
+        (tmp_path / "text/b.jsonl").write_text("".join(rows[20:]))
+        for part, x in ("c", pyarrow.nulls(40)), ("d", 40 * [choose.choice([1, "a", [2.5], None])]):
+            table = pyarrow.table({"x": x, "text": texts})
+            pyarrow.parquet.write_table(table, tmp_path / f"text/{part}.parquet")
+        assert list(documents(Config(dataset=str(tmp_path / "text")))) == 3 * texts
+
+
+@pytest.mark.parametrize("row", ["null", "3", '"text"', '[{"text": "a"}]'])
+def test_a_row_that_is_no_object_is_rejected_with_its_line(tmp_path, row):
+    for before in ("", '{"text": "a"}\n\n'):
+        (tmp_path / "a.jsonl").write_text(f'{before}{row}\n{{"text": "b"}}\n')
+        with pytest.raises(UserError, match=f"dataset: cannot read .*line {3 if before else 1} is"):
+            list(documents(Config(dataset=str(tmp_path))))
+
+
+def test_folders_of_documentation_and_code_are_read_and_files_of_any_name_that_are_named(tmp_path):
+    for name in ("a.md", "b.rst", "c.py", "d.html", "e.png", "f.log", "README", "g.json"):
+        (tmp_path / name).write_text(name)
+    assert list(documents(Config(dataset=str(tmp_path)))) == ["a.md", "b.rst", "c.py", "d.html"]
+    for name, file in ("f.log", "f.log"), ("README", "README"), ("*.log", "f.log"), ("**/README", "README"):
+        assert list(documents(Config(dataset=str(tmp_path / name)))) == [file]
+    for name in ("g.json", "*.j*"):  # one large row, not text
+        with pytest.raises(UserError, match="^dataset .*g.json"):
+            list(documents(Config(dataset=str(tmp_path / name))))
+
+
+def test_the_end_of_each_document_is_held_out_where_there_are_few(tmp_path):
+    texts = [make_text(i, 2000) for i in (3, 3, 5)]  # copies too
+    config = Config(dataset=write_corpus(tmp_path / "text", texts), tokenizer="bpe:300", val_fraction=0.01,
+                    data_dir=str(tmp_path))
+    dataset = TokenDataset(prepare(config))
+    train, val = (decoded_documents(dataset, split) for split in ("train", "val"))
+    assert [a + b for a, b in zip(train, val, strict=True)] == texts
+    assert all(0.008 < len(b) / len(a + b) < 0.012 and b[0] == " " for a, b in zip(train, val, strict=True))
+    assert val[0] == val[1] and val[0] not in train[0] and tokenizer_training_texts(config, 10**6) == train
+
+
+def test_one_endless_line_takes_bounded_memory(tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 1_500_000)
+    tracemalloc.start()
+    dataset = TokenDataset(prepare(Config(dataset=str(tmp_path / "a.txt"), tokenizer="bytes",
+                                          data_dir=str(tmp_path / "p"), val_fraction=0.1)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert dataset.train_tokens > 6 * 10**6
+    assert all(text.endswith(("word", "word ")) for text in decoded_documents(dataset, "train"))
+    assert peak < 40e6, "bytes"
 
 
 def test_a_hub_data_set_is_streamed_no_further_than_max_tokens(tmp_path, monkeypatch):
@@ -443,6 +561,84 @@ def test_a_hub_data_set_is_streamed_no_further_than_max_tokens(tmp_path, monkeyp
     assert 10_000 <= len(dataset.train) + len(dataset.val) and len(read) < 60
 
 
+# Mixtures
+
+
+def mixture(tmp_path, weights=(0.7, 0.3), **settings):
+    """A Config of a mixture of capitals and of small letters, in these weights."""
+    small = [" ".join(random.Random(i).choices("the of model layer token".split(), k=60)) for i in range(60)]
+    capitals = [text.upper() for text in small]
+    names = [write_corpus(tmp_path / "small", small), write_corpus(tmp_path / "capitals", capitals)]
+    dataset = ",".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
+    return Config(**{"dataset": dataset, "tokenizer": "bytes", "val_fraction": 0.2,
+                     "data_dir": str(tmp_path / "prepared"), "context": 16, "batch": 40, **settings})
+
+
+def test_a_mixture_takes_its_share_of_each_data_set_in_that_ones_own_order(tmp_path):
+    dataset = TokenDataset(prepare(mixture(tmp_path)))
+    small, capitals = dataset.parts
+    tokens = torch.cat([dataset.batch(3, step, 40, 16)[0] for step in range(75)])  # 3 rounds of 1000
+    is_small = (tokens >= ord("a")).logical_and(tokens <= ord("z")).any(1)
+    assert [rows.sum().item() for rows in is_small.split(1000)] == [700, 700, 700]
+    assert 15 < min(rows.sum().item() for rows in is_small.split(40)), "not mixed within a batch"
+    for part, rows in (small, is_small), (capitals, ~is_small):
+        ours = tokens[rows]
+        theirs = part.batch(3, 0, len(ours), 16)[0]
+        assert sorted(ours.tolist()) == sorted(theirs.tolist()), "not every window once an epoch"
+    with pytest.raises(UserError, match="eval_tokens"):
+        dataset.validation_windows(16, 31)
+    for eval_tokens in (16 * 20, 10**9):
+        windows = dataset.validation_windows(16, eval_tokens)
+        share = ((windows >= ord("a")) & (windows <= ord("z"))).any(1).mean()
+        assert share == pytest.approx(0.7, abs=0.01) and len(windows) >= 20
+        assert dataset.target_bytes(windows) > len(windows) * 15
+
+
+def test_a_batch_of_a_mixture_depends_on_seed_and_step_alone(tmp_path):
+    config = mixture(tmp_path, steps=60)
+    dataset = TokenDataset(prepare(config))
+    undivided = torch.cat([*prefetch_batches(dataset, config, 0)])
+    for start in (1, 25, 59):
+        again = TokenDataset(prepare(config))
+        assert torch.equal(torch.cat([*prefetch_batches(again, config, start)]), undivided[start:])
+    ranks = [torch.cat([*prefetch_batches(dataset, config, 0, rank, 4)]) for rank in range(4)]
+    assert torch.equal(torch.cat(ranks, 3), undivided)
+    assert not torch.equal(dataset.batch(1, 0, 40, 16)[0], dataset.batch(0, 0, 40, 16)[0])
+
+
+def test_the_parts_of_a_mixture_share_a_tokenizer_and_are_prepared_once(tmp_path):
+    config = mixture(tmp_path, tokenizer="bpe:290")
+    folder = prepare(config)
+    dataset = TokenDataset(folder, verify=True)
+    assert len({part.hashes["tokenizer"] for part in [dataset, *dataset.parts]}) == 1
+    tokens = [dataset.tokenizer.decode([i]) for i in range(256, 289)]
+    assert any(token.isupper() for token in tokens) and any(token.islower() for token in tokens)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.bin")}
+    assert prepare(config) == prepare(dataclasses.replace(config, dataset=folder)) == folder
+    other = dataclasses.replace(config, tokenizer=folder, dataset=config.dataset.replace("0.7", "1.5"))
+    assert TokenDataset(prepare(other)).hashes["train"] != dataset.hashes["train"]
+    parts = ",".join(f"{part.folder}:1" for part in dataset.parts)  # which bring their tokenizer
+    assert TokenDataset(prepare(Config(dataset=parts, data_dir=config.data_dir))).tokenizer.vocab_size == 290
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.bin")} == before
+    with pytest.raises(UserError, match="^tokenizer must be"):
+        prepare(Config(dataset=parts, data_dir=config.data_dir, tokenizer="bytes"))
+    shutil.rmtree(dataset.parts[1].folder)
+    with pytest.raises(UserError, match="data_dir: "):
+        TokenDataset(folder)
+
+
+def test_a_run_on_a_mixture_resumes_to_the_same_bits(tmp_path, corpus):
+    texts = {name: getattr(mixture(tmp_path), name) for name in ("dataset", "tokenizer", "val_fraction")}
+    settings = corpus | texts | {"steps": 8, "checkpoint_every": 4, "sample_tokens": 0}
+    whole = run(settings)
+    run(settings, out=str(tmp_path / "run"))
+    os.replace(tmp_path / "run/previous.pt", tmp_path / "run/last.pt")  # as if killed after step 4
+    resumed = run(settings, out=str(tmp_path / "run"))
+    assert column(resumed) == column(whole) and resumed.val_loss == whole.val_loss
+    assert re.search(r"epochs of .*small.*, .*epochs of", TokenDataset(
+        prepare(Config(**settings))).describe_epochs(1000))
+
+
 # Prepared folders
 
 
@@ -459,28 +655,66 @@ def test_changed_files_and_settings_prepare_again_and_unchanged_ones_do_not(tmp_
     total = sum(TokenDataset(others[1]).meta[split]["tokens"] for split in ("train", "val"))
     assert 3000 <= total < 4000, "max_tokens must end after the document that reaches it"
     assert prepare(dataclasses.replace(config, dataset=first)) == first, "a prepared folder is a data set"
-    with pytest.raises(UserError, match="tokenizer: got bpe:300.*--tokenizer=bytes"):
-        prepare(dataclasses.replace(config, dataset=first, tokenizer="bpe:300"))
+    assert prepare(Config(dataset=first)) == first, "a default is not asked for"
+    for change in ({"tokenizer": "bpe:300"}, {"val_fraction": 0.4}, {"max_tokens": 3000}):
+        with pytest.raises(UserError, match=f"^{[*change][0]} must be "):
+            prepare(dataclasses.replace(config, dataset=first, **change))
 
 
-def test_a_folder_prepared_by_an_earlier_version_keeps_its_name_and_its_bytes(tmp_path, monkeypatch):
+def test_other_text_of_the_same_size_and_time_stamp_is_prepared_again(tmp_path):
+    path = write_corpus(tmp_path / "text", [make_text(i) for i in range(30)])
+    config = Config(dataset=path, tokenizer="bytes", val_fraction=0.3, data_dir=str(tmp_path / "p"))
+    first, content, status = prepare(config), (tmp_path / "text/all.jsonl").read_text(), os.stat(path)
+    time.sleep(0.05)  # more than the time stamps' resolution
+    (tmp_path / "text/all.jsonl").write_text(content.replace("model", "MODEL"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = prepare(config)
+    assert first != second == prepare(config)
+    assert "MODEL" in "".join(decoded_documents(TokenDataset(second), "train"))
+
+
+def as_an_older_version(folder, pattern):
+    """Turn a prepared folder into what older versions wrote, with tiktoken's format of tokenizers."""
+    meta = json.loads((folder / "meta.json").read_text())
+    ranks = build_tokenizer(str(folder)).ranks
+    tokens = sorted(ranks, key=ranks.get)
+    lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens]
+    (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    meta["tokenizer"] |= {"pattern": pattern}
+    del meta["tokenizer"]["file_sha256"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for name in ("tokenizer.json", "tokenizer_config.json", "checked.json"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("bytes", "(?s:.)"), ("bpe:262", PATTERN)])
+def test_a_folder_of_an_earlier_version_is_found_and_read(tmp_path, monkeypatch, name, pattern):
     monkeypatch.chdir(tmp_path)
     os.mkdir("text")
     with open("text/all.jsonl", "w") as file:
         file.writelines(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30))
     os.utime("text/all.jsonl", ns=(10**18, 10**18))
-    config = Config(dataset="text", tokenizer="bytes", val_fraction=0.3, data_dir="prepared")
-    folder = prepare(config)
-    # Written down from a run of commit cdd884c
-    assert folder == "prepared/text-bytes-3377697d07fa"
-    for name, sha256 in {
-            "meta.json": "15a13a9b7d774fa44815be99d4983764b54e5c7b2b9cb1bb1a426ce68c85dca3",
-            "tokenizer.tiktoken": "e66088df4cdb28fbad3c55ac5a7ae741bc402e732ed948eb096a8ed6f852768f",
-            "train.bin": "8c633503817a2e568440ed53fe226d553e208f70d9a5dc64120b0010463da599",
-            "val.bin": "69bdbc9119d85388ef936b828d00eca7ba8c7e4d975008782b93da2ff53613ca"}.items():
-        with open(os.path.join(folder, name), "rb") as file:
-            assert hashlib.sha256(file.read()).hexdigest() == sha256, name
-    assert describe(config)["kind"] == "local" and describe(config)["files"] == 1
+    config = Config(dataset="text", tokenizer=name, val_fraction=0.3, data_dir="prepared")
+    folder = tmp_path / prepare(config)
+    new = TokenDataset(str(folder))
+    encoded, identity = new.tokenizer.encode(SAMPLE), new.tokenizer.identity()
+    as_an_older_version(folder, pattern)
+    assert prepare(config) == os.path.relpath(folder), "prepared again"
+    old = TokenDataset(str(folder))
+    assert old.hashes == new.hashes and old.eot == new.eot
+    assert old.tokenizer.encode(SAMPLE) == encoded and old.tokenizer.identity() == identity
+    if name == "bytes":  # written down from a run of commit cdd884c
+        assert folder.name == "text-bytes-3377697d07fa" and list(old.hashes.values()) == [
+            "8c633503817a2e568440ed53fe226d553e208f70d9a5dc64120b0010463da599",
+            "69bdbc9119d85388ef936b828d00eca7ba8c7e4d975008782b93da2ff53613ca",
+            "e66088df4cdb28fbad3c55ac5a7ae741bc402e732ed948eb096a8ed6f852768f"]
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / "tokenizer.tiktoken", tmp_path / "run")
+    shutil.copy(folder / "meta.json", tmp_path / "run/tokenizer.meta.json")
+    assert build_tokenizer("run").encode(SAMPLE) == encoded
+    damage(folder, "tokenizer.tiktoken", lambda content: content[5:])
+    with pytest.raises(UserError, match="is damaged .*tokenizer.tiktoken"):
+        TokenDataset(str(folder)).tokenizer  # noqa: B018
 
 
 def rejection(tmp_path, **settings):
@@ -495,44 +729,48 @@ def rejection(tmp_path, **settings):
 
 REJECTIONS = {
     "misspelled": ({"dataset": "stdlb"}, "dataset: .*stdlb.*did you mean stdlib"),
-    "missing file": ({"dataset": "T/nope.txt"}, "dataset: no such file or folder: .*nope.txt; takes"),
-    "missing csv, not a hub name": ({"dataset": "nope/nope.csv.gz"}, "dataset: no such file or folder: nope"),
-    "empty glob": ({"dataset": "T/*.rst"}, "dataset: the glob .* matches nothing"),
-    "empty folder": ({"dataset": "T/empty"}, r"dataset: .*takes files that end in \.txt.*are none"),
-    "other ending": ({"dataset": "T/a.md"}, r"dataset: .*a.md, takes files that end in \.txt"),
-    "compressed parquet": ({"dataset": "T/a.parquet.gz"}, r"dataset: .*takes files .* but for \.parquet"),
-    "no text": ({"dataset": "T/blank.txt"}, "dataset: .* holds no text"),
-    "one document": ({"dataset": "T/one.txt"}, "dataset: .* is one document.*takes two or more"),
-    "broken json": ({"dataset": "T/broken.jsonl"}, "dataset: .* cannot be read"),
-    "broken parquet": ({"dataset": "T/broken.parquet"}, "dataset: .* cannot be read"),
-    "not gzip": ({"dataset": "T/broken.jsonl.gz"}, "dataset: .* cannot be read"),
-    "empty csv": ({"dataset": "T/empty.csv"}, "dataset: .* cannot be read"),
-    "csv with an open quote": ({"dataset": "T/quote.csv"}, "dataset: .* cannot be read"),
-    "csv with unquoted commas": ({"dataset": "T/commas.csv"}, "dataset: .*more fields.*takes double quotes"),
-    "csv with one longer row": ({"dataset": "T/ragged.csv"}, "dataset: .* cannot be read .*saw 3"),
-    "no such column": ({"dataset": "T/rows.jsonl"}, "text_field: got text.*columns body, n"),
-    "no such csv column": ({"dataset": "T/rows.csv"}, "text_field: got text.*columns body, n"),
-    "a column of numbers": ({"dataset": "T/rows.jsonl", "text_field": "n"}, "text_field: got n.*not text"),
+    "missing file": ({"dataset": "T/nope.txt"}, "dataset: no such file or folder: .*nope.txt"),
+    "missing csv, not a hub name": ({"dataset": "nope/nope.csv.gz"}, "dataset: no such file or folder"),
+    "empty glob": ({"dataset": "T/*.rst"}, "dataset .* there are none"),
+    "empty folder": ({"dataset": "T/empty"}, r"dataset .*must hold text files such as \.txt.*are none"),
+    "pipe": ({"dataset": "T/pipe"}, "dataset must be a file or a folder, but .*pipe"),
+    "file beneath a file": ({"dataset": "T/one.txt/a.txt"}, "dataset: no such file or folder"),
+    "json": ({"dataset": "T/rows.json"}, "dataset .*only others, such as .*rows.json"),
+    "binary": ({"dataset": "T/a.png"}, "dataset: .*a.png must be text in UTF-8"),
+    "compressed parquet": ({"dataset": "T/a.parquet.gz"}, "dataset .*only others"),
+    "no text": ({"dataset": "T/blank.txt"}, "dataset .* must hold text"),
+    "broken json": ({"dataset": "T/broken.jsonl"}, "dataset: cannot read .*line 1"),
+    "broken parquet": ({"dataset": "T/broken.parquet"}, "dataset: cannot read "),
+    "not gzip": ({"dataset": "T/broken.jsonl.gz"}, "dataset: cannot read "),
+    "empty csv": ({"dataset": "T/empty.csv"}, "dataset .* must hold text"),
+    "csv with an open quote": ({"dataset": "T/quote.csv"}, "dataset: cannot read "),
+    "csv with unquoted commas": ({"dataset": "T/commas.csv"}, "dataset: line 2 .*more fields.*double quotes"),
+    "no such column": ({"dataset": "T/rows.jsonl"}, "text_field must be one of body, n"),
+    "no such csv column": ({"dataset": "T/rows.csv"}, "text_field must be one of body, n"),
+    "a column of numbers": ({"dataset": "T/rows.jsonl", "text_field": "n"}, "text_field must be .*holds 0"),
     "no validation": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 1e-6},
-                      r"val_fraction: got 1e-06.*no validation text among 5.*takes 0\.\d"),
-    "no training": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.999999},
-                    r"val_fraction: got 0.999999.*no training text among 5.*takes 0\.\d"),
+                      "val_fraction leaves no text for val of 5 documents"),
     "few tokens": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.5, "max_tokens": 1},
-                   "max_tokens: got 1, .*takes more"),
-    "subset of a file": ({"dataset": "T/one.txt", "subset": "x"}, "subset: got x, .*takes --subset=None"),
-    "column of a text file": ({"dataset": "T/one.txt", "text_field": "x"}, "text_field: got x, .* has none"),
-    "split of stdlib": ({"split": "test"}, "split: got test, .*takes --split=train"),
+                   "max_tokens must be more, got 1"),
+    "subset of a file": ({"dataset": "T/one.txt", "subset": "x"}, "subset must be None"),
+    "column of a text file": ({"dataset": "T/one.txt", "text_field": "x"}, "text_field must be text"),
+    "split of stdlib": ({"split": "test"}, "split must be train"),
     "hub unreachable": ({"dataset": "owner/name"}, "dataset: .*hub is unreachable.*network.*stdlib"),
     "misspelled tokenizer": ({"tokenizer": "gtp2"}, "tokenizer: got gtp2.*did you mean gpt2"),
     "tokenizer unreachable": ({"tokenizer": "gpt2"}, "tokenizer: .*download gpt2.*bytes and --tok.*bpe"),
-    "bpe of more digits than Python reads": ({"tokenizer": "bpe:" + 5000 * "9"},
-                                             "tokenizer: got bpe:99.*N from"),
-    "path with ::": ({"dataset": "T/a::b.txt"}, "dataset: .*a::b.txt has :: in its name.*takes a path"),
-    "small bpe": ({"tokenizer": "bpe:257"}, "tokenizer: got bpe:257, takes bpe:N with N from 258"),
+    "bpe of more digits than Python reads": ({"tokenizer": "bpe:" + 5000 * "9"}, "tokenizer: got bpe:99"),
+    "small bpe": ({"tokenizer": "bpe:257"}, "tokenizer: got bpe:257; .*from 258"),
     "large bpe for little text": ({"dataset": "T/rows.jsonl", "text_field": "body", "val_fraction": 0.5,
                                    "tokenizer": "bpe:5000"}, r"tokenizer: got bpe:5000.*at most bpe:2\d\d"),
     "data_dir is a file": ({"dataset": "T/rows.jsonl", "text_field": "body", "data_dir": "T/a.md"},
-                           "data_dir: cannot write .*takes a folder"),
+                           "data_dir: cannot write "),
+    "mixture with no weight for one": ({"dataset": "stdlib:0.5,T/one.txt"}, "dataset must be .* weight"),
+    "mixture of one": ({"dataset": "stdlib:1"}, "dataset must be .* several different"),
+    "mixture of the same": ({"dataset": "stdlib:1,stdlib:2"}, "dataset must be .* several different"),
+    "mixture with a weight of 0": ({"dataset": "stdlib:1,T/one.txt:0"}, "dataset must be .* above 0"),
+    "mixture with a tiny weight": ({"dataset": "stdlib:1,T/one.txt:0.0001"}, "dataset: each weight must be"),
+    "mixture with a missing file": ({"dataset": "stdlib:1,T/nope.txt:1"}, "dataset: no such file .*nope"),
+    "setting of no part": ({"dataset": "stdlib:1,T/one.txt:1", "text_field": "x"}, "text_field must be text"),
 }
 
 
@@ -546,11 +784,13 @@ def test_what_cannot_be_prepared_is_rejected_in_one_line_that_helps(tmp_path, mo
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     (tmp_path / "empty").mkdir()
     rows = "".join(json.dumps({"body": f"text {i}", "n": i}) + "\n" for i in range(5))
-    for file, content in {"a.md": "# a", "blank.txt": " \n\n", "one.txt": "just one", "rows.jsonl": rows,
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    for file, content in {"a.md": "# a", "rows.json": "[{}]", "blank.txt": " \n\n", "one.txt": "just one",
+                          "rows.jsonl": rows,
                           "broken.jsonl": '{"text": \n', "broken.parquet": "PAR1", "broken.jsonl.gz": "{}",
                           "a.parquet.gz": "", "empty.csv": "", "quote.csv": 'text\n"open\nb\n',
-                          "a::b.txt": "some text", "commas.csv": "text\na, b\nc, d\n",
-                          "ragged.csv": "id,text\n1,a\n2,b,c\n",
+                          "commas.csv": "text\na, b\nc, d\n",
                           "rows.csv": "body,n\na,1\nb,2\n"}.items():
         (tmp_path / file).write_text(content)
     settings, line = REJECTIONS[name]
@@ -617,14 +857,17 @@ def damage(folder, name, change):
     path = os.path.join(folder, name)
     with open(path, "rb") as file:
         content = file.read()
-    with open(path, "wb") as file:
-        file.write(change(content))
+    os.remove(path)
+    if change is not None:
+        with open(path, "wb") as file:
+            file.write(change(content))
 
 
 @pytest.mark.parametrize(("name", "change"), [
     ("train.bin", lambda b: b[:-1]), ("val.bin", lambda b: b + b"\0\0"), ("meta.json", lambda b: b[:-20]),
     ("meta.json", lambda b: b"[]"), ("meta.json", lambda b: b.replace(b'"u2"', b'"f8"')),
-    ("meta.json", lambda b: b.replace(b'"tokens"', b'"token"')), ("tokenizer.tiktoken", lambda b: b[5:]),
+    ("meta.json", lambda b: b.replace(b'"tokens"', b'"token"')), ("tokenizer.json", lambda b: b[5:]),
+    ("val.bin", None), ("tokenizer.json", lambda b: b.replace(b'"BPE"', b'"BPX"')),
     ("meta.json", lambda b: b.replace(b'"sha256"', b'"sha"')),
     ("meta.json", lambda b: b.replace(b'"vocab_size": 257', b'"vocab_size": "257"'))])
 def test_a_damaged_folder_is_rejected_with_what_to_do(dataset, tmp_path, name, change):
@@ -636,14 +879,12 @@ def test_a_damaged_folder_is_rejected_with_what_to_do(dataset, tmp_path, name, c
         TokenDataset(folder).tokenizer.decode([1])
 
 
-BACKTRACKING = r"(?:a(?!z)|a(?!y))*b"  # 2^n ways to read n times a
 CRAFTED = {
     "end of text out of range": lambda meta: meta["tokenizer"].update(special_tokens={"<|endoftext|>": 300}),
     "end of text below 0": lambda meta: meta["tokenizer"].update(special_tokens={"<|endoftext|>": -1}),
     "vocabulary that is no whole number": lambda meta: meta.update(vocab_size=257.0),
     "vocabulary smaller than the tokenizer's": lambda meta: meta.update(vocab_size=200),
-    "no pattern": lambda meta: meta["tokenizer"].update(pattern=""),
-    "pattern that backtracks for ever": lambda meta: meta["tokenizer"].update(pattern=BACKTRACKING)}
+    "no tokenizer": lambda meta: meta.update(tokenizer=3)}
 
 
 @pytest.mark.parametrize("case", CRAFTED)
@@ -721,14 +962,14 @@ def test_too_little_text_for_a_batch_or_a_window_is_rejected_with_what_fits(data
     tokens = len(dataset.train)
     largest = (tokens - 1) // 16
     dataset.check_fills_batch(16, largest)
-    with pytest.raises(UserError, match=f"batch: .* there are {tokens}: takes --batch={largest} "):
+    with pytest.raises(UserError, match=f"batch x context .* at most {tokens},.*try --batch={largest} "):
         dataset.check_fills_batch(16, tokens // 16 + 1)
     with pytest.raises(UserError, match=f"--batch=1 --context={tokens - 1}"):
         dataset.check_fills_batch(tokens + 5, 8)
     dataset.check_fills_batch(tokens - 1, 1)
-    with pytest.raises(UserError, match=f"context: .* takes {len(dataset.val) - 1}"):
+    with pytest.raises(UserError, match=f"context must be at most {len(dataset.val) - 1}"):
         dataset.validation_windows(len(dataset.val), 10**9)
-    with pytest.raises(UserError, match="eval_tokens: got 15, takes context=16 or more"):
+    with pytest.raises(UserError, match="eval_tokens must be .*16"):
         dataset.validation_windows(16, 15)
 
 
@@ -783,7 +1024,7 @@ assert not {"numpy", "torch"} & set(sys.modules), "data.datasets imports more th
 import data.tokenizer
 assert "torch" not in sys.modules, "data.tokenizer imports torch"
 import data.loader, data.prepare
-late = {"datasets", "tokenizers", "huggingface_hub", "pandas", "pyarrow"} & set(sys.modules)
+late = {"datasets", "huggingface_hub", "pandas", "pyarrow"} & set(sys.modules)
 assert not late, f"{late} must be imported only by what uses them"
 others = {name.partition(".")[0] for name in sys.modules} & {"training", "train", "model", "scaling",
                                                              "parametrization"}

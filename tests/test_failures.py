@@ -98,7 +98,7 @@ FAILURES = {
     "glob that matches nothing": ("--dataset=*.text", r"dataset"),
     "folder without text": ("--dataset=empty", "dataset"),
     "blank corpus": ("--dataset=blank.jsonl", "dataset"),
-    "corpus of one document": ("--dataset=one.txt", "dataset"),
+    "corpus of one document": ("--dataset=one.txt", "batch"),
     "broken .jsonl": ("--dataset=broken.jsonl", "dataset"),
     "text_field that is not there": ("--dataset=rows.jsonl --text_field=b", "text_field"),
     "text_field of a .txt": ("--text_field=body", "text_field"),

@@ -11,7 +11,7 @@ from conftest import column, run
 
 import train
 from configure import Config, UserError, configure, names_in
-from data.tokenizer import load_kept
+from data.tokenizer import load_tokenizer
 
 
 def words(settings, *names):
@@ -152,8 +152,8 @@ def test_a_run_that_started_from_another_resumes_without_it(corpus, pretrained, 
 
 
 def test_a_run_keeps_its_tokenizer(corpus, pretrained):
-    kept = load_kept(pretrained[0])
+    kept = load_tokenizer(pretrained[0])
     ids = kept.encode("the model learns; Zahlen wie 10² é")
     assert kept.decode(ids) == "the model learns; Zahlen wie 10² é" and kept.vocab_size == 280
-    assert load_kept(torch.load(f"{pretrained[0]}/last.pt", weights_only=True)["folder"]).encode("the") == \
-        kept.encode("the")
+    folder = torch.load(f"{pretrained[0]}/last.pt", weights_only=True)["folder"]
+    assert load_tokenizer(folder).encode("the") == kept.encode("the")

@@ -176,9 +176,9 @@ def test_a_good_previous_checkpoint_is_never_replaced_by_a_damaged_last_one(corp
 def test_what_the_end_of_a_run_needs_is_looked_at_before_it_begins(corpus, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(prepare(Config(**corpus)), folder)
-    path = folder / "tokenizer.tiktoken"
+    path = folder / "tokenizer.json"
     path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(UserError, match="is damaged .*tokenizer.tiktoken"):
+    with pytest.raises(UserError, match="is damaged .*tokenizer.json"):
         run(corpus, dataset=str(folder), out=str(tmp_path / "run"), sample_tokens=0)
     assert not (tmp_path / "run").exists()
 
@@ -230,7 +230,7 @@ def test_a_run_of_an_earlier_version_resumes(corpus, tmp_path):
 def test_a_damaged_prepared_folder_is_rejected_or_harmless(corpus, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     source, config = prepare(Config(**corpus)), corpus | {"steps": 2, "sample_tokens": 3, "eval_tokens": 2000}
-    for name in ("meta.json", "train.bin", "val.bin", "tokenizer.tiktoken"):
+    for name in ("meta.json", "train.bin", "val.bin", "tokenizer.json"):
         with open(os.path.join(source, name), "rb") as file:
             content = file.read()
         for _, damaged in damages(content, 160 if request.config.getoption("--long") else 14):

@@ -11,7 +11,7 @@ from conftest import cuda, run, tiny
 
 import train
 from configure import UserError
-from data.tokenizer import Tokenizer, build_encoding
+from data.tokenizer import build_tokenizer
 from model import GPT
 from training import sample as sampling
 
@@ -96,7 +96,7 @@ def test_other_settings_than_those_of_sampling_are_no_sampling(finished, tmp_pat
 
 
 def test_a_character_of_several_tokens_is_streamed_when_it_is_complete():
-    tokenizer = Tokenizer(build_encoding("bytes", None), 257)
+    tokenizer = build_tokenizer("bytes")
     ids = tokenizer.encode("a\u00e9\U0001f600b")
     assert [*tokenizer.stream(ids)] == ["a", "\u00e9", "\U0001f600", "b"]
     assert [*tokenizer.stream(ids[:2])] == ["a", "\ufffd"]

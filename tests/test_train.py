@@ -405,7 +405,7 @@ def test_a_run_directory_holds_what_was_asked_what_was_done_and_nothing_unfinish
     result = run(settings)
     assert {*os.listdir(tmp_path / "run")} == {
         "config.json", "table.txt", "metrics.csv", "last.pt", "previous.pt", "best.pt", "sample.txt",
-        "tokenizer.tiktoken", "tokenizer.meta.json"}
+        "tokenizer.json", "tokenizer_config.json"}
     with open(tmp_path / "run/config.json") as file:
         assert Config(**json.load(file)) == Config(**settings)
     assert (tmp_path / "run/table.txt").read_text() == format_table(result.model) + "\n"
@@ -453,7 +453,7 @@ def test_validation_numbers_are_those_counted_plainly(corpus, tokenizer):
         log_p_TV = model(row[None, :-1])[0].double().log_softmax(-1)
         losses.append(-log_p_TV[torch.arange(16), row[1:]].mean().item())
     targets = [id for id in windows[:, 1:].flat if id != dataset.eot]
-    text = b"".join(map(dataset.tokenizer.encoding.decode_single_token_bytes, targets))
+    text = dataset.tokenizer.decode(targets).encode()
     assert len(losses) == len(windows) > 10
     assert found["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert found["val_error"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-4)

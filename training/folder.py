@@ -14,7 +14,8 @@ from filelock import FileLock, SoftFileLock, Timeout
 from configure import UserError
 
 LOCK = "run.lock"  # held while a process writes to the folder; the system lets go of it when that dies
-OWN_FILES = ("config.json", "table.txt", "tokenizer.tiktoken", "tokenizer.meta.json", "metrics.csv",
+OWN_FILES = ("config.json", "table.txt", "tokenizer.json", "tokenizer_config.json", "metrics.csv",
+             "tokenizer.tiktoken", "tokenizer.meta.json",  # of older versions
              "last.pt", "previous.pt", "best.pt", "stable.pt", "sample.txt")
 UNFINISHED = tuple(f"{name}.tmp" for name in OWN_FILES)  # what a kill leaves of a file (data/files.py)
 

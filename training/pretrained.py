@@ -14,14 +14,7 @@ import configure
 from configure import SETTINGS, Config, UserError, is_from_run, names_in, run_of
 from data.loader import TokenDataset
 from data.prepare import find_prepared
-from data.tokenizer import (
-    RUN_META,
-    Tokenizer,
-    build_encoding,
-    check_tokenizer_name,
-    load_kept,
-    ranks_sha256,
-)
+from data.tokenizer import build_tokenizer, check_tokenizer_name, has_tokenizer, load_tokenizer
 from model import GPT
 from training.checkpoint import (
     DIGEST_BYTES,
@@ -135,7 +128,7 @@ def check_same_tokenizer(config, dataset, pretrained):
         advice = pretrained.settings.get("tokenizer")
         if advice in (None, config.tokenizer):
             return
-        expected = ranks_sha256(build_encoding(advice, None))
+        expected = build_tokenizer(advice).sha256
     if dataset.hashes["tokenizer"] != expected:
         raise UserError(f"tokenizer must be the one that {pretrained.source} was trained with, got "
                         f"{config.tokenizer}; try --tokenizer={advice}")
@@ -184,14 +177,13 @@ def tokenizer_of(source, pretrained):
             raise UserError(f"tokenizer: {source} holds no tokenizer.json; save it there with transformers' "
                             "AutoTokenizer.save_pretrained()")
         check_tokenizer_name(name)
-        encoding = build_encoding(name, None)
-        return Tokenizer(encoding, encoding.n_vocab)
+        return build_tokenizer(name)
     run, checkpoint = run_of(source), pretrained.checkpoint
-    if not os.path.exists(os.path.join(run, RUN_META)):  # a run of an older version
+    if not has_tokenizer(run):  # a run of an older version
         folder = find_prepared(checkpoint["tokens"], folders_of(Config(**pretrained.settings), checkpoint))
         if folder is not None:
             return TokenDataset(folder).tokenizer
-    return load_kept(run)
+    return load_tokenizer(run)
 
 
 def load(source, device="cpu"):
