@@ -50,18 +50,18 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
             if not equals:  # --name value
                 text = next(remaining, "--")
                 if text.startswith("--"):
-                    raise UserError(f"{name}: got no value, takes --{name}=VALUE")
+                    raise UserError(f"{name} needs a value: --{name}=VALUE")
             options[name] = parse_option(name, text, type(defaults[name]))
         elif is_flag and not takes_settings:
-            advice = closest(name, defaults) or f"; takes --{', --'.join(defaults)}"
+            advice = closest(name, defaults) or f"; there are --{', --'.join(defaults)}"
             raise UserError(f"{name}: no such option{advice}")
         elif is_flag and name not in SETTINGS:
             raise UserError(f"{name}: no such setting or option{advice_for(name, defaults)}")
         elif equals and not word.startswith("-"):
             if not takes_axes:
-                raise UserError(f"{name}: got {word}, takes --{word}")
+                raise UserError(f"{name} needs two dashes: --{word}")
             if name in axes:
-                raise UserError(f"{name}: got {axes[name]} and {text}, takes {axes[name]},{text}")
+                raise UserError(f"{name} must be listed once: {name}={axes[name]},{text}")
             axes[name] = text
         else:
             words.append(word)
@@ -73,7 +73,7 @@ def parse_option(name, text, kind):
     if kind is not int:
         return text
     if not text.isdecimal() or len(text) > 100 or int(text) == 0:
-        raise UserError(f"{name}: got {text!r}, takes a whole number, 1 or more")
+        raise UserError(f"{name} must be a whole number, 1 or more, got {text!r}")
     return int(text)
 
 
@@ -97,8 +97,8 @@ def parse_tuples(names, text):
     for item in text.split(","):
         parts = item.split("x")
         if len(parts) != len(names):
-            raise UserError(f"{','.join(names)}: got {item}, takes {'x'.join(map(str.upper, names))}, "
-                            "such as 64x2 for width,depth")
+            raise UserError(f"{','.join(names)} must be {'x'.join(map(str.upper, names))}, such as 64x2 for "
+                            f"width,depth, got {item}")
         values = zip(names, parts, strict=True)
         tuples.append(tuple(check_setting(name, parse_value(name, part)) for name, part in values))
     return tuples
@@ -112,14 +112,14 @@ def parse_range(name, item):
     per_doubling = parse_value("lr", density or "1")  # a number, as lr is
     positive = all(type(x) in (int, float) and x > 0 for x in (low, high, per_doubling))
     if not positive or low > high:
-        raise UserError(f"{name}: got {item!r}, takes LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0")
+        raise UserError(f"{name} must be LOW..HIGH or LOW..HIGH:PER_DOUBLING, all above 0, got {item!r}")
     last = per_doubling * (math.log2(high) - math.log2(low)) + ROUNDING
     if last >= MAX_VALUES:
-        raise UserError(f"{name}: got {item}, takes a range of at most {MAX_VALUES:,} values")
+        raise UserError(f"{name} must be a range of at most {MAX_VALUES:,} values, got {item}")
     try:
         values = [low * 2 ** (i / per_doubling) for i in range(math.floor(last) + 1)]
     except OverflowError:
-        raise UserError(f"{name}: got {item}, takes a range of at most 1,000 doublings") from None
+        raise UserError(f"{name} must be a range of at most 1,000 doublings, got {item}") from None
     return [check_setting(name, value) for value in values]
 
 

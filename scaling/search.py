@@ -1,4 +1,4 @@
-"""Find a proxy's settings: python -m scaling.search CONFIG [--trials=64] [--seeds=3] [--out=DIR]
+"""Find a proxy's settings: python -m scaling search CONFIG [--trials=64] [--seeds=3] [--out=DIR]
 
 Draws the settings that transfer (scaling/space.py) and trains a proxy with each draw: first those of CONFIG
 itself, then 15 from all of the space, then where a model of the losses so far expects the most: a Gaussian
@@ -9,6 +9,9 @@ lr at the bottom of its own curve. Writes DIR/best.py, which is read after any c
 
     python train.py config/target.py DIR/best.py
 
+best.py has the data set, the block, the optimizer and all else that was searched with; the shape, the batch
+and the number of steps stay the target's own.
+
 --space=lr,zero_query      only these are drawn; lr:2**-9..2**-6 is a range of your own
 --target=CONFIG            says what the search costs as a share of its training
 --workers=2                processes on this machine; on others, the same command on the same folder joins in
@@ -16,9 +19,11 @@ lr at the bottom of its own curve. Writes DIR/best.py, which is read after any c
 --storage=URL --study=NAME keep the trials in any Optuna storage in place of DIR/study.log: sqlite:///FILE,
                            postgresql+psycopg2://...; optuna-dashboard shows either
 --eval_tokens=N            validation tokens; by default at most half of what a trial trains on
-After an interruption, the same command resumes, and tries again what failed.
+After an interruption, the same command resumes, and tries again what failed. DIR/trials.csv has a row for
+each trial.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -29,11 +34,11 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from configure import TUNED, Config, UserError, check_setting, configure, read_settings
+from configure import Config, UserError, check_setting, configure, names_in, read_settings
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, parse_options
+from scaling.cli import command, parse_options, reject_unused
 from scaling.fits import optimum
 from scaling.space import SPACE, all_points, at_edge, distributions, parse_space, to_config, to_params
 from scaling.stack import check_stackable
@@ -45,9 +50,26 @@ from scaling.study import (
     storage_errors_in_one_line,
     suggest,
 )
-from scaling.sweep import Trial, facts_of, say_failed, say_stopped, torchrun_rank, train_group, trial_configs
-from scaling.trials import CURVE_POINTS, append_rows, find_row, identity, read_results, settings_of
-from scaling.worker import Worker, pause
+from scaling.sweep import (
+    UNUSED,
+    Trial,
+    facts_of,
+    say_failed,
+    say_stopped,
+    torchrun_rank,
+    train_group,
+    trial_configs,
+)
+from scaling.trials import (
+    CURVE_POINTS,
+    append_rows,
+    find_row,
+    has_failed,
+    identity,
+    read_results,
+    settings_of,
+)
+from scaling.worker import PARENT, Worker, end_with_parent, pause
 from training.device import reuse_freed_memory
 from training.model_size import model_size
 
@@ -57,6 +79,9 @@ OCTAVES = -1, -1/2, 1/2, 1  # from the lr of the best, for the curve
 CURVE_SEEDS = 2  # at each of them
 LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a draw may be stopped
 REPORT_SECONDS = 20  # between two updates of best.py and the figure, at the least
+# What best.py leaves to the target: its size, its batches, and how much of the text it reads
+TARGETS_OWN = {"width", "depth", "head_dim", "context", "vocab_size", "batch", "batch_start",
+               "batch_ramp_tokens", "max_tokens", "init_from", "seed"}
 
 
 def loss_of(row):
@@ -77,16 +102,16 @@ def mean_and_error(losses):
 
 class Search:
     """One worker's part in a search: it draws, trains and reports, as do others on the same folder or
-    storage. dataset: its TokenDataset. options: `trials`, `seeds`, `stack`, `sampler`, `storage`, `study`,
-    `out`. Raises UserError."""
+    storage. dataset: its TokenDataset. options: `trials`, `seeds`, `stack`, `sampler`, `study`. Raises
+    UserError where the study is of another search."""
 
     def __init__(self, config, space, options, worker, storage, dataset):
         self.space, self.options, self.worker, self.dataset = space, options, worker, dataset
         self.config = trial_configs(config, {})[0]
         self.facts = facts_of(self.config, dataset)
-        self.points = all_points(space)
+        self.domains, self.points = distributions(space), all_points(space)
         settings = self.key_of(self.config)
-        self.draws = SharedStudy(storage, options["study"], worker, settings)
+        self.draws = SharedStudy(storage, options["study"], worker, settings, self.domains)
         self.others = SharedStudy(storage, f"{options['study']}, seeds and lr", worker, settings)
         self.reported, self.leaders, self.best = time.monotonic(), [], None
 
@@ -102,15 +127,14 @@ class Search:
 
     def propose(self, key):
         """Params, distributions and settings of draw number `key`. `config` itself is the first."""
-        domains = distributions(self.space)
+        start = to_params(self.config, self.space)
         if key == "0":
-            return to_params(self.config, self.space), domains, self.key_of(self.config)
+            return start, self.domains, self.key_of(self.config)
         if self.points is not None:
-            start = to_params(self.config, self.space)
             params = [point for point in self.points if point != start][int(key) - 1]
         else:
-            params = suggest(self.draws, self.options["sampler"], self.config.seed, domains, int(key))
-        return params, domains, self.key_of(to_config(self.config, params, self.space))
+            params = suggest(self.draws, self.options["sampler"], self.config.seed, self.domains, int(key))
+        return params, self.domains, self.key_of(to_config(self.config, params, self.space))
 
     def draw(self):
         """Trains all draws."""
@@ -133,8 +157,7 @@ class Search:
 
     def rows_of(self, configs, what):
         """The rows of these Configs, trained by whoever shares the search; None for one that failed."""
-        done = {row["config"]: row for row in self.draws.rows().values() if not row["failure"]}
-        done |= self.others.rows()
+        done = self.complete_rows()
         new = [config for config in dict.fromkeys(configs) if not find_row(done, self.key_of(config))]
         groups = [new]
         if self.options["stack"] > 1:  # models of one seed read one text, and run the code that is compiled
@@ -143,8 +166,13 @@ class Search:
         for group in groups:
             keys = [self.key_of(config) for config in group]
             self.train_keys(self.others, keys, lambda key: ({}, {}, key), what)
-        done |= self.others.rows()
+        done = self.complete_rows()
         return [find_row(done, self.key_of(config)) for config in configs]
+
+    def complete_rows(self):
+        """{key: row} of all that was trained to its end, as a draw or later."""
+        draws, others = self.rows()
+        return {row["config"]: row for row in draws + others if not row["failure"]}
 
     def confirm(self):
         """The leaders on fresh seeds, and the lr of the best: fills `leaders` and `best`."""
@@ -153,7 +181,7 @@ class Search:
         if not leaders and self.failed():
             return  # which is said at the end
         if not leaders:
-            raise UserError(f"search: all {len(rows)} trials diverged; takes a smaller --lr, or a --space of "
+            raise UserError(f"search: all {len(rows)} trials diverged; try a smaller --lr, or a --space of "
                             "smaller rates")
         self.leaders = self.over_seeds(leaders, "leaders on other seeds")
         if not math.isfinite(self.leaders[0][0]):
@@ -207,19 +235,20 @@ class Search:
                     pause()
 
     def train_claims(self, study, claims):
-        """Trains what was claimed, as one stack, and records it: in trials.csv, then in the study."""
-        rows = read_results(self.worker.folder, stopped_early=study is self.draws)
+        """Trains what was claimed, as one stack, and records it in the study, then in trials.csv."""
+        rows = {row["config"]: row for row in study.rows().values()}
         new = [Trial(key, replace(self.config_of(key), dataset=self.dataset.folder))
                for key in dict.fromkeys(claim.config for claim in claims) if not find_row(rows, key)]
         if new:
             stop_early = self.stop_early() if study is self.draws else None
             trained = train_group(new, self.options["stack"], stop_early)
-            append_rows(self.worker.path, trained)
             rows |= {row["config"]: row for row in trained}
+            append_rows(self.worker.path, [row for row in trained if has_failed(row)])
         for claim in claims:
             row = find_row(rows, claim.config)
             curve = row["curve"] if study is self.draws else []
             study.finish(claim, row, {look: curve[look - 1] for look in LOOKS if look <= len(curve)})
+        self.copy_rows()
 
     # Results
 
@@ -232,6 +261,14 @@ class Search:
         """The rows of the trials that failed, and have no result by another worker."""
         return [study.failed[key] for study in (self.draws, self.others) for key in study.failed_keys()]
 
+    def copy_rows(self):
+        """Adds to trials.csv what the study has and it has not, by whichever worker it was trained."""
+        draws, others = self.rows()
+        with self.worker.holding("trials.csv"):
+            known = read_results(self.worker.folder, stopped_early=True)
+            missing = [row for row in draws + others if not find_row(known, row["config"])]
+            append_rows(self.worker.path, missing)
+
     def report_now_and_then(self):
         """best.py, the table and the figure of what there is, so that a killed search leaves them too."""
         if torchrun_rank()[0] == 0 and time.monotonic() - self.reported > REPORT_SECONDS:
@@ -242,21 +279,41 @@ class Search:
         """Writes best.py, search.txt and search.png to the folder; returns the texts of the first two."""
         from scaling import figures
         draws, others = self.rows()
-        finite = [row for row in draws if math.isfinite(loss_of(row))]
-        if not finite:
+        lowest = min(draws, key=loss_of, default=None)
+        if lowest is None or not math.isfinite(loss_of(lowest)):
             return "", ""
-        lowest = min(finite, key=loss_of)
         best = self.best or (loss_of(lowest), math.nan, self.config_of(lowest["config"]))
-        best_text = best_file(best, draws, others, self.options, self.best is not None, self.failed())
-        report_text = self.format_report(best, draws, others)
+        best_text = self.best_file(best, draws, others)
+        report_text = self.format_report(best[2], draws, others)
         with self.worker.holding("report"):  # the same command, started twice, writes the same files
             write_text(os.path.join(self.worker.folder, "best.py"), best_text)
             write_text(os.path.join(self.worker.folder, "search.txt"), report_text)
             figures.draw_search(draws, others, best[0], self.worker.folder)
         return best_text, report_text
 
+    def best_file(self, best, draws, others):
+        """The text of best.py: how it was found, and all that the target takes from the proxy. What came from
+        outside, as the name of a data set, stands there as a literal and nowhere else."""
+        mean, error, config = best
+        loss = f"{mean:.4f} on one seed"
+        if self.best:
+            loss = f"{mean:.4f} ± {error:.4f}, the mean of {self.options['seeds']} seeds that no draw used"
+        if self.failed() or not self.best:
+            loss += ": the search is not finished"
+        lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
+                 f"{config.steps} steps of {config.batch}x{config.context} tokens.",
+                 f"# Validation loss {loss}.",
+                 f"# Found by scaling.search: sampler {self.options['sampler']}, seed {self.config.seed}, "
+                 f"{len(draws)} draws and {len(others)} trials for seeds and lr, "
+                 f"{spent_flops(draws + others):.2e} FLOPs."]
+        for group in ("data", "function", "init", "optimizer", "training"):
+            lines += ["", f"# {group.capitalize()}"]
+            names = [name for name in names_in(group) if name not in TARGETS_OWN]
+            lines += [f"{name} = {getattr(config, name)!r}" for name in names]
+        return "\n".join(lines) + "\n"
+
     def format_report(self, best, draws, others):
-        """What the search found, for people."""
+        """What the search found, for people. best: a Config."""
         losses = [loss_of(row) for row in draws]
         finite = sorted(loss for loss in losses if math.isfinite(loss))
         stopped = sum(row["failure"].startswith("stopped early") for row in draws)
@@ -272,7 +329,7 @@ class Search:
             lines.append(f"leaders, mean of {self.options['seeds']} other seeds and its standard error:")
             for mean, error, config in self.leaders:
                 lines.append(f"  {mean:.4f} ± {error:.4f}  {describe(config, self.space)}")
-        edges = [f"{name} ({end})" for name, end in at_edge(best[2], self.space)]
+        edges = [f"{name} ({end})" for name, end in at_edge(best, self.space)]
         if edges:
             lines.append(f"at an edge of the space, so that better may lie beyond: {', '.join(edges)}")
         shares = importances(self.draws)
@@ -282,37 +339,6 @@ class Search:
                          "than it is):")
             lines += [f"  {name:22}{share:6.1%}" for name, share in shares.items()]
         return "\n".join(lines) + "\n"
-
-
-def check_search(config, space, options):
-    """Raises UserError for a search that cannot be made, before it makes a folder."""
-    if options["sampler"] not in SAMPLERS:
-        raise UserError(f"sampler: got {options['sampler']}, takes {' or '.join(SAMPLERS)}")
-    if options["stack"] > 1:
-        check_stackable([config])
-    if "warmup" in space and config.warmup_tokens is not None:
-        raise UserError(f"space: got warmup, which warmup_tokens={config.warmup_tokens} overrides; takes a "
-                        "space without it, or --warmup_tokens=none")
-    points = all_points(space)
-    if points is not None and options["trials"] > len(points):
-        raise UserError(f"trials: got {options['trials']}, takes {len(points)} or fewer with this space")
-
-
-def with_brief_evaluation(config):
-    """`config`, evaluated on at most half the tokens that a trial trains on, where eval_tokens is not set
-    to something of its own: a trial of 60 small steps would spend half its time on being measured."""
-    if config.eval_tokens != Config.eval_tokens:
-        return config
-    windows = max(1, config.tokens_before(config.steps) // 2 // config.context)
-    return replace(config, eval_tokens=min(config.eval_tokens, windows * config.context))
-
-
-def open_data(config):
-    """The TokenDataset of a search. Raises UserError where no trial could train on it."""
-    dataset = TokenDataset(prepare(config))
-    dataset.check_fills_batch(config.context, config.batch)
-    dataset.validation_windows(config.context, config.eval_tokens)
-    return dataset
 
 
 def is_above(median, start, losses):
@@ -331,26 +357,6 @@ def describe(config, space):
         else:
             values.append(f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}")
     return " ".join(values)
-
-
-def best_file(best, draws, others, options, confirmed, failed):
-    """The text of best.py: every setting that transfers, drawn or not, and how it was found."""
-    mean, error, config = best
-    loss = f"{mean:.4f} on one seed"
-    if confirmed:
-        loss = f"{mean:.4f} ± {error:.4f}, the mean of {options['seeds']} seeds that no draw used"
-    if failed or not confirmed:
-        loss += ": the search is not finished"
-    docstring = (f'"""The best of {len(draws)} trials at width {config.width}, depth {config.depth}, '
-                 f"{config.steps} steps of {config.batch}x{config.context} tokens.\n\n"
-                 f"Validation loss {loss}.\n"
-                 f"Found by scaling.search: sampler {options['sampler']}, seed {options['seed']}, "
-                 f"{len(draws)} draws and {len(others)} trials for seeds and lr, "
-                 f"{spent_flops(draws + others):.2e} FLOPs;\n"
-                 f'data set {config.dataset!r}, tokenizer {config.tokenizer!r}.\n"""\n\n')
-    settings = [f"{name} = {value!r}\n" for name, value in vars(config).items()
-                if name in TUNED or name == "optimizer"]
-    return docstring + "".join(settings)
 
 
 def spent_flops(rows):
@@ -382,74 +388,98 @@ def read_target(path):
     return {name: check_setting(name, value, f"{path}: ") for name, value in read_settings(path).items()}
 
 
-def start_workers(argv, count):
-    """`count` - 1 more processes of this search on this machine, which print nothing but errors."""
+def check_search(config, space, options):
+    """Raises UserError for a search that cannot be made, before it makes a folder."""
+    if options["sampler"] not in SAMPLERS:
+        raise UserError(f"sampler must be {' or '.join(SAMPLERS)}, got {options['sampler']}")
+    if options["stack"] > 1:
+        check_stackable([config])
+    if "warmup" in space and config.warmup_tokens is not None:
+        raise UserError("space must not contain warmup, as warmup_tokens is set to "
+                        f"{config.warmup_tokens}; try --warmup_tokens=none")
+    points = all_points(space)
+    if points is not None and options["trials"] > len(points):
+        raise UserError(f"trials must be at most {len(points)} with this space, got {options['trials']}")
+
+
+def with_brief_evaluation(config):
+    """`config`, evaluated on at most half the tokens that a trial trains on, where eval_tokens is not set
+    to something of its own: a trial of 60 small steps would spend half its time on being measured."""
+    if config.eval_tokens != Config.eval_tokens:
+        return config
+    windows = max(1, config.tokens_before(config.steps) // 2 // config.context)
+    return replace(config, eval_tokens=min(config.eval_tokens, windows * config.context))
+
+
+@contextlib.contextmanager
+def worker_processes(argv, count):
+    """Within, `count` - 1 more processes of this search work on this machine, and print nothing but errors.
+    At the end they are waited for; where this process is stopped, so are they."""
     cores = max(1, (os.cpu_count() or 1) // count)
-    words = [word for word in argv if not word.startswith("--workers=")]
-    processes = []
-    for number in range(1, count):
-        environment = {"RANK": str(number), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(cores)}
-        processes.append(subprocess.Popen([sys.executable, "-m", "scaling.search", *words],
-                                          env=os.environ | environment, stdout=subprocess.DEVNULL))
+    environment = os.environ | {PARENT: str(os.getpid()), "OMP_NUM_THREADS": str(cores)}
     if count > 1:
         import torch
         torch.set_num_threads(cores)
-    return processes
+    processes = [subprocess.Popen([sys.executable, "-m", "scaling", "search", *argv, "--workers=1"],
+                                  env=environment, stdout=subprocess.DEVNULL) for _ in range(count - 1)]
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            process.wait()
 
 
 def run_search(config, space, options):
     """(the finished Search, the texts of best.py and of its report). Raises UserError, and KeyboardInterrupt
     when a signal stops it."""
     check_search(config, space, options)
-    dataset = open_data(config)
-    storage = open_storage(options["storage"], options["out"]) if options["storage"] else None
-    where = options["storage"] or options["out"]
-    with storage_errors_in_one_line(where), Worker(options["out"]) as worker:
-        if storage is None:
-            storage = open_storage("", options["out"])  # a file in the folder, which is there now
-        search = Search(config, space, options, worker, storage, dataset)
+    dataset = TokenDataset(prepare(config))
+    dataset.check_fills_batch(config.context, config.batch)
+    dataset.validation_windows(config.context, config.eval_tokens)
+    url, folder = options["storage"], options["out"]
+    storage = open_storage(url, folder) if url else None  # one that does not answer leaves no folder
+    with storage_errors_in_one_line(url, folder), Worker(folder) as worker:
+        search = Search(config, space, options, worker, storage or open_storage(url, folder), dataset)
         try:
             search.draw()
             search.confirm()
         except KeyboardInterrupt:
             search.report()
             raise
-        copy_rows(search)
+        search.copy_rows()
         return search, *search.report()
 
 
-def copy_rows(search):
-    """Rows that workers in other folders trained are copied to this one's trials.csv."""
-    draws, others = search.rows()
-    known = read_results(search.worker.folder, stopped_early=True)
-    missing = [row for row in draws + others if not find_row(known, row["config"])]
-    if missing:
-        append_rows(search.worker.path, missing)
+def print_result(search, best_text, report_text, config, target):
+    """What the command prints at its end; returns its exit code. target: what read_target() returns."""
+    options, (draws, others), failed = search.options, search.rows(), search.failed()
+    if best_text:
+        print(f"{options['out']}/best.py:\n{best_text}\n{report_text}"
+              f"{format_cost(draws + others, config, options['target'], target)}")
+    return say_failed(options["out"], failed, len(draws + others + failed))
 
 
 @command
 def main(argv):
     defaults = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE),
                 "target": "", "sampler": "gp", "storage": "", "study": "search", "workers": 1}
+    end_with_parent()
     options, _, words = parse_options(argv, defaults, __doc__)
+    reject_unused(words, UNUSED, "a search")
     config = with_brief_evaluation(configure(words))
     space, target = parse_space(options["space"]), read_target(options["target"])
-    options["seed"] = config.seed
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()
-    workers = start_workers(argv, options["workers"])
     try:
-        search, best_text, report_text = run_search(config, space, options)
+        with worker_processes(argv, options["workers"]):
+            found = run_search(config, space, options)
     except KeyboardInterrupt:
         return say_stopped(options["out"])
-    finally:
-        for process in workers:
-            process.wait()
     if torchrun_rank()[0] > 0:
         return 0
-    draws, others = search.rows()
-    if best_text:
-        print(f"{options['out']}/best.py:\n{best_text}\n{report_text}"
-              f"{format_cost(draws + others, config, options['target'], target)}")
-    failed = search.failed()
-    return say_failed(options["out"], failed, len(draws + others + failed))
+    with storage_errors_in_one_line(options["storage"], options["out"]):
+        return print_result(*found, config, target)

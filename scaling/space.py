@@ -57,7 +57,7 @@ def parse_space(text):
     for item in text.split(","):
         name, colon, values_text = item.partition(":")
         if name not in SPACE:
-            raise UserError(f"space: got {name}, takes some of {', '.join(SPACE)}")
+            raise UserError(f"space must be some of {', '.join(SPACE)}, got {name}")
         space[name] = SPACE[name]
         if colon:
             space[name] = parse_domain(name, values_text)
@@ -70,13 +70,13 @@ def parse_domain(name, text):
     if not dots:
         return Choice(tuple(parse_values(name, text)))
     if isinstance(SPACE[name], Choice):
-        raise UserError(f"space: got {name}:{text}, takes {name} or {name}:VALUE")
+        raise UserError(f"space must be {name} or {name}:VALUE, got {name}:{text}")
     low, high = parse_values(name, low)[0], parse_values(name, high)[0]
     complement = SPACE[name].complement
     if complement:
         low, high = 1 - high, 1 - low
     if not 0 < low < high:
-        raise UserError(f"space: got {name}:{text}, takes {name}:LOW..HIGH with 0 < LOW < HIGH")
+        raise UserError(f"space must be {name}:LOW..HIGH with 0 < LOW < HIGH, got {name}:{text}")
     return Range(low, high, complement)
 
 

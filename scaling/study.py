@@ -1,28 +1,32 @@
 """A search's trials in an Optuna study, which processes and machines share: each trial is trained once.
 
-A trial of the study stands for a key: the number of a draw, or the settings of a trial that confirms a
-result. Whoever trains it adds it as a running trial, with all it needs to be trained again; of two that add
-the same key at once the lower number goes ahead. A trial that failed, or whose worker died, is marked as
-failed, and its key is free again.
+The study is the store of a search; trials.csv is copied from it. A trial of the study stands for a key: the
+number of a draw, or the settings of a trial that confirms a result. Whoever trains it holds the lock of its
+key in the folder (scaling/worker.py), and adds it as a running trial with all that is needed to train it
+again; of two that add the same key at once, in folders that share only a database, the lower number wins. A
+trial that failed, or whose worker died, is marked as failed, and its key is free again.
 """
 
+import bisect
 import contextlib
 import json
 import math
 import os
-import secrets
+import re
 import socket
 import statistics
 import time
 from typing import NamedTuple
 
 from configure import UserError, complete_saved
-from scaling.trials import FACTS, has_failed
+from scaling.trials import FACTS, complete_key, has_failed
 
 STUDY_FILE = "study.log"
 STARTUP = 16  # draws from all of the space before the sampler has something to learn from
 CAP = 0.7  # quantile of the losses
 LOST_AFTER = 600  # seconds; a trial on another machine is lost after 10 times the slowest, this at least
+LOCKED_SECONDS = 300  # that a locked SQLite file is waited for
+TRIES = 20  # to make the tables of a new database, as others may be making them
 
 
 class Claim(NamedTuple):
@@ -30,6 +34,7 @@ class Claim(NamedTuple):
     number: int  # in the study
     key: str
     config: str  # settings as JSON, scaling.trials.identity()
+    lock: str  # what this worker holds meanwhile
 
 
 def load_optuna():
@@ -37,10 +42,12 @@ def load_optuna():
     try:
         import optuna
     except ImportError:
-        raise UserError("search: needs Optuna; pip install -r requirements.txt brings it") from None
+        raise UserError("search needs Optuna: pip install -r requirements.txt") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
+
+# The storage
 
 class JournalLock:
     """What Optuna holds while it appends to the journal: the kernel drops it when the process dies, and the
@@ -65,29 +72,92 @@ class JournalLock:
         self.file.close()
 
 
+def journal_path(url, folder):
+    """The file of the journal at `url`, or in `folder` when that is empty; None for a database."""
+    if url and not url.startswith("journal:"):
+        return None
+    return url.removeprefix("journal:").removeprefix("//") or os.path.join(folder, STUDY_FILE)
+
+
 def open_storage(url, folder):
     """The Optuna storage at `url`, or the journal in `folder` when that is empty. Raises UserError."""
+    optuna, path = load_optuna(), journal_path(url, folder)
+    try:
+        if path is None:
+            return open_database(optuna, url)
+        backend = optuna.storages.journal.JournalFileBackend(path, lock_obj=JournalLock(path))
+        return optuna.storages.JournalStorage(backend)
+    except Exception as error:  # whatever a database driver raises, or a damaged journal
+        raise storage_error(url, folder, error) from None
+
+
+def open_database(optuna, url):
+    """The storage in the database at `url`, whose tables are made if need be. Where several processes make
+    them at once, all but one find that something exists already, and look again."""
+    engine = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        engine["connect_args"] = {"timeout": LOCKED_SECONDS, "isolation_level": "IMMEDIATE"}
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+        except Exception as error:
+            made_by_another = re.search("exists|unique|duplicate", f"{error} {error.__cause__}".lower())
+            if not made_by_another or tries_left == 0:
+                raise
+            time.sleep(0.05 + int.from_bytes(os.urandom(1), "big") / 1000)
+
+
+def storage_error(url, folder, error):
+    """The UserError that says why the storage cannot be used."""
+    path = journal_path(url, folder)
+    if path is not None and (number := damaged_line(path)) is not None:
+        return UserError(f"{path}: line {number} is damaged; restore the file, or remove that line and all "
+                         "after it, whose trials are then trained again")
+    reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())[:200]
+    return UserError(f"storage: {url or folder} does not answer ({type(error).__name__}: {reason}); it must "
+                     "be sqlite:///FILE, postgresql+psycopg2://... or journal:FILE (default: one in --out)")
+
+
+def damaged_line(path):
+    """The number of the first line of the journal at `path` that cannot be read; None where all can."""
     optuna = load_optuna()
     try:
-        if url and not url.startswith("journal:"):
-            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-        path = url.removeprefix("journal:").removeprefix("//") or os.path.join(folder, STUDY_FILE)
-        lock = JournalLock(path)
-        return optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(path, lock_obj=lock))
-    except Exception as error:  # whatever a database driver raises
-        raise storage_error(url or folder, error) from None
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
 
+    class Beginning(optuna.storages.journal.BaseJournalBackend):
+        """The first `count` lines, as a journal."""
 
-def storage_error(where, error):
-    reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())[:200]
-    return UserError(f"storage: got {where}, which does not answer ({type(error).__name__}: {reason}); takes "
-                     "sqlite:///FILE, postgresql+psycopg2://..., journal:FILE, or none: a journal in --out")
+        def __init__(self, count):
+            self.count = count
+
+        def read_logs(self, start):
+            for line in lines[start:self.count]:
+                log = json.loads(line)
+                for name, text in {**log.get("user_attr", {}), **log.get("user_attrs", {})}.items():
+                    if name in ("row", "config", "settings"):
+                        json.loads(text)
+                yield log
+
+        def append_logs(self, logs):
+            pass
+
+    def is_damaged(count):
+        try:
+            optuna.storages.JournalStorage(Beginning(count))
+        except Exception:  # a line that is no JSON, or lacks what Optuna looks for in it
+            return True
+        return False
+
+    number = bisect.bisect_left(range(len(lines) + 1), True, key=is_damaged)
+    return number if number <= len(lines) else None
 
 
 @contextlib.contextmanager
-def storage_errors_in_one_line(where):
-    """A database that is down, or a full disk, ends a search in one line. Raises UserError."""
+def storage_errors_in_one_line(url, folder):
+    """Raises UserError where a database is down, or a journal is damaged."""
     optuna = load_optuna()
     kinds = [optuna.exceptions.StorageInternalError]
     with contextlib.suppress(ImportError):
@@ -95,35 +165,51 @@ def storage_errors_in_one_line(where):
         kinds.append(SQLAlchemyError)
     try:
         yield
-    except tuple(kinds) as error:
-        raise storage_error(where, error) from None
+    except (*kinds, LookupError, ValueError) as error:
+        path = journal_path(url, folder)
+        damaged = path is not None and damaged_line(path) is not None
+        if isinstance(error, UserError) or not (damaged or isinstance(error, tuple(kinds))):
+            raise
+        raise storage_error(url, folder, error) from None
 
+
+# The study
 
 class SharedStudy:
-    """The study `name` of `storage`, for one worker of it (a scaling.worker.Worker). `settings`, text, is
-    what the study is of, or None to only read it: a study of other settings is rejected. Raises UserError."""
+    """The study `name` of `storage`, for one worker of it (a scaling.worker.Worker). Raises UserError where
+    it is of another search. settings: text of identity() that the study is of; None only reads it. space: the
+    distributions that its trials are drawn from."""
 
-    def __init__(self, storage, name, worker, settings):
-        optuna = load_optuna()
-        self.optuna, self.worker, self.token = optuna, worker, secrets.token_hex(8)
+    def __init__(self, storage, name, worker, settings=None, space=None):
+        self.optuna, self.worker = load_optuna(), worker
         self.failed = {}  # {key: row} of trials that failed here, and are not tried again by this worker
-        worker.claim(self.token)  # a sign of life for others
-        self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        known = self.study.user_attrs.get("settings")
-        if settings is None:
-            return
+        self.study = self.optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        if settings is not None:
+            self.check("settings", settings, self.study.user_attrs.get("settings"), describe_difference)
+        if space is not None:
+            drawn = next((trial.distributions for trial in self.trials().values()), None)
+            known = self.study.user_attrs.get("space") or drawn and describe_space(drawn)  # of older versions
+            self.check("space", describe_space(space), known, describe_other_space)
+
+    def check(self, name, text, known, describe):
+        """Keeps `text` in a new study, and compares it with what is known of another. Raises UserError."""
         if known is None:
-            self.study.set_user_attr("settings", settings)
-        elif different := difference(known, settings):
-            raise UserError(f"out: got the study {name!r} of other settings ({different}); takes another "
-                            "--out, or another --study in the same storage")
+            self.study.set_user_attr(name, text)
+        elif different := describe(known, text):
+            raise UserError(f"out: the study {self.study.study_name!r} is of another search ({different}); "
+                            "use another --out, or another --study in the same storage")
+
+    def all_trials(self):
+        """[(key, FrozenTrial)], the failed ones too, in the order of their numbers."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [(complete_key(trial.user_attrs["key"]), trial) for trial in trials]
 
     def trials(self):
         """{key: FrozenTrial} of all trials but the failed ones."""
         found = {}
-        for trial in self.study.get_trials(deepcopy=False):
+        for key, trial in self.all_trials():
             if trial.state != self.optuna.trial.TrialState.FAIL:
-                found.setdefault(trial.user_attrs["key"], trial)
+                found.setdefault(key, trial)
         return found
 
     def finished(self):
@@ -139,29 +225,34 @@ class SharedStudy:
         """A Claim to the first of `keys` that nobody has; None when there is none. propose(key): params,
         distributions and settings of its trial, unless an earlier worker has proposed them."""
         self.release_lost()
-        live = self.trials()
+        taken = self.trials().keys() | self.failed.keys()
         for key in keys:
-            if key in live or key in self.failed:
+            lock = f"{self.study.study_name}: {key}"
+            if key in taken or not self.worker.claim(lock):
                 continue
-            params, distributions, config = self.earlier_proposal(key) or propose(key)
-            mine = {"key": key, "config": config, "token": self.token, "host": socket.gethostname(),
-                    "folder": os.path.abspath(self.worker.folder), "claim": secrets.token_hex(8)}
-            template = self.optuna.trial.create_trial(
-                state=self.optuna.trial.TrialState.RUNNING, params=params, distributions=distributions,
-                user_attrs=mine)
-            self.study.add_trial(template)
-            number = next(trial.number for trial in self.study.get_trials(deepcopy=False)
-                          if trial.user_attrs.get("claim") == mine["claim"])
-            if self.trials()[key].number == number:
-                return Claim(number, key, config)
-            self.fail(number)  # another was faster
+            if claim := self.add(key, lock, propose):
+                return claim
+            self.worker.release(lock)  # another was faster
         return None
 
-    def earlier_proposal(self, key):
-        """What a worker that died was to train for `key`, or None."""
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs["key"] == key:
-                return trial.params, trial.distributions, trial.user_attrs["config"]
+    def add(self, key, lock, propose):
+        """A Claim to the running trial that is added for `key`; None where another has a lower number."""
+        earlier = next((trial for other, trial in self.all_trials() if other == key), None)
+        if earlier is not None:  # whoever was to train it died, or failed
+            params, distributions = earlier.params, earlier.distributions
+            config = complete_key(earlier.user_attrs["config"])
+        else:
+            params, distributions, config = propose(key)
+        attributes = {"key": key, "config": config, "token": lock, "host": socket.gethostname(),
+                      "folder": os.path.abspath(self.worker.folder), "claim": os.urandom(8).hex()}
+        self.study.add_trial(self.optuna.trial.create_trial(
+            state=self.optuna.trial.TrialState.RUNNING, params=params, distributions=distributions,
+            user_attrs=attributes))
+        number = next(trial.number for _, trial in self.all_trials()
+                      if trial.user_attrs.get("claim") == attributes["claim"])
+        if self.trials()[key].number == number:
+            return Claim(number, key, config, lock)
+        self.fail(number)
         return None
 
     def fail(self, number):
@@ -170,15 +261,13 @@ class SharedStudy:
 
     def release_lost(self):
         """Marks running trials as failed whose worker is no longer there."""
-        running = [trial for trial in self.trials().values() if not trial.state.is_finished()]
-        for trial in running:
-            if self.is_lost(trial):
+        for trial in self.trials().values():
+            if not trial.state.is_finished() and self.is_lost(trial):
                 self.fail(trial.number)
 
     def is_lost(self, trial):
         owner = trial.user_attrs
-        here = socket.gethostname(), os.path.abspath(self.worker.folder)
-        if (owner["host"], owner["folder"]) == here:
+        if (owner["host"], owner["folder"]) == (socket.gethostname(), os.path.abspath(self.worker.folder)):
             return not self.worker.is_held(owner["token"])
         durations = [other.duration.total_seconds() for other in self.finished().values()]
         slowest = max(durations, default=math.inf)
@@ -191,28 +280,34 @@ class SharedStudy:
         if has_failed(row):
             self.failed[claim.key] = row
             self.fail(claim.number)
-            return
-        trial_id = next(trial._trial_id for trial in self.study.get_trials(deepcopy=False)
-                        if trial.number == claim.number)
+        else:
+            with contextlib.suppress(ValueError, RuntimeError):
+                # Where this worker was thought dead, another has finished the trial: its row is the same
+                self.record(claim, row, curve)
+        self.worker.release(claim.lock)
+
+    def record(self, claim, row, curve):
+        trial_id = next(trial._trial_id for _, trial in self.all_trials() if trial.number == claim.number)
         trial = self.optuna.trial.Trial(self.study, trial_id)
-        try:
-            for step, loss in curve.items():
-                if math.isfinite(loss):
-                    trial.report(loss, step)
-            trial.set_user_attr("row", json.dumps(row))
-            if row["diverged"]:  # or stopped early
-                self.study.tell(claim.number, state=self.optuna.trial.TrialState.PRUNED)
-            else:
-                self.study.tell(claim.number, row["val_loss"])
-        except (ValueError, RuntimeError):
-            pass  # this worker was thought dead, and another has finished the trial: its row is the same
+        for step, loss in curve.items():
+            if math.isfinite(loss):
+                trial.report(loss, step)
+        trial.set_user_attr("row", json.dumps(row))
+        if row["diverged"]:  # or stopped early
+            self.study.tell(claim.number, state=self.optuna.trial.TrialState.PRUNED)
+        else:
+            self.study.tell(claim.number, row["val_loss"])
 
     def rows(self):
         """{key: row} of the finished trials."""
-        return {key: json.loads(trial.user_attrs["row"]) for key, trial in self.finished().items()}
+        rows = {}
+        for key, trial in self.finished().items():
+            row = {"swept": ""} | json.loads(trial.user_attrs["row"])  # as older versions wrote it
+            rows[key] = row | {"config": complete_key(row["config"])}
+        return rows
 
 
-def difference(known, settings):
+def describe_difference(known, settings):
     """The first setting in which two texts of identity() differ, for people, or "". `known` may be of an
     older version: settings it did not have are what they were then, and it does not say how it measured."""
     known, settings = json.loads(known), json.loads(settings)
@@ -221,6 +316,22 @@ def difference(known, settings):
     for name in settings:
         if known[name] != settings[name]:
             return f"{name}: {known[name]}, here {settings[name]}"
+    return ""
+
+
+def describe_space(distributions):
+    """From what each setting is drawn, for people: lr from 0.0005 to 0.03; zero_query from False, True"""
+    domains = {name: f"{domain.low:.6g} to {domain.high:.6g}" if hasattr(domain, "low") else
+               ", ".join(map(str, domain.choices)) for name, domain in distributions.items()}
+    return "; ".join(f"{name} from {domain}" for name, domain in domains.items())
+
+
+def describe_other_space(known, space):
+    """The first setting that two texts of describe_space() do not draw alike, or ""."""
+    for one, other, of_whom in ((known, space, "there"), (space, known, "here")):
+        for domain in one.split("; "):
+            if domain not in other.split("; "):
+                return f"space: {domain} {of_whom} only"
     return ""
 
 
@@ -272,7 +383,7 @@ def suggest(shared, kind, seed, distributions, number):
     try:
         return mirror(shared, sampler).ask(distributions).params
     except ImportError as error:
-        raise UserError(f"sampler: got {kind}, which needs {error.name}; takes --sampler=tpe") from None
+        raise UserError(f"sampler {kind} needs {error.name}: pip install it, or try --sampler=tpe") from None
 
 
 def importances(shared):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from configure import Config, UserError, configure, names_in
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, format_value, parse_options, parse_values
+from scaling.cli import command, format_value, parse_options, parse_values, reject_unused
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
     FACTS,
@@ -39,7 +39,7 @@ from scaling.trials import (
     read_results,
     trial_row,
 )
-from scaling.worker import Worker, pause
+from scaling.worker import PARENT, Worker, pause
 from train import Result, train
 from training.device import is_compiled, precision_name, reuse_freed_memory, select_device
 from training.distributed import torchrun_variables
@@ -48,6 +48,9 @@ from training.pretrained import hash_weights
 
 # What is held: the setting that adapts
 HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}
+# What a trial does not use, as it leaves a row and nothing else
+UNUSED = {"eval_every", "checkpoint_every", "log_roles", "wandb", "prompt", "samples", "sample_tokens",
+          "temperature", "top_k"}
 TYPICAL_VOCAB_SIZE = 2**12  # for an estimate, where the tokenizer has not been read yet
 
 
@@ -55,8 +58,7 @@ def trial_configs(config, axes, hold="steps"):
     """The Configs of all combinations of `axes`, {setting: values}; of settings that move together,
     {"width,depth": [(64, 2), ...]}. hold: one of HOLDS. Raises UserError."""
     if hold not in HOLDS or HOLDS[hold] in ",".join(axes).split(","):
-        raise UserError(f"hold: got {hold}, takes {', '.join(HOLDS)}, and an axis that it does not change")
-    # A trial leaves a row, and nothing else
+        raise UserError(f"hold must be one of {', '.join(HOLDS)}, and not change an axis, got {hold}")
     config = replace(config, eval_every=None, checkpoint_every=None, out=None, sample_tokens=0, wandb=False,
                      log_roles=False)
     configs = []
@@ -169,12 +171,13 @@ def group_trials(trials, size):
 def torchrun_rank():
     """(rank, world size), by torchrun or srun. Sweeping processes train apart, so none joins a group."""
     environment = os.environ | torchrun_variables(os.environ)
-    return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    return int(environment.get("RANK", PARENT in environment)), int(environment.get("WORLD_SIZE", 1))
 
 
-def run_trials(configs, folder, stack=1):
+def run_trials(configs, folder, stack=1, swept=()):
     """Train those of `configs` that have no result in `folder`; return the rows of all, in order. Other
-    workers on the same folder train some of them meanwhile, or take over what this one leaves.
+    workers on the same folder train some of them meanwhile, or take over what this one leaves. swept: the
+    axes that the configurations were made of, for the rows.
 
     Raises UserError, and KeyboardInterrupt when a signal stops it."""
     if stack > 1:
@@ -183,11 +186,11 @@ def run_trials(configs, folder, stack=1):
     trials = as_trials(configs)
     different = {trial.key: trial for trial in trials.values()}
     with Worker(folder) as worker:
-        rows = share_trials(list(different.values()), worker, stack)
+        rows = share_trials(list(different.values()), worker, stack, " ".join(swept))
     return [rows[trials[config].key] for config in configs]
 
 
-def share_trials(trials, worker, stack):
+def share_trials(trials, worker, stack, swept):
     """{key: row} of `trials`: run_trials() for a Worker."""
     failed = {}  # {key: row}: what failed here is not tried again by this process
     unfinished = without_result(trials, worker.folder)
@@ -197,7 +200,7 @@ def share_trials(trials, worker, stack):
             group = claim_group(unfinished, worker, stack)
             if group:
                 rows = train_group(group, pad_to=stack)
-                append_rows(worker.path, rows)
+                append_rows(worker.path, [row | {"swept": swept} for row in rows])
                 failed |= {row["config"]: row for row in rows if has_failed(row)}
                 for trial in group:
                     worker.release(trial.key)
@@ -285,18 +288,19 @@ def main(argv):
     defaults = {"out": "out/sweep", "stack": 1, "hold": "steps"}
     options, axes, words = parse_options(argv, defaults, __doc__, takes_axes=True)
     if not axes:
-        raise UserError("sweep: takes settings and their values, such as lr=2**-10..2**-5")
+        raise UserError("sweep needs settings and their values, such as lr=2**-10..2**-5")
     names = ",".join(axes).split(",")
     for name in sorted(names):
         if name in NOT_IDENTITY and name not in FACTS:
-            raise UserError(f"{name}: does not tell trials apart, takes --{name}=VALUE")
+            raise UserError(f"{name} cannot be an axis, as it changes no result; try --{name}=VALUE")
         if names.count(name) > 1:
-            raise UserError(f"{name}: got it on two axes, takes one")
+            raise UserError(f"{name} must be on one axis, got it on two")
     axes = {names: parse_values(names, text) for names, text in axes.items()}
+    reject_unused(words, UNUSED, "a sweep")
     configs = trial_configs(configure(words), axes, options["hold"])
     reuse_freed_memory()
     try:
-        rows = run_trials(configs, options["out"], options["stack"])
+        rows = run_trials(configs, options["out"], options["stack"], axes)
     except KeyboardInterrupt:
         return say_stopped(options["out"])
     rank, _ = torchrun_rank()

@@ -1,6 +1,7 @@
 """Finished trials, one row of trials.csv each, in a folder from which a sweep resumes. Imports no torch."""
 
 import csv
+import functools
 import glob
 import io
 import json
@@ -13,9 +14,10 @@ from configure import SETTINGS, Config, UserError, check_setting, complete_saved
 
 SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "steps", "lr", "seed")
 EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
-COLUMNS = (*SETTING_COLUMNS, *EVALUATION_COLUMNS, "train_loss", "parameters", "flops", "seconds", "diverged",
-           "failure", "curve", "config")
-TEXT_COLUMNS = {"parametrization", "diverged", "failure", "curve", "config"}
+OLD_COLUMNS = (*SETTING_COLUMNS, *EVALUATION_COLUMNS, "train_loss", "parameters", "flops", "seconds",
+               "diverged", "failure", "curve", "config")
+COLUMNS = (*OLD_COLUMNS, "swept")
+TEXT_COLUMNS = {"parametrization", "diverged", "failure", "curve", "config", "swept"}
 NUMBER_COLUMNS = [name for name in COLUMNS if name not in TEXT_COLUMNS]
 CURVE_POINTS = 25  # of a training curve: each is the mean loss of an equal share of the steps
 STOPPED_EARLY = "stopped early"  # by a search: how `failure` begins where the trial has not failed
@@ -45,11 +47,17 @@ def has_failed(row):
     return bool(row["failure"]) and not row["failure"].startswith(STOPPED_EARLY)
 
 
+def swept_axes(rows):
+    """The axes of the sweeps that made `rows`, such as ["width,depth", "lr"], in the order in which they were
+    typed; empty for the rows of a search, and for those of older versions, which do not say."""
+    return list(dict.fromkeys(axis for row in rows for axis in row["swept"].split()))
+
+
 def trial_row(config, key, result, seconds):
     """The row of a trial, as read_trials() returns it. key: its identity(). result: the Result of train(), or
     the exception that it raised."""
     row = dict.fromkeys(NUMBER_COLUMNS, math.nan) | {name: getattr(config, name) for name in SETTING_COLUMNS}
-    row |= {"seconds": round(seconds, 2), "config": key, "curve": [], "diverged": True}
+    row |= {"seconds": round(seconds, 2), "config": key, "curve": [], "diverged": True, "swept": ""}
     if isinstance(result, Exception):
         message = " ".join(f"{type(result).__name__}: {result}".split())
         return row | {"failure": message[:300]}
@@ -75,15 +83,16 @@ def training_curve(losses, steps):
 
 
 def append_rows(path, rows):
-    """Adds rows to the file at `path` and forces them to the disk. A last line that a kill cut short is
-    removed first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    """Adds rows to the file at `path`, in the columns that it has, and forces them to the disk. A last line
+    that a kill cut short is removed first."""
     with open(path, "a+b") as file:
         file.seek(0)
-        complete = file.read().rfind(b"\n") + 1  # bytes of complete lines
-        file.truncate(complete)
-        if complete == 0:
+        complete, newline, _ = file.read().rpartition(b"\n")
+        file.truncate(len(complete + newline))
+        columns = complete.partition(b"\n")[0].decode("utf-8-sig").strip().split(",") if complete else COLUMNS
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        if not complete:
             writer.writeheader()
         writer.writerows(row | {"curve": " ".join(f"{loss:.4f}" for loss in row["curve"])} for row in rows)
         file.write(text.getvalue().encode())
@@ -93,14 +102,18 @@ def append_rows(path, rows):
 
 def read_trials(folder):
     """The rows in `folder`, whichever process wrote them: dicts with numbers as float and the curve as a list
-    of them. Of a trial that failed, the last row, and none where it has another. Raises UserError when a row
-    is damaged."""
+    of them. Of a trial that failed, the last row, and none where it has another. Raises UserError when a file
+    has no header, or a row is damaged."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "trials*.csv"))):
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
             text = file.read()
         complete = text[:text.rfind("\n") + 1]  # another process may be writing the last line
         reader = csv.DictReader(io.StringIO(complete))
+        if missing := {*OLD_COLUMNS} - {*(reader.fieldnames or OLD_COLUMNS)}:
+            columns = COLUMNS if len(reader.fieldnames) == len(COLUMNS) else OLD_COLUMNS
+            raise UserError(f"{path}: line 1 is not the header of a table of trials, as it has no column "
+                            f"{min(missing)}; put this line before it: {','.join(columns)}")
         try:
             rows += [parse_row(row, path) for row in reader]
         except UserError:
@@ -110,17 +123,26 @@ def read_trials(folder):
     return drop_retried(rows)
 
 
-def parse_row(row, path):
-    """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
-    saved = json.loads(row["config"])
+@functools.cache
+def complete_key(key, where=""):
+    """A key as this version writes it, of one that this or an older version wrote; any other text as it is.
+    Raises UserError when a setting is unknown or invalid."""
+    if not key.startswith("{"):
+        return key
+    saved = json.loads(key)
     hashes = {name: saved.pop(name) for name in HASHES if name in saved}
-    settings = {name: check_setting(name, value, f"{path}: ")
-                for name, value in complete_saved(saved).items()}
+    settings = {name: check_setting(name, value, where) for name, value in complete_saved(saved).items()}
     facts = None
     if hashes:
         facts = hashes | {name: settings[name] for name in FACTS if name in saved}
+    return identity(Config(**settings), facts)
+
+
+def parse_row(row, path):
+    """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
     parsed = row | {name: float(row[name] or "nan") for name in NUMBER_COLUMNS}
-    parsed["config"] = identity(Config(**settings), facts)
+    parsed["config"] = complete_key(row["config"], f"{path}: ")
+    parsed["swept"] = row.get("swept") or ""
     parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
     parsed["curve"] = [float(loss) for loss in row["curve"].split()]
     return parsed

@@ -8,12 +8,15 @@ killed is free again at once. They work over machines where the file system has 
 import contextlib
 import hashlib
 import os
+import signal
+import threading
 import time
 
 from scaling.cli import make_folder
 
 LOCK_FILE = "trials.lock"
 MAX_WORKERS = 10_000  # each has a file of rows of its own, so that no two write into one line
+PARENT = "SCALING_PARENT"  # the variable that tells a process started by another which one that was
 
 
 class Worker:
@@ -26,8 +29,7 @@ class Worker:
 
     def __enter__(self):
         self.file = open(os.path.join(self.folder, LOCK_FILE), "a+b")
-        slots = (slot for slot in range(MAX_WORKERS) if self._lock(slot))
-        slot = next(slots)
+        slot = next(slot for slot in range(MAX_WORKERS) if self._lock(slot))
         self.path = os.path.join(self.folder, f"trials-{slot}.csv" if slot > 0 else "trials.csv")
         return self
 
@@ -82,3 +84,16 @@ def offset_of(key):
 def pause():
     """Between two looks at what others are training."""
     time.sleep(0.25)
+
+
+def end_with_parent():
+    """Ends this process, if another started it as its worker, when that other has ended, by SIGKILL too."""
+    parent = os.environ.get(PARENT)
+
+    def watch():
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()

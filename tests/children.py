@@ -79,6 +79,16 @@ def hold_trial(folder, key):
             signal.pause()
 
 
+def claim_draws(folder, url, count):
+    """Claim as many draws of a study in the database at `url` as nobody else claims, of `count`."""
+    from scaling import study
+    from scaling.worker import Worker
+    with Worker(folder) as worker:
+        shared = study.SharedStudy(study.open_storage(url, folder), "search", worker, "{}")
+        while shared.claim(map(str, range(count)), lambda key: ({}, {}, "{}")):
+            pass
+
+
 def hold_folder(path):
     """Lock the folder at `path`, for ever."""
     from training.folder import locked_folder

@@ -75,6 +75,11 @@ def to_words(settings):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def lab_words(settings):
+    """The same for a command of the lab, which uses no setting of a sample."""
+    return to_words({name: value for name, value in settings.items() if name != "sample_tokens"})
+
+
 def start_train(settings, **changes):
     """A fork that does what `python train.py` does with these settings."""
     return Fork(run_train, to_words(settings | changes))

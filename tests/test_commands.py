@@ -123,7 +123,7 @@ def test_an_option_may_be_followed_by_its_value_and_a_slip_in_one_is_noticed():
                                          "", takes_axes=True)
     assert (options, axes, words) == ({"out": "x", "stack": 1}, {"lr": "1,2"}, ["--width", "64"])
     for words, line in {"--stak=8": "stak: no such setting or option; did you mean stack?",
-                        "--out": "out: got no value, takes --out=VALUE"}.items():
+                        "--out": "out needs a value: --out=VALUE"}.items():
         with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
             parse_options([words], {"out": "", "stack": 1}, "")
 

@@ -15,7 +15,7 @@ import time
 import pytest
 from children import hold_folder, run_command, run_train, run_train_with
 from conftest import run
-from processes import Fork, start_ranks, start_train, to_words, wait_for_rows, wait_until
+from processes import Fork, lab_words, start_ranks, start_train, to_words, wait_for_rows, wait_until
 
 import train
 from configure import UserError
@@ -282,7 +282,7 @@ def losses_in(folder):
 
 
 def test_pairs_of_sweeps_that_are_killed_share_all_trials_and_lose_and_double_none(corpus, tmp_path, request):
-    words = [*to_words(corpus | {"steps": 20}), "lr=2**-8..2**-6", "width=32,64"]
+    words = [*lab_words(corpus | {"steps": 20}), "lr=2**-8..2**-6", "width=32,64"]
     assert sweep.main([*words, f"--out={tmp_path}/alone"]) == 0
     expected, choose = losses_in(tmp_path / "alone"), random.Random(0)
     assert len(expected) == 6
@@ -312,7 +312,7 @@ def finished_keys(folder):
 def test_pairs_of_searches_that_are_killed_lose_and_double_no_trial(corpus, tmp_path, request):
     if not request.config.getoption("--long"):
         pytest.skip("takes --long")
-    words = [*to_words(corpus | {"steps": 10}), "--trials=8", "--seeds=1", "--sampler=tpe", "--space=lr"]
+    words = [*lab_words(corpus | {"steps": 10}), "--trials=8", "--seeds=1", "--sampler=tpe", "--space=lr"]
     assert search.main([*words, f"--out={tmp_path}/alone"]) == 0
     expected, choose = losses_in(tmp_path / "alone"), random.Random(0)
     for i in range(17):

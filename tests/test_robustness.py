@@ -21,7 +21,7 @@ from children import run_train_on_a_small_disk, run_train_until_killed, run_trai
 from conftest import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from processes import Fork, start_train, to_words
+from processes import Fork, lab_words, start_train, to_words
 
 import train
 from configure import SETTINGS, Config, UserError, help_text, names_in
@@ -437,7 +437,7 @@ def test_a_damaged_study_is_read_or_rejected_in_a_line(corpus, tmp_path, request
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(search, "LEADERS", 1)
     monkeypatch.setattr(search, "OCTAVES", ())
-    words = [*to_words(corpus | {"steps": 1}), "--trials=2", "--seeds=1", "--sampler=tpe", "--space=lr"]
+    words = [*lab_words(corpus | {"steps": 1}), "--trials=2", "--seeds=1", "--sampler=tpe", "--space=lr"]
     assert search.main([*words, "--out=search"]) == 0
     content = (tmp_path / "search/study.log").read_bytes()
     shutil.copytree("search", "kept")

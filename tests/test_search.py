@@ -1,19 +1,22 @@
 """The search: what it finds, how workers share it, and how it survives kills and databases that are down."""
 
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
+import threading
 import time
 from dataclasses import replace
 
 import pytest
-from children import hold_trial, run_command
-from processes import Fork, to_words, wait_until
+from children import claim_draws, hold_trial, run_command
+from processes import Fork, lab_words, wait_until
 
 from configure import Config, UserError, configure
 from scaling import search, space, study, sweep
@@ -21,6 +24,7 @@ from scaling.space import SPACE, Choice, Range, parse_space
 from scaling.trials import read_trials, settings_of
 from scaling.worker import Worker
 from train import train
+from training.cli import run_name
 
 OPTIONS = {"trials": 8, "seeds": 1, "stack": 1, "sampler": "tpe", "storage": "", "study": "search", "seed": 0}
 LR_ONLY = {"lr": Range(2**-14, 2**-5)}
@@ -41,14 +45,14 @@ def run(corpus, folder, space=SPACE, **options):
 
 def start_search(corpus, folder, *words):
     """A process that does what `python -m scaling.search` does."""
-    words = [*to_words(corpus), f"--out={folder}", "--seeds=1", "--sampler=tpe", *words]
+    words = [*lab_words(corpus), f"--out={folder}", "--seeds=1", "--sampler=tpe", *words]
     return Fork(run_command, "scaling.search", words)
 
 
 def draws_of(folder, storage=""):
     """{key: finished trial} of the draws in a folder's study."""
     with Worker(str(folder)) as worker:
-        shared = study.SharedStudy(study.open_storage(storage, str(folder)), "search", worker, None)
+        shared = study.SharedStudy(study.open_storage(storage, str(folder)), "search", worker)
         return shared.finished()
 
 
@@ -66,6 +70,39 @@ def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path
     assert "sampler tpe, seed 0, 10 draws and" in text and "the mean of 2 seeds" in text
     assert report == (tmp_path / "search.txt").read_text() and "best after so many draws: 1: " in report
     assert (tmp_path / "search.png").stat().st_size > 10_000
+
+
+def test_a_target_is_trained_as_the_search_was_whatever_the_defaults_are(corpus, tmp_path):
+    """On its text, by its optimizer, with its block; the target keeps its own size, batches and steps."""
+    searched = {"optimizer": "muon", "norm": "layer", "qk_norm": False, "window": 8, "dropout": 0.1,
+                "tied": True}
+    own = {"width": 64, "depth": 3, "head_dim": 32, "context": 24, "batch": 6, "steps": 9, "seed": 5}
+    run(corpus | searched, tmp_path, LR_ONLY, trials=2, steps=2)
+    (tmp_path / "target.py").write_text("".join(f"{name} = {value}\n" for name, value in own.items()))
+    target = vars(configure([str(tmp_path / "target.py"), str(tmp_path / "best.py")]))
+    expected = corpus | searched | own
+    assert {name: target[name] for name in expected} == expected | {
+        name: getattr(Config, name) for name in ("data_dir", "eval_tokens", "sample_tokens", "device")}
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    (["config/target.py", "out/search/best.py"], "target"),
+    (["out/mine/best.py", "--width=512"], "mine-best"),
+    (["config/proxy.py", "config/muon.py"], "muon"), (["--width=64"], "run")])
+def test_a_run_is_named_after_its_target_and_not_after_best_py(words, name):
+    assert run_name(words) == name
+
+
+HOSTILE = 'x""";open("executed","w");""" \\ #\n\rwidth = 3'
+
+
+def test_the_name_of_a_data_set_does_not_run_as_code_in_best_py(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(corpus["dataset"], HOSTILE)
+    monkeypatch.setattr(search, "OCTAVES", ())
+    run(corpus | {"dataset": HOSTILE}, tmp_path / "a", LR_ONLY, trials=1, steps=2)
+    config = configure([str(tmp_path / "a/best.py")])
+    assert (config.dataset, config.width) == (HOSTILE, Config.width) and not os.path.exists("executed")
 
 
 def test_the_rows_of_a_search_are_those_of_train(corpus, tmp_path):
@@ -105,22 +142,29 @@ def test_a_space_of_flags_is_searched_completely_and_only_once(corpus, tmp_path)
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
 def test_a_sampler_proposes_the_same_again_and_keeps_away_from_what_is_running(corpus, tmp_path, sampler):
-    """That is what makes a resumed search the same search, and several draws at once different ones."""
+    """That is what makes a resumed search the same search, and several draws at once different ones.
+
+    The seed shows in the first draws, which are random. Afterwards a Gaussian process proposes the place
+    where it expects the most, which every seed may find, on some processors to the last bit."""
     if sampler == "gp":
         pytest.importorskip("scipy")
+    domains = space.distributions(LR_ONLY)
     with Worker(str(tmp_path)) as worker:
-        shared = study.SharedStudy(study.open_storage("", str(tmp_path)), "search", worker, None)
-        domains = space.distributions(LR_ONLY)
+        shared = study.SharedStudy(study.open_storage("", str(tmp_path)), "search", worker)
+
+        def suggest(seed, number):
+            return math.log2(study.suggest(shared, sampler, seed, domains, number)["lr"])
+
+        assert suggest(0, 3) == suggest(0, 3) and len({suggest(0, 3), suggest(1, 3), suggest(0, 4)}) == 3
         for number in range(study.STARTUP + 2):
             rate = 2.0 ** (-14 + number / 2)
             claim = shared.claim([str(number)], lambda key, rate=rate: ({"lr": rate}, domains, "{}"))
-            row = {"val_loss": abs(number - 12.0), "diverged": number == 3, "failure": ""}
+            row = {"val_loss": abs(number - 12.0), "diverged": number == 3, "failure": "", "config": "{}"}
             shared.finish(claim, row, {9: 5.0})
-        first = study.suggest(shared, sampler, 0, domains, 18)
-        assert study.suggest(shared, sampler, 0, domains, 18) == first
-        assert study.suggest(shared, sampler, 1, domains, 18) != first
-        shared.claim(["99"], lambda key: (first, domains, "{}"))
-        assert study.suggest(shared, sampler, 0, domains, 19) != first
+        first = suggest(0, 18)
+        assert suggest(0, 18) == first == pytest.approx(-8, abs=0.5), "the best so far is 2**-8"
+        shared.claim(["99"], lambda key: ({"lr": 2**first}, domains, "{}"))
+        assert suggest(0, 19) != pytest.approx(first, abs=1e-4)
         losses = study.capped_losses(shared.finished())
         assert losses["12"] == 0 and losses["3"] == max(losses.values()) < 9, "bad draws are all alike"
 
@@ -142,7 +186,7 @@ def test_a_hopeless_draw_is_stopped_early_and_its_flops_are_counted(corpus, tmp_
 
 
 def test_a_search_in_which_every_draw_diverges_ends_in_a_line(corpus, tmp_path):
-    with pytest.raises(UserError, match="^search: all 3 trials diverged; takes a smaller --lr"):
+    with pytest.raises(UserError, match="^search: all 3 trials diverged"):
         run(corpus, tmp_path, {"readout_lr_mult": Range(1e20, 1e25)}, trials=3, lr=1e30, readout_lr_mult=1e22)
     assert len(read_trials(tmp_path)) == 3
 
@@ -160,8 +204,23 @@ def test_a_study_of_other_settings_or_another_measure_is_rejected(corpus, tmp_pa
     for change in "steps: 2, here 3", "eval_tokens: 512, here 64", "precision: fp32, here bf16":
         name, value = change.split(":")[0], change.split(" ")[-1]
         value = value if name == "precision" else int(value)
-        with pytest.raises(UserError, match=f"^out: got the study 'search' of other settings .{change}.; "):
+        with pytest.raises(UserError, match=f"^out: the study 'search' is of another search .{change}."):
             run(corpus | {"steps": 2, name: value}, tmp_path, LR_ONLY, trials=1)
+
+
+def test_a_search_over_another_space_in_the_same_folder_is_rejected(corpus, tmp_path):
+    run(corpus, tmp_path, LR_ONLY, trials=1, steps=2)
+    log = (tmp_path / "study.log").read_text()
+    assert '"space"' in log
+    for other in {"lr": Range(2**-13, 2**-5)}, LR_ONLY | {"zero_query": Choice((False, True))}, {}:
+        with pytest.raises(UserError, match="^out: the study 'search' is of another search .space: "):
+            run(corpus, tmp_path, other, trials=1, steps=2)
+    # An older version did not keep the space: its draws tell
+    lines = [line for line in log.splitlines(keepends=True) if '"space"' not in line]
+    (tmp_path / "study.log").write_text("".join(lines))
+    with pytest.raises(UserError, match="^out: the study 'search' is of another search .space: "):
+        run(corpus, tmp_path, {"lr": Range(2**-13, 2**-5)}, trials=1, steps=2)
+    assert len(run(corpus, tmp_path, LR_ONLY, trials=2, steps=2)[0].rows()[0]) == 2
 
 
 def test_a_study_of_an_older_version_goes_on(corpus, tmp_path, monkeypatch):
@@ -194,7 +253,7 @@ def fail_on(keys):
 def test_a_failed_trial_of_a_search_is_shown_and_is_tried_again_as_it_was(corpus, tmp_path, monkeypatch,
                                                                         capsys):
     words = ["--trials=4", "--seeds=1", "--space=lr", f"--out={tmp_path}/a", "--sampler=tpe",
-             *to_words(corpus | {"steps": 2})]
+             *lab_words(corpus | {"steps": 2})]
     monkeypatch.setattr(sweep, "train", fail_on({1, 4}))  # a draw, and a leader's other seed
     assert search.main(words) == 1
     output = capsys.readouterr().out
@@ -217,7 +276,7 @@ def test_a_failed_trial_of_a_search_is_shown_and_is_tried_again_as_it_was(corpus
 
 def test_a_search_in_which_all_trials_fail_ends_in_a_line_and_writes_no_best_py(corpus, tmp_path, monkeypatch,
                                                                              capsys):
-    words = ["--trials=3", f"--out={tmp_path}/a", "--sampler=tpe", *to_words(corpus)]
+    words = ["--trials=3", f"--out={tmp_path}/a", "--sampler=tpe", *lab_words(corpus)]
     monkeypatch.setattr(sweep, "train", fail_on(range(10)))
     for _ in range(2):
         assert search.main(words) == 1
@@ -272,6 +331,37 @@ def test_a_half_written_line_of_the_journal_is_cut_off(corpus, tmp_path):
     assert len(draws_of(tmp_path)) == 3
 
 
+def test_a_damaged_line_of_the_journal_is_named_by_its_file_and_number(corpus, tmp_path):
+    run(corpus, tmp_path, LR_ONLY, trials=2, steps=2)
+    lines = (tmp_path / "study.log").read_bytes().splitlines()
+    number = next(i for i, line in enumerate(lines) if b'"row":' in line)
+    for damaged in (b"nonsense", lines[number][:-9], b"\xff" + lines[number], b"[1, 2]",
+                    lines[number].replace(b"op_code", b"op_cod"),
+                    lines[number].replace(b"trial_id", b"trail_id"),
+                    lines[number].replace(b'\\"width\\": ', b'\\"width ')):
+        text = b"\n".join([*lines[:number], damaged, *lines[number + 1:], b""])
+        (tmp_path / "study.log").write_bytes(text)
+        with pytest.raises(UserError, match=f"{tmp_path}/study.log: line {number + 1} is damaged"):
+            run(corpus, tmp_path, LR_ONLY, trials=3, steps=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_workers_of_a_search_that_is_ended_end_too(corpus, tmp_path, request, number):
+    if number == signal.SIGKILL and not request.config.getoption("--long"):
+        pytest.skip("takes --long")
+    process = start_search(corpus | {"steps": 40}, tmp_path, "--trials=500", "--workers=2")
+    wait_until(lambda: {"trials.csv", "trials-1.csv"} <= {*os.listdir(tmp_path)}, process)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    if number == signal.SIGTERM:
+        assert process.returncode == 130 and "run the same command again to resume" in output
+    start = time.monotonic()
+    with Worker(str(tmp_path)) as worker:
+        while not worker._lock(1):  # the other worker has ended when its lock is free
+            assert time.monotonic() < start + 30, "an orphan trains on"
+            time.sleep(0.05)
+
+
 def check_database(corpus, tmp_path, url):
     """Two folders, as on two machines, share a search through a database."""
     run(corpus, tmp_path / "a", LR_ONLY, trials=3, steps=2, storage=url)
@@ -284,8 +374,38 @@ def check_database(corpus, tmp_path, url):
 
 def test_a_search_is_kept_in_a_sqlite_file(corpus, tmp_path):
     check_database(corpus, tmp_path, f"sqlite:///{tmp_path}/study.db")
-    with pytest.raises(UserError, match="^storage: got sqlite:////nowhere/study.db, which does not answer"):
+    with pytest.raises(UserError, match="^storage: sqlite:////nowhere/study.db does not answer"):
         run(corpus, tmp_path / "c", LR_ONLY, storage="sqlite:////nowhere/study.db")
+
+
+def test_processes_that_start_at_once_on_a_fresh_sqlite_file_all_live(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    processes = [Fork(claim_draws, str(tmp_path / str(i)), url, 5) for i in range(6)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    with Worker(str(tmp_path / "a")) as worker:
+        shared = study.SharedStudy(study.open_storage(url, ""), "search", worker)
+        assert len(shared.trials()) == 5, "each draw is claimed once"
+
+
+def test_a_sqlite_file_that_is_locked_for_a_while_is_waited_for(tmp_path, monkeypatch, request):
+    url, seconds = f"sqlite:///{tmp_path}/study.db", 15 if request.config.getoption("--long") else 1
+    for patience in (study.LOCKED_SECONDS, 0.1):
+        monkeypatch.setattr(study, "LOCKED_SECONDS", patience)
+        with Worker(str(tmp_path)) as worker:
+            shared = study.SharedStudy(study.open_storage(url, ""), "search", worker)
+            other = sqlite3.connect(tmp_path / "study.db", check_same_thread=False)
+            other.execute("BEGIN EXCLUSIVE")
+            timer = threading.Timer(seconds, other.rollback)
+            timer.start()
+            if patience > seconds:
+                assert shared.claim(["0"], lambda key: ({}, {}, "{}")).key == "0"
+            else:
+                with pytest.raises(UserError, match="^storage: .*study.db does not answer .*locked"), \
+                        study.storage_errors_in_one_line(url, ""):
+                    shared.claim(["1"], lambda key: ({}, {}, "{}"))
+            timer.join()
 
 
 def find_postgres():
@@ -322,7 +442,7 @@ def test_a_search_is_kept_in_postgresql_and_ends_in_a_line_when_that_stops(corpu
     finally:
         call("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
         shutil.rmtree(cluster)
-    with pytest.raises(UserError, match="^storage: got postgresql.*, which does not answer .Operational"):
+    with pytest.raises(UserError, match="^storage: postgresql.* does not answer .Operational"):
         run(corpus, tmp_path / "d", LR_ONLY, storage=url)
 
 
@@ -330,7 +450,7 @@ def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corp
     (tmp_path / "target.py").write_text("steps = 24\n")
     words = ["--trials=3", "--seeds=1", "--space=readout_std", f"--out={tmp_path}", "--sampler=tpe",
              f"--target={tmp_path}/target.py"]
-    search.main([*words, *to_words(corpus)])
+    search.main([*words, *lab_words(corpus)])
     assert ", 125.0% of one training of" in capsys.readouterr().out, "5 trials of 6 steps, beside 24"
     (tmp_path / "target.py").write_text("widht = 24\n")
     with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):

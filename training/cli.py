@@ -14,21 +14,29 @@ from training.folder import claim_folder, remove_empty
 
 @contextlib.contextmanager
 def chosen_run_dir(config, argv):
-    """Yields `config` with `out`: as given, or out/NAME after the last config file of the command line, or
-    the first of out/NAME-2, out/NAME-3, ... that does not exist yet. That folder is made at once, so that
-    nobody else chooses it, and removed again if the block leaves it empty. A collective."""
+    """Yields `config` with `out`: as given, or out/NAME, or the first of out/NAME-2, out/NAME-3, ... that
+    does not exist yet. That folder is made at once, so that nobody else chooses it, and removed again if the
+    block leaves it empty. A collective."""
     if config.out is not None:
         yield config
         return
-    files = [word for word in argv if word.endswith(".py")] or ["run.py"]
-    name = os.path.basename(files[-1]).removesuffix(".py")
     out, made = None, []
     if rank() == 0:
-        out, made = claim_folder(os.path.join("out", name))
+        out, made = claim_folder(os.path.join("out", run_name(argv)))
     try:
         yield replace(config, out=from_rank0(out))
     finally:
         remove_empty(made)
+
+
+def run_name(argv):
+    """The name of a run: that of the last config file of the command line. The best.py of a search says how a
+    target is trained, not which; without a target the run is named after the search."""
+    files = [word for word in argv if word.endswith(".py")] or ["run.py"]
+    targets = [path for path in files if os.path.basename(path) != "best.py"]
+    if targets:
+        return os.path.basename(targets[-1]).removesuffix(".py")
+    return f"{os.path.basename(os.path.dirname(os.path.abspath(files[-1])))}-best"
 
 
 @contextlib.contextmanager
