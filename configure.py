@@ -146,8 +146,9 @@ class Config:
     warmup: Fraction = setting(0.1, "training", "fraction of the steps, linear rise", tuned=True)
     warmup_tokens: Count | None = setting(None, "training", tuned=True,
         help="length of the warmup in tokens; None: by warmup")
-    schedule: one_of("cosine", "linear", "constant", "wsd", "inverse_sqrt", "step") = setting(
-        "cosine", "training", "of the learning rate, after warmup", tuned=True)
+    schedule: one_of("cosine", "linear", "constant", "wsd", "wsd_sqrt", "inverse_sqrt", "step") = setting(
+        "cosine", "training", tuned=True,
+        help="of the learning rate, after warmup; wsd: stable, then a linear decay, of wsd_sqrt by 1 - sqrt")
     final_lr: Share = setting(0.1, "training", tuned=True,
         help="fraction of the peak that the schedule ends at, or never goes under")
     decay_fraction: Share = setting(0.2, "training", tuned=True,

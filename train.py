@@ -1,7 +1,11 @@
 """Train a GPT: `python train.py CONFIG.py [--name=value ...]`; `python train.py RUN_DIR` resumes a run.
-`train(config)` is the same for scripts and notebooks; `--help` lists every setting."""
+`train(config)` is the same for scripts and notebooks; `--help` lists every setting.
+
+Read it from train_step(), one optimizer step, and loop(), which repeats it; set_up() makes what they use.
+"""
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -24,7 +28,7 @@ from model import GPT
 from parametrization import format_table, role_of
 from training.checkpoint import folders_of, has_finite_weights, settings_of_checkpoint
 from training.cli import catch_signals, chosen_run_dir, errors_in_one_line
-from training.compile import compiled_training, use_cuda_graph
+from training.compile import CudaGraphed, compiled_training, fall_back_or_raise, use_cuda_graph
 from training.device import (
     batches_on_device,
     check_memory,
@@ -34,21 +38,29 @@ from training.device import (
     precision_name,
     reuse_freed_memory,
     select_device,
+    use_sensible_threads,
 )
-from training.distributed import any_rank, init_distributed, local_rank0_first, parallelize, rank, world_size
+from training.distributed import (
+    any_rank,
+    init_distributed,
+    local_rank0_first,
+    mean_over_ranks,
+    parallelize,
+    rank,
+    synchronize_gradients,
+    world_size,
+)
 from training.evaluate import evaluate
-from training.folder import OWN_FILES
-from training.logger import RunLogger, own_run_dir
+from training.log import RunLog, check_wandb
 from training.metrics import MetricsBuffer, is_finite
-from training.monitor import LossSpikeDetector, build_observers, divergence_message
-from training.optimizer import build_optimizer, choose_update
+from training.monitor import LossSpikeDetector, Watch, build_observers, divergence_message
+from training.optimizer import build_optimizer, clip_gradients
 from training.pretrained import check_same_function, load, load_pretrained, read_pretrained  # noqa: F401
+from training.run_dir import OWN_FILES, RunDir, open_run_dir
 from training.sample import BETWEEN, sample, sampling_config, write_samples
-from training.schedule import decay_start, describe_more_steps
-from training.step import TrainStep
+from training.schedule import LearningRate, decay_start, describe_more_steps
 
 READ_SECONDS = 0.5  # between two reads of the metrics, at the most
-WARM_STEPS = 3  # after them the step is compiled, allocated and captured
 
 
 @dataclass
@@ -71,7 +83,7 @@ class Result:
 
 @dataclass
 class Run:
-    """What a run works with: made once by set_up(), before the first step."""
+    """What a run works with, made before its first step."""
     config: Config
     say: object  # prints a line; silent on all ranks but the first
     device: torch.device
@@ -80,24 +92,210 @@ class Run:
     model: GPT
     parallel_model: torch.nn.Module  # `model`, or a copy or a part of it on each rank
     optimizer: torch.optim.Optimizer
-    logger: RunLogger
-    checkpoint: dict | None  # where the run resumes from
+    run_dir: RunDir
+    start: int  # steps that were done before
+    is_new: bool  # not resumed
+    result: Result
     batches: object  # yields the batch of each step
+    metrics: MetricsBuffer
+    watch: Watch  # calls the observers
+    log: RunLog | None = None
     stop_early: dict = field(default_factory=dict)  # see train()
 
-    @property
-    def start(self):
-        """Steps that were done before."""
-        return self.checkpoint["step"] if self.checkpoint else 0
+
+# The step and the loop
+
+def train_step(model, optimizer, config, autocast, batch):
+    """One optimizer step on `batch`, (2, micro-batches, B, T): tokens and their targets.
+
+    Returns one tensor, which nobody has waited for yet: the mean loss, the gradient norm before clipping, and
+    the norm of each parameter's gradient in the order of model.parameters().
+    """
+    # Gradients: those of the micro-batches add up to that of the mean loss
+    micro_batches, losses = batch.size(1), []
+    share = torch.full((), 1 / micro_batches, device=batch.device)
+    for i, (tokens_BT, targets_BT) in enumerate(zip(*batch, strict=True)):
+        with synchronize_gradients(model, config, is_last=i == micro_batches - 1):
+            with autocast:
+                loss = model(tokens_BT, targets_BT)
+            loss.backward(share)
+        losses.append(loss.detach())
+    loss = mean_over_ranks(torch.stack(losses).mean())
+
+    # Clip them, move the weights, forget them
+    grad_norm, grad_norms = clip_gradients(model, config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.cat((torch.stack((loss, grad_norm)), grad_norms))
 
 
-def set_up(config, say):
+def loop(run, step_fn, learning_rate, signals, progress):
+    """The training loop: from the first step, or where the run resumes, to the last. Fills run.result."""
+    config, metrics, result = run.config, run.metrics, run.result
+    spikes = LossSpikeDetector(config.grad_clip, run.say)
+    metrics.restart_clock()
+    for step in range(run.start, config.steps):
+        # The step. Its numbers stay on the device, which runs ahead of this loop
+        done = step + 1
+        batch = next(run.batches)
+        lr = learning_rate.set(step)
+        run.watch.before_step(done, batch)
+        seed_dropout(config, step)
+        numbers = step_fn(batch)
+        observed = run.watch.after_step(done, batch, grad_norms=numbers[2:])
+        metrics.record(done, lr, numbers, observed)
+
+        # Whether anything is due. All ranks decide alike, as what follows needs all of them
+        interrupted, reading = any_rank(bool(signals), metrics.is_due(READ_SECONDS))
+        result.stopped = interrupted and done < config.steps
+        if not (reading or result.stopped or is_due_after(config, done) or done in run.stop_early):
+            continue
+
+        # What is due: read the numbers of all steps since the last time, log, evaluate, save
+        rows = metrics.read()
+        result.history += rows
+        show_progress(progress, run, rows)
+        spikes.update(rows)
+        record(run, done, rows)
+        if done in run.stop_early and not result.diverged:
+            losses = [row["train_loss"] for row in result.history if "train_loss" in row]
+            result.stopped_early = run.stop_early[done](losses)
+        if result.diverged or result.stopped or result.stopped_early:
+            return
+        metrics.restart_clock()
+
+
+def record(run, done, rows):
+    """Log `rows`, the newest of metrics.csv, which end at `done` steps; evaluate and save what is due then. A
+    run that diverged is marked, and nothing of it is saved."""
+    config, result = run.config, run.result
+    evaluating, saving = evaluates_after(config, done), result.stopped or saves_after(config, done)
+    bad_row = find_divergence(run, done, rows, evaluating or saving)
+    if bad_row is None and evaluating:
+        if done == config.steps:  # whatever happens in the last evaluation, what was trained is on the disk
+            save(run, done, ["last.pt"])
+        rows[-1].update(validate(run, done))
+        if not math.isfinite(result.val_loss):
+            bad_row = rows[-1]
+    run.log.write(rows)
+    if bad_row is not None:
+        end_diverged(run, bad_row)
+        return
+
+    names = []
+    if evaluating and result.val_loss < result.best_val_loss:
+        result.best_step, result.best_val_loss = done, result.val_loss
+        names.append("best.pt")
+    if saving:
+        names.append("last.pt")
+    if done == decay_start(config):
+        names.append("stable.pt")
+    save(run, done, names)
+
+
+def is_due(every, step):
+    """Whether something that happens each `every` steps (None: never) happens after `step` steps."""
+    return every is not None and step % every == 0
+
+
+def evaluates_after(config, done):
+    return done == config.steps or is_due(config.eval_every, done)
+
+
+def saves_after(config, done):
+    return done in (config.steps, decay_start(config)) or is_due(config.checkpoint_every, done)
+
+
+def is_due_after(config, done):
+    return evaluates_after(config, done) or saves_after(config, done)
+
+
+def seed_dropout(config, step):
+    """Dropout depends on seed, step and rank alone, so that resuming needs no saved random state."""
+    if config.dropout:
+        torch.manual_seed(config.seed * 1_000_003 + step + 7919 * rank())
+
+
+def find_divergence(run, done, rows, with_weights):
+    """The first of `rows` that is not finite, or None. With the weights: that of `done` steps where these are
+    not, as the step after a finite loss can break them."""
+    for row in rows:
+        if not is_finite(row):
+            return row
+    if with_weights and any_rank(not has_finite_weights(run.model))[0]:
+        return rows[-1] if rows else {"step": done}
+    return None
+
+
+def validate(run, done):
+    """Evaluate after `done` steps. Returns the numbers, which are also put into the result."""
+    result = run.result
+    numbers = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)
+    for name, value in numbers.items():
+        setattr(result, name, value)
+    run.say(f"step {done:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
+            f"{result.val_bits_per_byte:.4f} bits per byte")
+    return numbers
+
+
+def save(run, done, names):
+    """Write checkpoints of the state after `done` steps under these names."""
+    past = run.result.best_step, run.result.best_val_loss, run.result.history
+    run.run_dir.save(names, done, past, run.dataset, run.model, run.optimizer)
+
+
+def end_diverged(run, row):
+    """Mark the run as diverged, and say at which numbers."""
+    run.result.diverged = True
+    roles = [role_of(name) for name, _ in run.model.named_parameters()]
+    run.say(divergence_message(row, roles, run.metrics.grad_norms, precision_name(run.autocast)))
+
+
+def show_progress(progress, run, rows):
+    """The progress bar after `rows`, the newest rows of metrics.csv."""
+    row = rows[-1]
+    speed = row["tokens_per_second"]
+    text = f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s"
+    peak = peak_flops(run.config, run.device)
+    if peak is not None:
+        text += f", MFU {speed * run.model.flops_per_token() / peak:.1%}"
+    progress.set_postfix_str(text)
+    progress.update(len(rows))
+
+
+# A run from its start to its end
+
+def train(config, quiet=False, stop_early=None):
+    """Train what `config` describes and return its Result. With config.out the run is kept there, and resumes
+    from its last checkpoint when there is one. stop_early: {step: function}, each called after that step with
+    the training losses so far, on every rank; where it returns True the run ends. Raises UserError."""
+    quiet = quiet or rank() > 0
+    say = (lambda text: None) if quiet else tqdm.write
+    with open_run_dir(config, say) as run_dir:
+        run = set_up(config, run_dir, say)
+        run.stop_early = stop_early or {}
+        run_dir.begin(format_table(run.model), run.dataset.tokenizer)
+        run.log = RunLog(run_dir, config, run.result.history)
+        with contextlib.closing(run.log):
+            say(describe(run))
+            if run.is_new or run.start < config.steps:
+                fit(run, quiet)
+            else:
+                evaluate_finished(run)
+            finish(run)
+    return run.result
+
+
+def set_up(config, run_dir, say):
     """The Run of `config`: data prepared, model built, the last checkpoint loaded. Raises UserError."""
     device, autocast = select_device(config)
     use_cuda_graph(config, device)  # rejected now, rather than after the data is prepared
+    check_wandb(config)
     reject_run_in_its_text(config)
-    logger = RunLogger(config, say)
-    checkpoint = logger.read_checkpoint()
+    checkpoint = run_dir.checkpoint_to_resume()
+    if checkpoint is not None and checkpoint["step"] == config.steps:
+        say(f"{config.out}: finished, after {config.steps:,} steps; `python train.py {config.out} "
+            f"--prompt=TEXT` samples from it, `--steps={2 * config.steps or 1000}` trains it further")
     pretrained = None
     if config.init_from and checkpoint is None:
         pretrained = read_pretrained(config.init_from)
@@ -116,11 +314,36 @@ def set_up(config, say):
         load_pretrained(pretrained, config, dataset, model)
     parallel_model = parallelize(model, config, device)
     optimizer = build_optimizer(model, capturable=use_cuda_graph(config, device))
-    logger.load(checkpoint, dataset, model, optimizer)
     start = checkpoint["step"] if checkpoint else 0
-    chunks = prefetch_batches(dataset, config, start, rank(), world_size(), pin_memory=device.type == "cuda")
-    return Run(config, say, device, autocast, dataset, model, parallel_model, optimizer, logger, checkpoint,
-               batches_on_device(chunks, device))
+    batches = prefetch_batches(dataset, config, start, rank(), world_size(), pin_memory=device.type == "cuda")
+    run = Run(config, say, device, autocast, dataset, model, parallel_model, optimizer, run_dir, start,
+              checkpoint is None, Result(model), batches_on_device(batches, device),
+              MetricsBuffer(config.tokens_before),
+              Watch(build_observers(model, dataset, config), model, autocast))
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    return run
+
+
+def resume(run, checkpoint):
+    """Bring the run to where `checkpoint` was written. What its best loss is stands in best.pt alone."""
+    best = run.run_dir.read_own("best.pt")
+    if best is not None:
+        run.result.best_step, run.result.best_val_loss, _ = best["past"]
+        eval_tokens = settings_of_checkpoint(best)["eval_tokens"]
+        if eval_tokens != run.config.eval_tokens:  # losses on other windows cannot be compared
+            run.run_dir.load_best(best, run.model)
+            numbers = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)
+            run.result.best_val_loss = numbers["val_loss"]
+            run.say(f"eval_tokens: {run.config.eval_tokens} after {eval_tokens}; best.pt has a loss of "
+                    f"{numbers['val_loss']:.4f} there")
+    run.run_dir.load(checkpoint, run.dataset, run.model, run.optimizer)
+    run.result.history = checkpoint["past"][2]
+    if run.start < run.config.steps:
+        run.say(f"{run.config.out}: resuming at step {run.start:,}")
+    steps_before = settings_of_checkpoint(checkpoint)["steps"]
+    if 0 < run.start < run.config.steps != steps_before:
+        run.say(describe_more_steps(run.config, steps_before, run.start))
 
 
 def reject_run_in_its_text(config):
@@ -128,8 +351,8 @@ def reject_run_in_its_text(config):
     another text."""
     for name in OWN_FILES if config.out and not is_prepared(config.dataset) else ():
         if would_read(config.dataset, os.path.join(config.out, name)):
-            raise UserError(f"out: got {config.out}, which lies in the data set {config.dataset}, and "
-                            f"{name} would be read as text; takes a folder outside of it")
+            raise UserError(f"out must lie outside of the data set {config.dataset}, got {config.out}: "
+                            f"{name} would be read as text")
 
 
 def open_dataset(config, checkpoint, say):
@@ -159,6 +382,9 @@ def describe(run):
         modes += ", bf16"
     if is_compiled(config, run.device):
         modes += ", compiled"
+    if run.device.type == "cpu":
+        threads = torch.get_num_threads()
+        modes += f", {threads} thread{'s' if threads > 1 else ''}"
     if use_cuda_graph(config, run.device):
         modes += ", one CUDA graph a step"
     return (f"{dataset.folder}: {dataset.train_tokens:,} training tokens, vocabulary {dataset.vocab_size:,}\n"
@@ -181,232 +407,54 @@ def describe_steps(config):
     return text
 
 
-def is_due(every, step):
-    """Whether something that happens each `every` steps (None: never) happens after `step` steps."""
-    return every is not None and step % every == 0
+def fit(run, quiet):
+    """Train from the first step, or from where the run resumes, to the last."""
+    config, graph = run.config, use_cuda_graph(run.config, run.device)
+    with contextlib.ExitStack() as during:
+        if run.start < config.steps:
+            during.enter_context(compiled_training(run.model, run.parallel_model, config, run.device,
+                                                   run.autocast, run.say))
+        # The step is train_step(), replayed as one CUDA graph where that is possible
+        plain_step = functools.partial(train_step, run.parallel_model, run.optimizer, config, run.autocast)
+        step_fn = CudaGraphed(plain_step, graph,
+                              lambda error: fall_back_or_raise("graph", config, error, run.say))
+        learning_rate = LearningRate(run.optimizer, config, graph)
+        # The first Ctrl-C or SIGTERM is put into this list: the loop then saves a checkpoint and returns
+        signals = during.enter_context(catch_signals())
+        progress = during.enter_context(tqdm(total=config.steps, initial=run.start, disable=quiet))
+        if run.is_new and is_due_after(config, 0):
+            if evaluates_after(config, 0):
+                run.result.history.append({"step": 0, "tokens": 0})
+            record(run, 0, run.result.history[:])
+        if not run.result.diverged:
+            loop(run, step_fn, learning_rate, signals, progress)
 
 
-def validate(run, result, step, row):
-    """Evaluate after `step` steps: the numbers go into `result` and `row`, of metrics.csv. Returns `row` if
-    the loss is not finite, else None."""
-    # Whatever happens in the last evaluation, what was trained is on the disk
-    saved_before = step == run.config.steps and (run.checkpoint is None or step > run.start)
-    if saved_before:
-        save(run, result, step, ["last.pt"])
-    numbers = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)
-    for name, value in numbers.items():
-        setattr(result, name, value)
-    run.say(f"step {step:,}: validation loss {result.val_loss:.4f} ± {result.val_error:.4f}, "
-            f"{result.val_bits_per_byte:.4f} bits per byte")
-    row.update(numbers)
-    if math.isfinite(result.val_loss):
-        return None
-    if saved_before:
-        run.logger.take_back_last()
-    return row
-
-
-def measure_best_again(run):
-    """The loss of best.pt on the validation windows of now; infinite where there is none."""
-    found = math.inf
-    if run.logger.load_best(run.model):
-        found = evaluate(run.model, run.dataset, run.config, run.device, run.autocast)["val_loss"]
-    run.logger.load(run.checkpoint, run.dataset, run.model, run.optimizer)
-    return found
-
-
-def find_divergence(run, rows, with_weights):
-    """The first of `rows` that is not finite, or None. With the weights: it is the last where these are not,
-    as the step after a finite loss can break them."""
-    for row in rows:
-        if not is_finite(row):
-            return row
-    broken = False
-    if with_weights:
-        [broken] = any_rank(not has_finite_weights(run.model))
-    return rows[-1] if broken else None
-
-
-def due_checkpoints(result, config, step, evaluating, saving):
-    """best.pt where the evaluation is the best so far, last.pt where due, stable.pt before a decay."""
-    names = []
-    if evaluating and result.val_loss < result.best_val_loss:
-        result.best_step, result.best_val_loss = step, result.val_loss
-        names.append("best.pt")
-    if saving:
-        names.append("last.pt")
-    if step == decay_start(config):
-        names.append("stable.pt")
-    return names
-
-
-def saves_after(config, step):
-    """Whether a checkpoint is due after `step` steps: at the end, before a decay, each checkpoint_every."""
-    return step in (config.steps, decay_start(config)) or is_due(config.checkpoint_every, step)
-
-
-def save(run, result, step, names):
-    """Write checkpoints, of the state after `step` steps, under these names."""
-    past = result.best_step, result.best_val_loss, result.history
-    run.logger.save_checkpoints(names, step, past, run.dataset, run.model, run.optimizer)
-
-
-def train(config, quiet=False, stop_early=None):
-    """Train what `config` describes and return its Result. With config.out the run is kept there, and resumes
-    from its last checkpoint when there is one. stop_early: {step: function}, each called after that step with
-    the training losses so far, on every rank; where it returns True the run ends. Raises UserError."""
-    quiet = quiet or rank() > 0
-    with own_run_dir(config):
-        run = set_up(config, say=(lambda text: None) if quiet else tqdm.write)
-        run.stop_early = stop_early or {}
-        result = Result(run.model)
-        if run.checkpoint:
-            recall(run, result)
-        train_run(run, result, quiet)
-    return result
-
-
-def recall(run, result):
-    """What `result` was when the run's checkpoint was written."""
-    result.best_step, result.best_val_loss, result.history = run.checkpoint["past"]
-    before = settings_of_checkpoint(run.checkpoint)
-    eval_tokens = before["eval_tokens"]
-    if eval_tokens != run.config.eval_tokens:  # losses on other windows cannot be compared
-        result.best_val_loss = measure_best_again(run)
-        run.say(f"eval_tokens: {run.config.eval_tokens} after {eval_tokens}; best.pt has a loss of "
-                f"{result.best_val_loss:.4f} there")
-    run.say(f"{run.config.out}: resuming at step {run.start:,}")
-    if 0 < run.start < run.config.steps != before["steps"]:
-        run.say(describe_more_steps(run.config, before["steps"], run.start))
-
-
-def train_run(run, result, quiet):
-    """Everything from the first step to the sample."""
-    config = run.config
-    observers = build_observers(run.model, config)
-    columns = [column for observer in observers for column in observer.columns]
-    run.logger.open(format_table(run.model), run.dataset.tokenizer, result.history, columns)
-    run.say(describe(run))
-    # Chosen before the model is compiled: its bf16 copies of the weights are compiled in
-    update = choose_update(run.parallel_model, run.optimizer, config, run.autocast)
-    with (contextlib.closing(run.logger),
-          compiled_training(run.model, run.parallel_model, config, run.device, run.autocast, run.say)):
-        train_step = TrainStep(run.parallel_model, run.optimizer, config, run.autocast,
-                               use_cuda_graph(config, run.device), run.say, update, observers)
-        metrics = MetricsBuffer(config.tokens_before, len([*run.model.parameters()]), columns)
-        with (catch_signals() as signals,
-              tqdm(total=config.steps, initial=run.start, disable=quiet) as progress):
-            before_the_first_step(run, result, metrics)
-            if not result.diverged:
-                loop(run, result, train_step, metrics, signals, progress)
-        update.close()
-        finish(run, result, metrics)
-
-
-def loop(run, result, train_step, metrics, signals, progress):
-    """The training loop: from the first step, or where the run resumes, to the last. Fills `result`."""
-    config, spikes = run.config, LossSpikeDetector(run.config.grad_clip, run.say)
-    metrics.restart_clock()
-    for step in range(run.start, config.steps):
-        # The step itself. Its numbers stay on the device, which runs ahead of this loop
-        lr = train_step.set_learning_rate(step)
-        numbers = train_step(next(run.batches), step)
-        metrics.record(step + 1, lr, numbers)
-
-        # What follows it. Collective, so that all ranks do the same
-        done = step + 1
-        interrupted, overdue = any_rank(bool(signals), metrics.seconds_since_read() > READ_SECONDS)
-        result.stopped = interrupted and done < config.steps
-        evaluating = done == config.steps or is_due(config.eval_every, done)
-        saving = result.stopped or saves_after(config, done)
-        warm = done == run.start + WARM_STEPS
-        if not (evaluating or saving or overdue or warm or done in run.stop_early):
-            continue
-
-        # Wait for the numbers of all steps since the last time, look for trouble, and evaluate
-        rows = metrics.read()
-        result.history += rows
-        show_progress(progress, run, metrics, rows)
-        if warm and done < config.steps:
-            metrics.forget_speeds()
-        bad_row = find_divergence(run, rows, evaluating or saving)
-        if evaluating and bad_row is None:
-            bad_row = validate(run, result, done, rows[-1])
-        run.logger.log(rows)
-        spikes.update(rows)
-        if ends_here(run, result, bad_row, metrics, done):
-            return
-
-        # Only weights that are known to be sound are saved
-        save(run, result, done, due_checkpoints(result, config, done, evaluating, saving))
-        if result.stopped:
-            return
-        metrics.restart_clock()
-
-
-def ends_here(run, result, bad_row, metrics, step):
-    """Whether the run ends before its last step: where it diverged, or where `stop_early` says so."""
-    if bad_row is not None:
-        end_diverged(run, result, bad_row, metrics)
-        return True
-    if step in run.stop_early:
-        losses = [row["train_loss"] for row in result.history if "train_loss" in row]
-        result.stopped_early = run.stop_early[step](losses)
-    return result.stopped_early
-
-
-def before_the_first_step(run, result, metrics):
-    """Evaluation and checkpoint at step 0 of a new run; for a finished one they are all that is done."""
-    config, step = run.config, run.start
-    finished = step == config.steps
-    is_new = run.checkpoint is None
-    evaluating = finished or is_new and is_due(config.eval_every, 0)
-    saving = finished or is_new and is_due(config.checkpoint_every, 0)
-    row = {"step": step, "tokens": config.tokens_before(step)}
-    if evaluating and is_new:
-        result.history.append(row)
-    bad_row = find_divergence(run, [row], evaluating or saving)
-    if evaluating and bad_row is None:
-        bad_row = validate(run, result, step, row)
-    if evaluating and is_new:
-        run.logger.log([row])
-    elif finished and "val_loss" not in result.history[-1]:  # killed just before its last evaluation
-        result.history[-1].update(row)
-        run.logger.write_history(result.history)
-    if bad_row is not None:
-        end_diverged(run, result, row, metrics)
+def evaluate_finished(run):
+    """Evaluate a run that was finished before, as a kill may have prevented that."""
+    row = run.result.history[-1]
+    if "val_loss" not in row:
+        record(run, run.start, [row])
+        run.log.rewrite()  # without the row as it was
         return
-    save(run, result, step, due_checkpoints(result, config, step, evaluating, saving))
+    validate(run, run.start)
+    if not math.isfinite(run.result.val_loss):
+        end_diverged(run, row)
 
 
-def show_progress(progress, run, metrics, rows):
-    """The progress bar after `rows`, the newest rows of metrics.csv."""
-    row, speed = rows[-1], metrics.speeds[-1]
-    text = f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s"
-    peak = peak_flops(run.config, run.device)
-    if peak is not None:
-        text += f", MFU {speed * run.model.flops_per_token() / peak:.1%}"
-    progress.set_postfix_str(text)
-    progress.update(len(rows))
-
-
-def end_diverged(run, result, row, metrics):
-    """Mark the run as diverged, and say at which numbers."""
-    result.diverged = True
-    roles = [role_of(name) for name, _ in run.model.named_parameters()]
-    run.say(divergence_message(row, roles, metrics.grad_norms, precision_name(run.autocast)))
-
-
-def finish(run, result, metrics):
+def finish(run):
     """What a run measures of itself and writes at its end."""
-    result.tokens_per_second = metrics.median_speed()
+    result = run.result
+    result.tokens_per_second = run.metrics.median_speed()
     result.peak_memory = peak_memory(run.device)
     if not (result.stopped or result.diverged):
         # Sharded models need every rank in each pass: no rank may end before the others
         stop = None if run.config.shard else run.dataset.eot
         result.sample = BETWEEN.join(write_samples(run.model, run.dataset.tokenizer, run.config, stop))
-        run.logger.write_text("sample.txt", result.sample + "\n")
+        run.run_dir.write_text("sample.txt", result.sample + "\n")
 
+
+# The command line
 
 def main(argv):
     if not argv:
@@ -418,6 +466,7 @@ def main(argv):
     config = configure(argv)
     init_distributed()
     reuse_freed_memory()
+    use_sensible_threads(config)
     for source in split_words(argv)[0]:
         starts_anew = os.path.isdir(source) and config.out != source and config.init_from is None
         if starts_anew and rank() == 0:

@@ -21,8 +21,8 @@ from configure import UserError, asks_for_help, is_from_run, run_cli, run_of
 from data.files import write_text
 from data.tokenizer import keep_tokenizer
 from interop.weights import check_same_logits, import_transformers, with_large_weights, write_model
-from training.folder import claim_folder
 from training.pretrained import build_pretrained, read_pretrained, tokenizer_of
+from training.run_dir import claim_folder
 
 CARD = """---
 library_name: transformers

@@ -43,9 +43,10 @@ from parametrization import forward_multipliers, hyperparameters, role_of
 from scaling import figures
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.fits import power_law
+from train import train_step
 from training.device import select_device
 from training.optimizer import build_optimizer
-from training.step import TrainStep
+from training.schedule import LearningRate
 
 BOUND = 0.25  # of a power. Finite sizes leave up to 0.20 under μP; a wrong exponent leaves 0.4 or more
 SHRINKING = -0.5  # power of the logits' change where the readout's random weights do most of it
@@ -126,7 +127,8 @@ def measure_run(config, dataset, steps):
     device, autocast = select_device(config)
     model = GPT(with_vocab_size(config, dataset)).to(device)
     first_readout = (model.token_embedding if config.tied else model.readout).weight.detach().clone()
-    take_step = TrainStep(model, build_optimizer(model), config, autocast)
+    optimizer = build_optimizer(model)
+    learning_rate = LearningRate(optimizer, config)
     batch = torch.stack(dataset.batch(config.seed, 0, config.batch, config.context)).to(device)
     tokens_BT, targets_BT = batch
     initial = layer_outputs(model, tokens_BT)
@@ -135,8 +137,8 @@ def measure_run(config, dataset, steps):
     for layer, output in (initial | before).items():
         measured[layer, 0] = output.abs().mean().item()
     for step in range(steps):
-        take_step.set_learning_rate(step)
-        take_step(batch[:, None], step)
+        learning_rate.set(step)
+        train_step(model, optimizer, config, autocast, batch[:, None])
         outputs = layer_outputs(model, tokens_BT)
         for layer, output in outputs.items():
             measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()

@@ -91,7 +91,7 @@ def claim_draws(folder, url, count):
 
 def hold_folder(path):
     """Lock the folder at `path`, for ever."""
-    from training.folder import locked_folder
+    from training.run_dir import locked_folder
     with locked_folder(path):
         time.sleep(1000)
 
@@ -115,8 +115,8 @@ def fail_at_evaluation(calls, error):
 
 def die_after_saves(count):
     """Be killed after `count` checkpoints were written as last.pt."""
-    from training import logger
-    original, saved = logger.write_checkpoint, 0
+    from training import run_dir
+    original, saved = run_dir.write_checkpoint, 0
 
     def write_checkpoint(path, *arguments):
         nonlocal saved
@@ -125,7 +125,35 @@ def die_after_saves(count):
         if saved == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    logger.write_checkpoint = write_checkpoint
+    run_dir.write_checkpoint = write_checkpoint
+
+
+def step_by_factors():
+    """Train by an optimizer whose state is not shaped like its parameters, as SOAP's and Shampoo's."""
+    import torch
+
+    import train
+    from parametrization import param_groups
+    from training.distributed import copy_into_shard, full_tensor
+
+    class Factored(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    grad = full_tensor(p.grad)
+                    matrix, state = grad.view(len(grad), -1), self.state[p]
+                    if not state:
+                        state |= {"count": 0, "factors": [torch.zeros(matrix.size(1), matrix.size(1)), None]}
+                    state["count"] += 1
+                    state["factors"][0] += matrix.T @ matrix
+                    scale = state["factors"][0].trace().sqrt() / state["count"]
+                    update = grad / (scale + 1e-6) * group["lr"]
+                    if hasattr(p, "full_tensor"):
+                        update = copy_into_shard(torch.empty_like(p), update)
+                    p.sub_(update)
+
+    train.build_optimizer = lambda model, capturable=False: Factored(param_groups(model), {})
 
 
 def run_train_with(words, name, *arguments):

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from children import enter, run_train
+from children import enter, run_train, run_train_with
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Seconds after which a process that hangs is killed, and its test fails. Far more than any needs: on a busy
@@ -85,13 +85,16 @@ def start_train(settings, **changes):
     return Fork(run_train, to_words(settings | changes))
 
 
-def start_ranks(world_size, settings, folder=ROOT, **changes):
-    """Forks that do what the processes of torchrun do: a list, rank 0 first."""
+def start_ranks(world_size, settings, folder=ROOT, function=None, **changes):
+    """Forks that do what the processes of torchrun do: a list, rank 0 first. function: of children.py, called
+    in each before it trains."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [Fork(run_train, to_words(settings | changes),
+    words = to_words(settings | changes)
+    what = (run_train, words) if function is None else (run_train_with, words, function)
+    return [Fork(*what,
                  environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder=str(folder))
             for rank in range(world_size)]
 

@@ -186,7 +186,7 @@ def test_what_is_no_task_among_several_of_srun_is_left_alone():
         assert torchrun_variables(environment) == {}
     own = torchrun_variables(STEP | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
     assert (own["MASTER_ADDR"], own["MASTER_PORT"]) == ("head", "1234")
-    with pytest.raises(UserError, match="^srun: got SLURM_STEP_NODELIST='', takes a list of hosts"):
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST"):
         torchrun_variables(STEP | {"SLURM_STEP_NODELIST": ""})
 
 

@@ -24,7 +24,7 @@ from scaling.study import SharedStudy, open_storage
 from scaling.trials import read_trials
 from scaling.worker import Worker
 from training.checkpoint import read_checkpoint
-from training.folder import claim_folder, locked_folder
+from training.run_dir import claim_folder, locked_folder
 
 ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
 
@@ -52,8 +52,7 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_rejected_with_who_holds_i
     second = start_train(corpus | ENDLESS, out=out, seed=1)
     _, errors = second.communicate()
     assert second.returncode == 2
-    assert re.fullmatch(rf"error: out: {out} is in use by process {first.pid} on \S+, since .*; takes "
-                        "another folder, or wait for its end", error_line(errors))
+    assert re.match(rf"error: out: {out} is in use by process {first.pid} on \S+, since ", error_line(errors))
     assert (out / "config.json").stat().st_mtime_ns == before
     wait_for_rows(first, out, len(read_steps(out)) + 5)
     first.send_signal(signal.SIGINT)
@@ -137,7 +136,7 @@ def test_a_folder_of_other_files_is_rejected_and_left_alone(corpus, tmp_path, na
     for name in names:
         (out / name).write_text('{"model_type": "bert"}')
     before = snapshot(out)
-    with pytest.raises(UserError, match=f"^out: {out} holds {sorted(names)[0]} and no run; takes a new or"):
+    with pytest.raises(UserError, match=f"^out .*{out}, which holds {sorted(names)[0]} "):
         run(corpus, out=str(out))
     assert snapshot(out) == before
 
@@ -163,7 +162,7 @@ def test_a_run_inside_its_own_text_is_rejected(corpus, tmp_path, monkeypatch):
     for i in range(20):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i} " * 40)
     for dataset in ("text", "text/**/*.txt", "text/*/*", str(tmp_path)):
-        with pytest.raises(UserError, match="^out: got text/run, which lies in the data set"):
+        with pytest.raises(UserError, match="^out .*text/run: .* would be read as text"):
             run(corpus, dataset=dataset, out="text/run")
     assert "run" not in os.listdir("text")
     run(corpus, dataset="text", out="text-run")
@@ -198,7 +197,7 @@ def test_a_prepared_folder_may_stand_for_the_text_that_a_run_began_with(corpus, 
     settings = corpus | {"dataset": str(text), "out": out}
     run(settings)
     (text / "0.txt").write_text("other text")
-    with pytest.raises(UserError, match="^dataset: .*other tokens.*takes --dataset=") as caught:
+    with pytest.raises(UserError, match="^dataset .*--dataset=") as caught:
         run(settings, steps=8)
     folder = re.search("--dataset=(.*), which holds those", str(caught.value))[1]
     assert len(run(settings, steps=8, dataset=folder).history) == 8

@@ -1,21 +1,84 @@
 """Several processes: one loss curve for any number of them, one writer, and an end that loses nothing."""
 
+import contextlib
 import csv
 import os
+import random
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from children import run_train, run_train_with
 from conftest import run
-from processes import TIMEOUT, finish, start_command, start_ranks, wait_for_rows
+from processes import TIMEOUT, Fork, finish, start_command, start_ranks, to_words, wait_for_rows
+
+from configure import UserError
+from training.cli import catch_signals
+from training.distributed import check_torchrun, torchrun_variables
 
 DEEP = {"steps": 20, "micro_batch": 2, "batch": 16, "weight_decay": 0.1, "zero_residual_out": True,
         "eval_every": 10, "checkpoint_every": 10, "embedding_lr_mult": 8.0}
 GPT3 = {"batch_start": 8, "batch_ramp_tokens": 1400, "warmup_tokens": 300, "decay_tokens": 3000, "window": 5}
 SETTINGS = {"gpt3": GPT3, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True}}
 FLOAT_COLUMNS = ("train_loss", "val_loss", "grad_norm")
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7",
+         "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node1"}
+
+
+def joins(environment):
+    return check_torchrun(environment | torchrun_variables(environment))
+
+
+@pytest.mark.parametrize(("environment", "name"), [
+    *[({key: text for key, text in TORCHRUN.items() if key != name}, name)
+      for name in TORCHRUN if name != "LOCAL_RANK"],
+    ({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK"),
+    (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "1"}, "RANK"),  # would wait for a rank 0 that never starts
+    *[(TORCHRUN | {name: text}, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+      for text in ("two", "-1")],
+    (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT"),
+    *[({key: text for key, text in SLURM.items() if key != name}, name)
+      for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")],
+    *[(SLURM | {name: "x"}, name) for name in SLURM if name != "SLURM_STEP_NODELIST"]])
+def test_variables_that_are_set_in_part_or_wrongly_are_rejected_by_name(environment, name):
+    with pytest.raises(UserError, match=f"^{name}"):
+        joins(environment)
+
+
+def test_any_environment_is_one_process_several_or_rejected_in_a_line(request):
+    choose, seen = random.Random(0), []
+    for _ in range(20_000 if request.config.getoption("--long") else 500):
+        environment = {}
+        for name, text in (TORCHRUN | SLURM).items():
+            if choose.random() < 0.8:
+                environment[name] = choose.choice([*[text] * 4, "1", "", "x", "-1", "1e9", "\u0663"])
+        with contextlib.suppress(UserError):  # any other error fails
+            seen.append(joins(environment))
+    assert set(seen) == {True, False}
+
+
+def test_a_process_alone_of_several_does_not_wait_a_day(corpus, tmp_path):
+    words = to_words(corpus | {"out": tmp_path / "run"})
+    process = Fork(run_train, words, environment=TORCHRUN | {"RANK": "2"})
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "error: RANK" in errors and "Traceback" not in errors
+
+
+def test_a_process_that_fails_as_another_died_is_not_ended_before_it_has_said_so(monkeypatch):
+    monkeypatch.setattr("training.cli.world_size", lambda: 2)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.suppress(RuntimeError), catch_signals():
+            raise RuntimeError("gloo: connection closed by peer")
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does; by default it would end the tests
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def interrupt_torchrun(settings, folder, number):
@@ -89,6 +152,25 @@ def test_a_checkpoint_resumes_with_any_other_number_of_processes_sharded_or_not(
     finish(start_ranks(2, settings))
     expected = read_columns(tmp_path / "uninterrupted")
     assert read_columns(tmp_path / "run")[:20] == pytest.approx(expected[:20], abs=1e-5)
+
+
+def test_state_that_is_not_shaped_like_its_parameter_resumes_sharded_or_not(corpus, tmp_path):
+    settings = corpus | {"warmup": 0.0, "schedule": "constant", "tied": True, "checkpoint_every": 4}
+    one, many = settings | {"out": tmp_path / "one"}, settings | {"out": tmp_path / "many"}
+
+    def start(settings):
+        return Fork(run_train_with, to_words(settings), "step_by_factors")
+
+    straight = start(one | {"steps": 12})
+    finish(start_ranks(2, many, function="step_by_factors", shard=True, steps=4))
+    finish([start(many | {"steps": 8})])
+    finish(start_ranks(2, many, function="step_by_factors", shard=True, steps=12))
+    finish([straight])
+    for column in ("train_loss", "grad_norm"):
+        ours, theirs = (read_columns(tmp_path / name, [column]) for name in ("many", "one"))
+        assert len(ours) == 12 and ours == pytest.approx(theirs, rel=1e-4)
+    saved = torch.load(tmp_path / "many/last.pt", weights_only=True)["optimizer"]["blocks.0.mlp.down.weight"]
+    assert saved["count"] == 12 and saved["factors"][0].shape != (32, 32) and saved["factors"][1] is None
 
 
 def check_interrupted(folder, output, number):

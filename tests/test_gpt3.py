@@ -282,7 +282,7 @@ def test_the_least_memory_of_a_run_knows_the_passes_of_a_ramp_and_the_mask_of_a_
     window = dataclasses.replace(ramp, window=8)
     assert least_memory(window, model_size(window), autocast, None) - least[1] == 256 * 256
     monkeypatch.setattr("training.device.total_memory", lambda device: least[1] * 0.92)
-    with pytest.raises(UserError, match="^micro_batch: 60 sequences .* takes --micro_batch=30$"):
+    with pytest.raises(UserError, match="^micro_batch: 60 sequences .* --micro_batch=30$"):
         check_memory(ramp, torch.device("cpu"), autocast)
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import column, cuda, run
 
+import train
 from configure import Config
 from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
 from parametrization import role_of
-from training.logger import COLUMNS
-from training.monitor import LossSpikeDetector, build_observers, divergence_message
+from training.log import COLUMNS
+from training.monitor import LossSpikeDetector, Observer, build_observers, divergence_message
 
 QUANTITIES = ("grad_norm", "weight_rms", "update_over_weight")
 CONSTANT = {"schedule": "constant", "warmup": 0.0}  # n steps are the first n of any longer run
@@ -95,7 +96,7 @@ def test_training_is_the_same_to_the_last_bit_with_and_without_the_numbers_of_th
 
 def test_without_log_roles_nothing_is_watched_and_no_column_is_added(corpus, tmp_path):
     config = Config(**corpus, vocab_size=257)
-    assert build_observers(GPT(config), config) == []
+    assert build_observers(GPT(config), None, config) == []
     run(corpus, out=str(tmp_path / "run"))
     assert [*read_rows(tmp_path / "run")[0]] == COLUMNS
 
@@ -116,6 +117,42 @@ def test_a_resumed_run_may_start_or_stop_logging_the_roles(corpus, tmp_path, fir
     assert column(result) == column(run(corpus | CONSTANT, steps=6))
     run(settings, steps=6)  # once more: read back from a checkpoint of both kinds of rows
     assert read_rows(tmp_path / "run") == rows
+
+
+class Probe(Observer):
+    """Reads the attention of a block by a hook, in a pass of its own; at step 4 it has one number more."""
+    every = 2
+
+    def before_step(self, done, model, batch):
+        self.loss_before = model(*batch[:, 0])
+
+    def after_step(self, done, model, batch, grad_norms):
+        outputs = []
+        hook = model.blocks[1].attention.register_forward_hook(lambda *found: outputs.append(found[2]))
+        loss = model(*batch[:, 0])
+        hook.remove()
+        torch.rand(5)
+        extra = {"extra, at last": 4} if done == 4 else {}
+        return {"gain": self.loss_before - loss, "attention/1": outputs[0].abs().mean(),
+                "largest": max(grad_norms)} | extra
+
+
+@pytest.mark.parametrize("settings", [{}, {"compile": "blocks"}, {"compile": "model"}], ids=str)
+def test_an_observer_logs_any_column_at_any_step_and_changes_no_number(
+        corpus, tmp_path, monkeypatch, compiled, settings):
+    settings = corpus | CONSTANT | {"dropout": 0.1} | settings
+    alone = run(settings, steps=6)
+    monkeypatch.setattr(train, "build_observers", lambda model, dataset, config: [Probe()])
+    run(settings, steps=5, out=str(tmp_path / "run"))
+    watched = run(settings, steps=6, out=str(tmp_path / "run"))
+    assert column(watched) == column(alone) and watched.val_loss == alone.val_loss
+    rows = read_rows(tmp_path / "run")
+    assert [*rows[0]] == [*COLUMNS, "gain", "attention/1", "largest", "extra, at last"]
+    for row, known in zip(rows, watched.history, strict=True):
+        assert bool(row["gain"]) == bool(row["attention/1"]) == (known["step"] % 2 == 0)
+        assert bool(row["extra, at last"]) == (known["step"] == 4)
+        assert not row["gain"] or 0 < float(row["largest"]) < known["grad_norm"]
+    assert {len(row) for row in rows} == {len(COLUMNS) + 4}
 
 
 @cuda

@@ -32,8 +32,7 @@ from parametrization import (
 from training import optimizer as optimizer_module
 from training.device import batches_on_device, select_device
 from training.optimizer import build_optimizer
-from training.schedule import lr_factor
-from training.step import TrainStep
+from training.schedule import LearningRate, lr_factor
 
 # Width x 4 and depth x 8 from a base of width 16, 4 channels a head and 1 block; heads x 4.
 SHAPE = {"width": 64, "depth": 8, "head_dim": 16, "base_width": 16, "base_depth": 1, "base_head_dim": 4}
@@ -573,10 +572,10 @@ def test_groups_keep_their_ratio_while_the_schedule_moves_them(corpus, schedule)
     model, dataset = GPT(config), TokenDataset(prepare(config))
     peaks, optimizer = [group["lr"] for group in param_groups(model)], build_optimizer(model)
     device, autocast = select_device(config)
-    train_step = TrainStep(model, optimizer, config, autocast)
+    learning_rate = LearningRate(optimizer, config)
     for step, batch in enumerate(batches_on_device(prefetch_batches(dataset, config, 0), device)):
-        assert train_step.set_learning_rate(step) == config.lr * lr_factor(config, step)
-        train_step(batch, step)
+        assert learning_rate.set(step) == config.lr * lr_factor(config, step)
+        train.train_step(model, optimizer, config, autocast, batch)
         expected = [peak * lr_factor(config, step) for peak in peaks]
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
     assert step == 7 and len(set(peaks)) >= 3 and 0 < lr_factor(config, 7) < 1

@@ -35,6 +35,7 @@ from scaling.trials import read_trials
 from training.checkpoint import read_checkpoint, read_newest, write_checkpoint
 from training.device import select_device
 from training.evaluate import evaluate
+from training.run_dir import locked_folder
 
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True, "steps": 40,
         "weight_decay": 0.1, "checkpoint_every": 3, "eval_every": 7, "sample_tokens": 0}
@@ -173,6 +174,65 @@ def test_a_good_previous_checkpoint_is_never_replaced_by_a_damaged_last_one(corp
     assert [read_checkpoint(str(path))["step"] for path in (last, previous)] == [12, 9]
 
 
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["best.pt", "stable.pt"])
+def test_a_run_that_lost_its_newest_checkpoints_is_not_begun_anew_over_what_is_left(corpus, tmp_path, name):
+    out = tmp_path / "run"
+    run(corpus, schedule="wsd", eval_every=2, out=str(out))
+    for other in {"last.pt", "previous.pt", "best.pt", "stable.pt"} - {name}:
+        (out / other).unlink()
+    before = snapshot(out)
+    with pytest.raises(UserError, match=f"^out.* {name}, but"):
+        run(corpus, schedule="wsd", eval_every=2, out=str(out))
+    assert snapshot(out) == before
+
+
+def test_a_new_run_killed_between_its_first_two_checkpoints_begins_anew(corpus, tmp_path):
+    settings = corpus | {"eval_every": 3, "out": str(tmp_path / "run")}
+    run(settings, steps=0)
+    (tmp_path / "run/last.pt").unlink()  # best.pt is written first
+    assert len(run(settings).history) == 7
+
+
+@pytest.mark.parametrize("how", ["the folder was made anew", "the lock was deleted"])
+def test_a_run_whose_folder_became_another_run_s_writes_nothing_more_there(corpus, tmp_path, how):
+    out, found = tmp_path / "run", []
+    settings = corpus | {"checkpoint_every": 1, "steps": 9, "out": str(out)}
+
+    def intrude(losses):
+        if how == "the folder was made anew":
+            shutil.rmtree(out)
+        else:
+            (out / "run.lock").unlink()
+        run(settings, steps=5)
+        found.append(snapshot(out))
+
+    with pytest.raises(UserError, match="^out.* run.lock"):
+        train.train(Config(**settings), quiet=True, stop_early={3: intrude})
+    assert snapshot(out) == found[0] and read_checkpoint(str(out / "last.pt"))["step"] == 5
+
+
+def test_a_lock_that_another_process_holds_now_is_not_removed(tmp_path):
+    lock = tmp_path / "run/run.lock"
+    with locked_folder(str(tmp_path / "run")):
+        lock.unlink()
+        with locked_folder(str(tmp_path / "run")) as check_held:
+            check_held()
+        lock.write_text("a third process's")
+    assert lock.read_text() == "a third process's"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged_nor_left_out(corpus, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/last.pt").unlink()
+    (tmp_path / "run/last.pt").symlink_to(tmp_path / "run")  # a folder: for root every file is readable
+    with pytest.raises(UserError, match="last.pt: cannot be read: Is a directory"):
+        run(corpus | HARD, out=str(tmp_path / "run"))
+
+
 def test_what_the_end_of_a_run_needs_is_looked_at_before_it_begins(corpus, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(prepare(Config(**corpus)), folder)
@@ -195,7 +255,7 @@ def test_evaluation_takes_no_more_rows_than_a_pass_of_training_and_counts_as_mem
     assert shapes == {1, 2} or shapes == {2}
     big = {"vocab_size": 2**16, "width": 16, "head_dim": 16}
     monkeypatch.setattr("training.device.total_memory", lambda device: 2**30)
-    with pytest.raises(UserError, match="^micro_batch: 4 sequences .* takes --micro_batch=4$"):
+    with pytest.raises(UserError, match="^micro_batch: 4 sequences .* --micro_batch=4$"):
         run(corpus, **big)  # 512 windows at once would be 4 GiB of logits
     assert run(corpus, **big, micro_batch=4, steps=0).val_loss > 0
 
@@ -298,7 +358,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(corpus, tmp_path, mo
     ({"vocab_size": 2**20, "batch": 1500}, r"--micro_batch=\d+$")])
 def test_what_cannot_fit_in_memory_is_rejected_with_what_would(corpus, monkeypatch, change, takes):
     monkeypatch.setattr("training.device.total_memory", lambda device: 2**36)  # of whatever machine this is
-    with pytest.raises(UserError, match=f"^micro_batch: .* need at least .* GiB, .*takes {takes}"):
+    with pytest.raises(UserError, match=f"^micro_batch: .* need at least .* GiB, .*{takes}"):
         run(corpus, **change)
 
 

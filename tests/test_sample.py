@@ -91,8 +91,17 @@ def test_other_settings_than_those_of_sampling_are_no_sampling(finished, tmp_pat
     with pytest.raises(UserError, match="temperature"):
         sampling.sampling_config([str(finished), "--temperature=-1"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="init_from: .*holds no config.json"):
-        train.main([str(tmp_path / "empty"), "--prompt=a"])
+
+
+@pytest.mark.parametrize("source", ["empty", "nope", "nope/last.pt", "deep/nope"])
+def test_what_is_no_model_is_refused_by_its_path_and_not_by_a_setting_that_nobody_gave(tmp_path, monkeypatch,
+                                                                                       source):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "deep"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=source) as caught:
+        train.main([source, "--prompt=a"])
+    assert "init_from" not in str(caught.value)
 
 
 def test_a_character_of_several_tokens_is_streamed_when_it_is_complete():

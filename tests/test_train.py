@@ -22,7 +22,7 @@ from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
 from parametrization import format_table
-from training import logger
+from training import device, run_dir
 from training.checkpoint import write_checkpoint
 from training.device import is_compiled, select_device
 from training.evaluate import evaluate
@@ -68,12 +68,12 @@ def load(path):
 
 def copy_at_step(monkeypatch, step, folder, copy):
     """Copy the run directory `folder` when the checkpoint of this step is written: a run killed there."""
-    def write_and_copy(path, content, backup_path=None):
-        write_checkpoint(path, content, backup_path)
+    def write_and_copy(path, content, *rest):
+        write_checkpoint(path, content, *rest)
         if path.endswith("last.pt") and content["step"] == step:
             shutil.copytree(folder, copy)
 
-    monkeypatch.setattr(logger, "write_checkpoint", write_and_copy)
+    monkeypatch.setattr(run_dir, "write_checkpoint", write_and_copy)
 
 
 @pytest.mark.parametrize("settings", [{}, HARD, MUON], ids=["plain", "hard", "muon"])
@@ -119,7 +119,7 @@ def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(c
     settings_file.write_text(json.dumps(saved))
     for name, new, old in (("decay_fraction", 0.5, 0.2), ("norm", "rms", "'layer'"), ("qk_norm", True, False),
                            ("mlp", "swiglu", "'gelu'"), ("optimizer", "muon", "'adamw'")):
-        with pytest.raises(UserError, match=f"^{name}: got {new!r}, but .* was trained with {old}"):
+        with pytest.raises(UserError, match=f"^{name} must be {old}.* got {new!r}"):
             run(settings | {"out": str(tmp_path / "old"), name: new})
     assert configure([str(tmp_path / "old")]) == Config(**settings, out=str(tmp_path / "old"))
     assert same(uninterrupted, train.train(configure([str(tmp_path / "old")]), quiet=True))
@@ -181,7 +181,8 @@ SCHEDULES = {  # 10 steps, 2 of them warmup, to 0.04
     "constant": [0.5] + [1] * 9,
     "inverse_sqrt": [0.5, 1, 1, 0.8660, 0.7746, 0.7071, 0.6547, 0.6124, 0.5774, 0.5477],
     "step": [0.5, 1, 1, 1, 1, 1, 0.2, 0.2, 0.04, 0.04],
-    "wsd": [0.5, 1, 1, 1, 1, 1, 1, 1, 0.52, 0.04]}  # the last fifth decays
+    "wsd": [0.5, 1, 1, 1, 1, 1, 1, 1, 0.52, 0.04],  # the last fifth decays
+    "wsd_sqrt": [0.5, 1, 1, 1, 1, 1, 1, 1, 0.3212, 0.04]}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -201,6 +202,12 @@ def test_wsd_decays_over_the_last_fraction_of_the_steps(decay_fraction, expected
     assert [lr_factor(config, step) for step in range(10)] == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_decay_of_wsd_sqrt_goes_with_one_minus_the_square_root_of_what_is_done_of_it():
+    config = Config(schedule="wsd_sqrt", steps=10, warmup=0.0, final_lr=0.04, decay_fraction=0.4)
+    expected = [1] * 6 + [0.04 + 0.96 * (1 - math.sqrt(done / 4)) for done in (1, 2, 3, 4)]
+    assert [lr_factor(config, step) for step in range(10)] == pytest.approx(expected, abs=1e-12)
+
+
 def test_wsd_does_not_depend_on_the_number_of_steps_up_to_the_decay():
     short = Config(schedule="wsd", steps=100, warmup=0.1, decay_fraction=0.2)
     longer = Config(schedule="wsd", steps=400, warmup=0.025, decay_fraction=0.2)  # 10 steps of warmup too
@@ -209,12 +216,26 @@ def test_wsd_does_not_depend_on_the_number_of_steps_up_to_the_decay():
     assert set(factors[0][9:80]) == {1}
 
 
-def test_a_wsd_run_is_lengthened_from_a_checkpoint_before_its_decay(corpus, tmp_path, monkeypatch):
-    settings = corpus | {"schedule": "wsd", "warmup": 0.0, "steps": 10, "checkpoint_every": 8}
-    copy_at_step(monkeypatch, 8, tmp_path / "run", tmp_path / "longer")
+@pytest.mark.parametrize("schedule", ["wsd", "wsd_sqrt"])
+def test_a_finished_run_with_a_stable_phase_is_lengthened_from_before_its_decay(corpus, tmp_path, schedule):
+    settings = corpus | {"schedule": schedule, "warmup": 0.0, "steps": 10}
     run(settings, out=str(tmp_path / "run"))
-    monkeypatch.undo()
-    assert same(run(settings, steps=20), run(settings, steps=20, out=str(tmp_path / "longer")))
+    longer = run(settings, steps=20, out=str(tmp_path / "run"))
+    straight = run(settings, steps=20)
+    assert longer.history[-1]["val_loss"] == straight.val_loss and column(longer) == column(straight)
+    assert same_weights(longer, straight)
+
+
+def test_more_steps_that_end_worse_leave_best_pt_as_it_is(corpus, tmp_path, monkeypatch):
+    settings = corpus | {"schedule": "wsd", "warmup": 0.0, "out": str(tmp_path / "run")}
+    numbers = {"val_error": 0.1, "val_bits_per_byte": 1.0}
+    monkeypatch.setattr(train, "evaluate", lambda *_: numbers | {"val_loss": 2.9})
+    run(settings, steps=10)
+    before = (tmp_path / "run/best.pt").read_bytes()
+    monkeypatch.setattr(train, "evaluate", lambda *_: numbers | {"val_loss": 3.1})
+    result = run(settings, steps=20)
+    assert (tmp_path / "run/best.pt").read_bytes() == before
+    assert (result.val_loss, result.best_val_loss, result.best_step) == (3.1, 2.9, 10)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -300,8 +321,8 @@ def observe(settings, folder):
             seen["pass"] = tuple(tokens_BT.shape)
         return forward(model, tokens_BT, *rest, **options)
 
-    def watched_write(path, content, backup_path=None):
-        write_checkpoint(path, content, backup_path)
+    def watched_write(path, content, *rest):
+        write_checkpoint(path, content, *rest)
         if path.endswith("last.pt"):
             checkpoints.append(content["step"])
 
@@ -313,7 +334,7 @@ def observe(settings, folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", watched_forward)
-        patch.setattr(logger, "write_checkpoint", watched_write)
+        patch.setattr(run_dir, "write_checkpoint", watched_write)
         patch.setattr(torch, "compile", watched_compile)
         if settings.get("wandb"):
             patch.setattr("wandb.init", lambda **options: seen.__setitem__("logged", True))
@@ -532,7 +553,7 @@ def snapshot(folder):
 @pytest.mark.parametrize("name", REJECTED)
 def test_a_run_is_not_resumed_under_another_setting(corpus, finished, name):
     before = snapshot(finished[0])
-    with pytest.raises(UserError, match=f"^{name}: got {REJECTED[name]!r}.*"):
+    with pytest.raises(UserError, match=f"^{name} .*got {REJECTED[name]!r}"):
         run(corpus, out=finished[0], **{name: REJECTED[name]})
     assert snapshot(finished[0]) == before
 
@@ -542,17 +563,21 @@ def test_a_run_is_not_resumed_on_other_text(corpus, finished, tmp_path):
     shutil.copytree(corpus["dataset"], tmp_path / "text")
     settings = corpus | {"dataset": str(tmp_path / "text"), "out": str(tmp_path / "run2")}
     run(settings)
-    with pytest.raises(UserError, match="^dataset: got "):
+    with pytest.raises(UserError, match="^dataset "):
         run(settings, out=str(tmp_path / "run"))
     (tmp_path / "text/00.txt").write_text("another text under the same name")
-    with pytest.raises(UserError, match="^dataset: .*other tokens"):
+    with pytest.raises(UserError, match="^dataset "):
         run(settings)
 
 
-def test_a_finished_run_given_again_is_evaluated_and_sampled_and_not_trained(corpus, finished):
+def test_a_finished_run_given_again_says_so_and_is_evaluated_and_sampled_and_not_trained(corpus, finished,
+                                                                                         capsys):
     folder, first = finished
     before = snapshot(folder)
-    again = run(corpus, out=folder, prompt="the ")
+    again = train.train(Config(**corpus | {"out": folder, "prompt": "the "}))
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert first_line.startswith(f"{folder}: finished, after 6 steps; ")
+    assert f"train.py {folder} --prompt=" in first_line and "--steps=12" in first_line
     assert (again.val_loss, again.history) == (first.val_loss, first.history)
     assert again.sample.startswith("the ") and again.sample != first.sample
     assert same_weights(again, first)
@@ -603,9 +628,36 @@ def test_the_fastest_device_is_chosen_and_fp32_asks_for_no_autocast(corpus):
         fastest = "cuda"
     elif torch.backends.mps.is_available():
         fastest = "mps"
-    device, autocast = select_device(Config(**corpus | {"device": "auto"}))
-    assert device.type == fastest and autocast._enabled == (fastest == "cuda")
+    chosen, autocast = select_device(Config(**corpus | {"device": "auto"}))
+    assert chosen.type == fastest and autocast._enabled == (fastest == "cuda")
     assert not select_device(Config(device="auto", precision="fp32"))[1]._enabled
+
+
+@pytest.mark.parametrize(("settings", "cpus", "environment", "set_before", "expected"), [
+    ({}, 8, {}, None, 8), ({}, 4, {}, None, 4),  # not more than this process may use
+    ({"width": 64, "depth": 2, "batch": 4, "context": 32}, 8, {}, None, 1),
+    ({"width": 64, "depth": 2, "batch": 4, "context": 32}, 8, {"OMP_NUM_THREADS": "8"}, None, 8),
+    ({}, 4, {"OMP_NUM_THREADS": "8"}, None, 8), ({}, 4, {}, 7, 7)])
+def test_a_tiny_model_gets_one_thread_and_others_no_more_than_there_are_cpus(
+        monkeypatch, settings, cpus, environment, set_before, expected):
+    threads = [set_before or 8]
+    monkeypatch.setattr(device, "TORCHS_THREADS", 8)
+    monkeypatch.setattr(device, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    assert device.use_sensible_threads(Config(**settings)) == expected
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("200000 100000", 2), ("150000 100000", 2), ("max 100000", 6),
+                                            ("-1", 6), ("100000", 1), ("", 6), ("900000 100000", 6)])
+def test_the_quota_of_a_container_counts_as_its_cpus(tmp_path, monkeypatch, text, cpus):
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(device, "CPU_QUOTAS", ["/nowhere", str(tmp_path / "cpu.max")])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    assert device.usable_cpus() == cpus
 
 
 @pytest.mark.parametrize(("capabilities", "settings", "bf16", "compiled"), [
@@ -621,8 +673,8 @@ def test_a_long_run_is_compiled_in_bf16_on_a_cpu_that_multiplies_it(monkeypatch,
                                                                     compiled):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     config = Config(**{"device": "cpu", "steps": 1400, "batch": 8, "context": 256} | settings)
-    device, autocast = select_device(config)
-    assert (autocast._enabled, is_compiled(config, device)) == (bf16, compiled)
+    chosen, autocast = select_device(config)
+    assert (autocast._enabled, is_compiled(config, chosen)) == (bf16, compiled)
     _, autocast = select_device(config, training=False)  # one token at a time is slower in bf16 there
     assert autocast._enabled == (config.precision == "bf16")
 
@@ -640,6 +692,21 @@ def test_weights_and_biases_gets_the_numbers_of_metrics_csv(corpus, tmp_path, mo
     assert repr(result.val_loss).encode() in content
 
 
+def test_a_resumed_run_continues_its_run_on_weights_and_biases(corpus, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    started = []
+
+    class Run:
+        log = finish = staticmethod(lambda *_, **__: None)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("wandb.init", lambda **options: started.append(options) or Run())
+    for name, steps in (("run", 4), ("run", 6), ("other", 4)):
+        run(corpus, wandb=True, out=str(tmp_path / name), steps=steps)
+    first, resumed, other = (options["id"] for options in started)
+    assert first == resumed != other and {options["resume"] for options in started} == {"allow"}
+
+
 def test_weights_and_biases_that_cannot_begin_are_one_line_before_the_training(corpus, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -649,7 +716,7 @@ def test_weights_and_biases_that_cannot_begin_are_one_line_before_the_training(c
             raise error
         monkeypatch.setattr("wandb.init", fail)
         monkeypatch.setattr("train.loop", None)
-        with pytest.raises(UserError, match=f"^wandb: cannot begin .*: {error}.*takes false, a login"):
+        with pytest.raises(UserError, match=f"^wandb: cannot begin .*: {error}"):
             run(corpus, wandb=True, out=str(tmp_path / "run"))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from configure import UserError, describe_os_error
 from training.distributed import from_rank0, rank, world_size
-from training.folder import claim_folder, remove_empty
+from training.run_dir import claim_folder, remove_empty
 
 
 @contextlib.contextmanager
@@ -54,6 +54,12 @@ def catch_signals():
             handlers_before[number] = signal.signal(number, catch)
     try:
         yield caught
+    except BaseException:
+        # One process of several fails when another has died. torchrun then ends all of them by SIGTERM, which
+        # must not end this one before it has said so
+        if world_size() > 1:
+            handlers_before.pop(signal.SIGTERM, None)
+        raise
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from configure import UserError
-from training.distributed import torchrun_variables, world_size
+from training.distributed import read_count, torchrun_variables, world_size
 from training.evaluate import piece_rows
 from training.model_size import model_size
 
@@ -18,6 +18,10 @@ PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12
          "RTX 4090": 165e12, "RTX 3090": 71e12}
 GIB = 2**30
 LONG_RUN = 5e12  # FLOPs in blocks: a minute on two cores, where compiling takes half of one the first time
+
+CPU_QUOTAS = "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"  # us in each 100,000 us
+SMALL_PASS = 1e9  # FLOPs in blocks, forward and backward: below it one thread is about as fast as two
+TORCHS_THREADS = torch.get_num_threads()  # before anybody has set them
 
 
 def reuse_freed_memory():
@@ -28,6 +32,37 @@ def reuse_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
 
 
+def usable_cpus():
+    """How many CPUs this process may use: of its affinity, and of its cgroup's quota."""
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    for path in CPU_QUOTAS:
+        try:
+            with open(path) as file:
+                quota, period = [*file.read().split(), "100000"][:2]
+            if 0 < int(quota) < cpus * int(period):
+                cpus = math.ceil(int(quota) / int(period))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return cpus
+
+
+def use_sensible_threads(config):
+    """Set how many threads torch computes with, for a process that trains `config` on a CPU; returns that.
+
+    One thread where a pass is so small that a second gains little: threads wait for each other at every
+    operation, and where other processes are running each wait can cost a time slice. Otherwise what torch
+    chose, but no more than there are CPUs. OMP_NUM_THREADS and torch.set_num_threads() are left as they are.
+    """
+    chosen = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+    if not chosen and torch.get_num_threads() == TORCHS_THREADS:
+        tokens = config.pass_batch() * config.context
+        flops = 6 * 12 * config.depth * config.width**2 * tokens
+        torch.set_num_threads(1 if flops < SMALL_PASS else min(TORCHS_THREADS, usable_cpus()))
+    return torch.get_num_threads()
+
+
 def select_device(config, training=True):
     """(device, autocast): where to run, and the context manager for its precision. training: else for
     sampling, which gains from bf16 on a GPU only. Raises UserError."""
@@ -36,13 +71,13 @@ def select_device(config, training=True):
     device = torch.device(available[0] if config.device == "auto" else config.device)
     if device.type == "cuda" and device.index is None:
         environment = os.environ | torchrun_variables(os.environ)
-        local_rank = int(environment.get("LOCAL_RANK", 0))  # one GPU per process
+        local_rank = read_count(environment, "LOCAL_RANK", default=0)  # one GPU per process
         if counts["cuda"] == 1 and "SLURM_PROCID" in os.environ:
             local_rank = 0  # srun --gpus-per-task=1 shows each process its own only, as cuda:0
         device = torch.device("cuda", local_rank)
     if (device.index or 0) >= counts[device.type]:
         choices = " or ".join(available)
-        raise UserError(f"device: got {device}, which this machine does not have; takes {choices}")
+        raise UserError(f"device must be one that this machine has ({choices}), got {device}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bf16 = config.precision == "bf16"
@@ -115,7 +150,7 @@ def check_memory(config, device, autocast):
             advice = f"--micro_batch={fewer}"
             break
     raise UserError(f"micro_batch: {rows} sequences a pass and {size.parameters:,} weights need at least "
-                    f"{needed / GIB:,.0f} GiB, {device} has {available / GIB:,.0f}; takes {advice}")
+                    f"{needed / GIB:,.0f} GiB, {device} has {available / GIB:,.0f}; try {advice}")
 
 
 def least_memory(config, size, autocast, micro_batch):

@@ -13,20 +13,62 @@ from torch.nn.parallel import DistributedDataParallel
 from configure import UserError
 
 FIRST_PORT, PORTS = 20_000, 10_000  # where processes of srun meet
+MEETING_TIME = timedelta(minutes=10)  # in which all processes must have started
 
 
 def init_distributed():
     """Join the other processes, if torchrun or Slurm's srun started this one. When one dies, torchrun (and
-    srun with --kill-on-bad-exit=1) ends those that wait, so the time limit only has to outlast the longest
-    preparation of data. Raises UserError."""
+    srun with --kill-on-bad-exit=1) ends those that wait, so the time limit of later waits only has to outlast
+    the longest preparation of data. Raises UserError."""
     os.environ.update(torchrun_variables(os.environ))
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(days=1))
-        except dist.DistError as error:  # one that met a mistake at once may be gone before all have met
-            reason = str(error).splitlines()[0]
-            raise UserError(f"torchrun: another process died before all had met ({reason})") from None
+    if not check_torchrun(os.environ):
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store, process, processes = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+        dist.init_process_group(backend, store=store, rank=process, world_size=processes,
+                                timeout=timedelta(days=1))
+    except (dist.DistError, OSError, ValueError) as error:  # one that met a mistake at once may be gone
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"torchrun: another process died or never started: the {os.environ['WORLD_SIZE']} "
+                        f"processes did not all meet at {os.environ['MASTER_ADDR']} ({reason})") from None
+
+
+def check_torchrun(environment):
+    """Whether torchrun's variables name this process as one of several, or of one. Raises UserError where
+    they are set in part, or do not agree."""
+    if not {"RANK", "WORLD_SIZE"} & environment.keys():
+        return False
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if not environment.get(name)]
+    if missing:
+        given = "RANK" if "RANK" in environment else "WORLD_SIZE"
+        raise UserError(f"{missing[0]}: is not set in the environment, though {given} is; start with "
+                        f"torchrun, or unset {given}")
+    process, processes = (read_count(environment, name) for name in ("RANK", "WORLD_SIZE"))
+    read_count(environment, "LOCAL_RANK", default=0)
+    if process >= processes:
+        raise UserError(f"RANK: got {process} in the environment, but WORLD_SIZE is {processes}; ranks count "
+                        "from 0")
+    if not 0 < read_count(environment, "MASTER_PORT") < 2**16:
+        raise UserError(f"MASTER_PORT: got {environment['MASTER_PORT']} in the environment; a port is 1 to "
+                        "65535")
+    return True
+
+
+def read_count(environment, name, default=None):
+    """The whole number that the environment variable `name` holds. Raises UserError."""
+    text = environment.get(name, default)
+    if text is None:
+        raise UserError(f"{name}: is not set in the environment, though srun's other variables are; unset "
+                        "SLURM_STEP_NUM_TASKS to train in one process")
+    try:
+        count = int(text)
+        if count < 0:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{name}: got {text!r} in the environment; it must be a whole number") from None
+    return count
 
 
 def torchrun_variables(environment):
@@ -35,18 +77,20 @@ def torchrun_variables(environment):
 
     The meeting point is a port of the first host, chosen by the job's number, or MASTER_ADDR and MASTER_PORT.
     """
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    if "RANK" in environment or read_count(environment, "SLURM_STEP_NUM_TASKS", default=1) == 1:
         return {}
     hosts = environment.get("SLURM_STEP_NODELIST", "")
     # The first of such a list: gpu[07-09,12],login1 -> gpu07
     found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
     if "MASTER_ADDR" not in environment and not found:
-        raise UserError(f"srun: got SLURM_STEP_NODELIST={hosts!r}, takes a list of hosts, or MASTER_ADDR")
-    job = int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
-    return {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "MASTER_ADDR": environment.get("MASTER_ADDR") or "".join(part or "" for part in found.groups()),
-            "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + job % PORTS)}
+        raise UserError(f"SLURM_STEP_NODELIST: got {hosts!r} in the environment; it must list hosts, unless "
+                        "MASTER_ADDR names one")
+    job = sum(read_count(environment, name, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    counts = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    ours = {name: str(read_count(environment, slurms)) for name, slurms in counts.items()}
+    return ours | {
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or "".join(part or "" for part in found.groups()),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + job % PORTS)}
 
 
 def rank():
@@ -94,8 +138,7 @@ def parallelize(model, config, device):
     Raises UserError for shard with one process.
     """
     if config.shard and not dist.is_initialized():
-        raise UserError("shard: got True, which splits the model over processes; takes false, torchrun or "
-                        "srun")
+        raise UserError("shard must be false for one process, got True; try torchrun or srun")
     if config.shard:
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(device.type, (world_size(),))
@@ -108,6 +151,24 @@ def parallelize(model, config, device):
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
+
+
+def synchronize_gradients(model, config, is_last):
+    """A context in which the backward pass averages gradients over ranks after a step's last micro-batch
+    only: once a step, however many there are."""
+    if world_size() > 1 and config.shard:
+        model.set_requires_gradient_sync(is_last)
+    elif world_size() > 1 and not is_last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def mean_over_ranks(value):
+    """The mean of a tensor over all ranks. A collective."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+        value = value / world_size()
+    return value
 
 
 def full_tensor(tensor):

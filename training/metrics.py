@@ -2,22 +2,24 @@
 
 import math
 import time
+from statistics import median_high
 
 import torch
+
+WARM_STEPS = 3  # the first steps of a process compile, allocate and capture: their speed says nothing
 
 
 class MetricsBuffer:
     """Keeps what the steps returned on the device until read() waits for it, and measures their speed.
 
-    tokens_before: Config's. columns: names of the observers' numbers. model_parameters: how many gradient
-    norms a step returns.
+    tokens_before: Config's.
     """
 
-    def __init__(self, tokens_before, model_parameters, columns):
-        self.tokens_before, self.columns = tokens_before, columns
-        self.norms = slice(2, 2 + model_parameters)  # after loss and global gradient norm
+    def __init__(self, tokens_before):
+        self.tokens_before = tokens_before
+        self.steps = 0  # recorded so far
         self.pending = []
-        self.speeds = []  # tokens per second, one for each read
+        self.speeds, self.warm_speeds = [], []  # tokens per second, one for each read
         self.grad_norms = []  # of each parameter, at the first step of the last read that is not finite
         self.restart_clock()
 
@@ -25,39 +27,45 @@ class MetricsBuffer:
         """Leave what happened since the last step (evaluation, checkpoints) out of the speed."""
         self.clock = time.perf_counter()
 
-    def seconds_since_read(self):
-        return time.perf_counter() - self.clock
+    def is_due(self, seconds):
+        """Whether to read: `seconds` after the last time, and when the step has become warm."""
+        return self.steps == WARM_STEPS or time.perf_counter() - self.clock > seconds
 
-    def record(self, step, lr, numbers):
-        """`numbers`: the tensor that TrainStep returned for the step that made `step` steps done."""
-        self.pending.append((step, lr, numbers))
+    def record(self, done, lr, numbers, observed):
+        """`numbers`: what train_step() returned for the step after which `done` steps are done. observed:
+        {column: number or tensor} of the observers."""
+        self.pending.append((done, lr, numbers, observed))
+        self.steps += 1
 
     def read(self):
-        """The rows of metrics.csv since the last read, as dicts. Waits for the device."""
-        values = torch.stack([numbers for _, _, numbers in self.pending]).tolist()
+        """The rows of metrics.csv, as dicts, of all steps since the last call. Waits for the device."""
+        values = torch.stack([numbers for _, _, numbers, _ in self.pending]).tolist()
+        observed = to_numbers([observed for _, _, _, observed in self.pending])
         first, last = self.pending[0][0] - 1, self.pending[-1][0]
         tokens = self.tokens_before(last) - self.tokens_before(first)
-        self.speeds.append(tokens / self.seconds_since_read())
+        speed = tokens / (time.perf_counter() - self.clock)
+        (self.speeds if self.steps <= WARM_STEPS else self.warm_speeds).append(speed)
         rows = []
-        for (step, lr, _), numbers in zip(self.pending, values, strict=True):
-            loss, grad_norm = numbers[:2]
-            row = {"step": step, "tokens": self.tokens_before(step), "train_loss": loss,
-                   "grad_norm": grad_norm, "lr": lr, "tokens_per_second": round(self.speeds[-1])}
-            row |= zip(self.columns, numbers[self.norms.stop:], strict=True)
-            rows.append(row)
+        for (done, lr, _, _), numbers, seen in zip(self.pending, values, observed, strict=True):
+            rows.append({"step": done, "tokens": self.tokens_before(done), "train_loss": numbers[0],
+                         "grad_norm": numbers[1], "lr": lr, "tokens_per_second": round(speed)} | seen)
         first_bad = next((i for i, row in enumerate(rows) if not is_finite(row)), -1)
-        self.grad_norms = values[first_bad][self.norms]
+        self.grad_norms = values[first_bad][2:]
         self.pending = []
         return rows
 
-    def forget_speeds(self):
-        """The first steps compile, allocate and capture: their speed says nothing."""
-        self.speeds = []
-
     def median_speed(self):
-        if not self.speeds:
-            return math.nan
-        return sorted(self.speeds)[len(self.speeds) // 2]
+        """Tokens per second; of the first steps only where there are no others."""
+        return median_high(self.warm_speeds or self.speeds or [math.nan])
+
+
+def to_numbers(dicts):
+    """`dicts`, with numbers in place of tensors of one element: all are copied from the device at once."""
+    tensors = [value for observed in dicts for value in observed.values() if torch.is_tensor(value)]
+    numbers = iter(torch.stack([tensor.detach().float().reshape(()) for tensor in tensors]).tolist()
+                   if tensors else [])
+    return [{name: next(numbers) if torch.is_tensor(value) else value for name, value in observed.items()}
+            for observed in dicts]
 
 
 def is_finite(row):

@@ -1,7 +1,6 @@
-"""Watching a run: what is measured at each step, and what is said when its numbers go wrong.
+"""Watching a run: what is measured while it trains, and what is said when its numbers go wrong.
 
-To watch something new, add an observer here: a class with `columns`, before_update() and after_update(), and
-a line in build_observers(). Its numbers reach metrics.csv and Weights & Biases under the names in `columns`.
+To measure something new, write an Observer here and add it in build_observers().
 """
 
 import math
@@ -15,15 +14,61 @@ from training.distributed import full_tensor
 WINDOW = 100  # steps that a loss is compared with
 
 
-def build_observers(model, config):
-    """What looks at every step of this run: nothing, unless a setting asks for it."""
+class Observer:
+    """Looks at the model before and after every `every`-th step; what it returns goes into that step's row of
+    metrics.csv and to W&B, in columns that need not be named before.
+
+    done: steps that are done after this one. model: the GPT. batch: (2, micro-batches, B, T), tokens and
+    targets on the device. Both methods are called without gradients and in the precision of training. They
+    may run the model: such passes are not compiled, so hooks on its modules see them. They must leave the
+    weights alone; random numbers that they draw change nothing. With several processes all are called, each
+    with its part of the batch, and rank 0's numbers are logged.
+    """
+    every = 1
+
+    def before_step(self, done, model, batch):
+        """Called before the step."""
+
+    def after_step(self, done, model, batch, grad_norms):
+        """{column: number, or tensor of one element on any device}. grad_norms: of each parameter's gradient
+        in the order of model.parameters(), before clipping."""
+        return {}
+
+
+class Watch:
+    """Calls the observers that are due around a step."""
+
+    def __init__(self, observers, model, autocast):
+        self.observers, self.model, self.autocast = observers, model, autocast
+
+    @torch.no_grad()
+    def before_step(self, done, batch):
+        for observer in self.due_after(done):
+            with self.autocast:
+                observer.before_step(done, self.model, batch)
+
+    @torch.no_grad()
+    def after_step(self, done, batch, grad_norms):
+        """{column: value} of all observers."""
+        observed = {}
+        for observer in self.due_after(done):
+            with self.autocast:
+                observed |= observer.after_step(done, self.model, batch, grad_norms)
+        return observed
+
+    def due_after(self, done):
+        return [observer for observer in self.observers if done % observer.every == 0]
+
+
+def build_observers(model, dataset, config):
+    """What watches this run: nothing, unless a setting asks for it."""
     observers = []
     if config.log_roles:
         observers.append(RoleStatistics(model))
     return observers
 
 
-class RoleStatistics:
+class RoleStatistics(Observer):
     """Per role: gradient norm before clipping, RMS of the weights, RMS of their last update over that.
 
     Under μP the last of these is what should not depend on width, for hidden matrices. Costs a copy of the
@@ -50,17 +95,16 @@ class RoleStatistics:
         norms = full_tensor(torch.stack(torch._foreach_norm(tensors)))
         return (self.sum_by_role(norms.square()) / self.sizes).sqrt()
 
-    def before_update(self):
+    def before_step(self, done, model, batch):
         self.before = [p.detach().clone() for p in self.parameters]
 
-    @torch.no_grad()
-    def after_update(self, grad_norms):
-        """The numbers of `columns`, as one tensor. grad_norms: one per parameter."""
+    def after_step(self, done, model, batch, grad_norms):
         after = [p.detach() for p in self.parameters]
         weight_rms = self.rms(after)
         update_rms = self.rms(torch._foreach_sub(after, self.before))
         grad_norm = self.sum_by_role(grad_norms.square()).sqrt()
-        return torch.cat((grad_norm, weight_rms, update_rms / weight_rms))
+        return dict(zip(self.columns, torch.cat((grad_norm, weight_rms, update_rms / weight_rms)),
+                        strict=True))
 
 
 def divergence_message(row, roles, grad_norms, precision):

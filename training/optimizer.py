@@ -36,6 +36,19 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, eps, betas, bia
     p.copy_(p - lr * (weight_decay * p + exp_avg / bias_corrections[0] / denominator))
 
 
+def clip_gradients(model, max_norm):
+    """Clip the gradients of all parameters together, in place, to max_norm (0: not at all). Returns the
+    global gradient norm before that, and the norm of each parameter's gradient, (parameters,), in the order
+    of model.parameters(). Raises UserError where a parameter has no gradient."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = [p.grad for p in parameters]
+    check_gradients(names, grads)
+    grad_norms = torch.stack(torch._foreach_norm(grads))
+    grad_norm = torch.linalg.vector_norm(grad_norms)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, grad_norm)
+    return full_tensor(grad_norm), full_tensor(grad_norms)
+
+
 class ClipAndStep:
     """A call ends a step. It returns the global gradient norm before clipping, and its parts, (parameters,),
     in the order of model.parameters()."""

@@ -8,6 +8,8 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from parametrization import horizon_rule
 
 
@@ -16,7 +18,7 @@ class Clock(NamedTuple):
     before: int  # of all earlier steps
     done: int  # with its own
     warmup: int  # length of the warmup
-    decay_start: int  # wsd: where the decay begins
+    decay_start: int  # where the decay of a schedule with a stable phase begins
     end: int  # where the schedule has come to final_lr
 
 
@@ -44,10 +46,38 @@ def lr_factor(config, step):
     return AFTER_WARMUP[config.schedule](config, clock)
 
 
+class LearningRate:
+    """Sets the learning rate of every parameter group at each step; the groups keep their ratio.
+
+    in_graph: for an optimizer step that a CUDA graph replays, which runs the captured kernels on the captured
+    memory: the rates must be tensors there.
+    """
+
+    def __init__(self, optimizer, config, in_graph=False):
+        self.groups, self.config = optimizer.param_groups, config
+        self.peaks = [group["lr"] for group in self.groups]
+        self.tensors = None
+        if in_graph:
+            self.peaks = torch.tensor(self.peaks, device="cuda")
+            self.tensors = self.peaks.clone()
+            for group, lr in zip(self.groups, self.tensors, strict=True):
+                group["lr"] = lr
+
+    def set(self, step):
+        """Set the rates of `step`, counted from 0; returns the hidden matrices' at the base shape."""
+        factor = lr_factor(self.config, step)
+        if self.tensors is not None:
+            torch.mul(self.peaks, factor, out=self.tensors)
+            return self.config.lr * factor
+        for group, peak in zip(self.groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        return self.config.lr * factor
+
+
 def decay_start(config):
-    """The number of steps after which wsd's decay begins; None for the other schedules, which change from
-    their first step to their last."""
-    if config.schedule != "wsd":
+    """The number of steps after which the decay begins, for a schedule that is stable until then; None for
+    the other schedules, which change from their first step to their last."""
+    if config.schedule not in STABLE_THEN_DECAY:
         return None
     tokens = read_clock(config, 0).decay_start
     steps = config.steps_for(tokens)
@@ -61,14 +91,17 @@ def describe_more_steps(config, steps_before, done):
     steps, for people."""
     before = replace(config, steps=steps_before)
     text = f"steps: {config.steps:,} after {steps_before:,}; "
-    rates = []
-    for sized, step in ((before, done - 1), (config, done)):
-        rates.append(sized.lr * horizon_rule(sized) * lr_factor(sized, step))
-    if abs(rates[1] / rates[0] - 1) < 0.01:
-        return f"{text}the {config.schedule} schedule goes on, with the lr at {rates[1]:.3g}"
-    advice = "" if config.schedule == "wsd" else "; --schedule=wsd from the start avoids that"
-    return (f"{text}the {config.schedule} schedule is stretched, so the lr goes from {rates[0]:.3g} at step "
-            f"{done:,} to {rates[1]:.3g} at step {done + 1:,}{advice}")
+
+    def lr(sized, step):
+        return sized.lr * horizon_rule(sized) * lr_factor(sized, step)
+
+    is_past_the_same = all(lr(before, step) == lr(config, step) for step in range(done))
+    if is_past_the_same or abs(lr(config, done) / lr(before, done - 1) - 1) < 0.01:
+        return f"{text}the {config.schedule} schedule goes on, with the lr at {lr(config, done):.3g}"
+    advice = "" if config.schedule in STABLE_THEN_DECAY else "; --schedule=wsd from the start avoids that"
+    return (f"{text}the {config.schedule} schedule is stretched, so the lr goes from "
+            f"{lr(before, done - 1):.3g} at step {done:,} to {lr(config, done):.3g} at step {done + 1:,}"
+            f"{advice}")
 
 
 def progress(clock):
@@ -91,17 +124,30 @@ def cosine(config, clock):
     return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress(clock))) / 2
 
 
+def decay_left(clock):
+    """(steps of the decay that follow this one, all of its steps), once a stable phase has ended."""
+    if clock.done >= clock.end:
+        return 0, 1
+    step = clock.done - clock.before  # the unit: with a fixed batch both are whole, and no bit is lost
+    return (clock.end - clock.done) / step, (clock.end - clock.decay_start) / step
+
+
 def wsd(config, clock):
     """Warmup, stable, decay (arXiv 2404.06395): constant, then linear to final_lr over the last
     decay_fraction of all steps, or of decay_tokens. Between warmup and decay it is 1 for any number of steps:
     the checkpoint stable.pt, from there, can be resumed with more steps."""
     if clock.done <= clock.decay_start:
         return 1.0
-    if clock.done >= clock.end:
-        return config.final_lr
-    step = clock.done - clock.before  # the unit: with a fixed batch `left` is whole, and no bit is lost
-    left = (clock.end - clock.done) / step
-    return config.final_lr + (1 - config.final_lr) * left / ((clock.end - clock.decay_start) / step)
+    left, length = decay_left(clock)
+    return config.final_lr + (1 - config.final_lr) * left / length
+
+
+def wsd_sqrt(config, clock):
+    """wsd with a decay that goes with 1 - sqrt(t), t being the part of it that is done (arXiv 2405.18392)."""
+    if clock.done <= clock.decay_start:
+        return 1.0
+    left, length = decay_left(clock)
+    return config.final_lr + (1 - config.final_lr) * (1 - math.sqrt(1 - left / length))
 
 
 def inverse_sqrt(config, clock):
@@ -121,5 +167,6 @@ def step_decay(config, clock):
     return config.final_lr
 
 
-AFTER_WARMUP = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd,
+AFTER_WARMUP = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd, "wsd_sqrt": wsd_sqrt,
                 "inverse_sqrt": inverse_sqrt, "step": step_decay}
+STABLE_THEN_DECAY = ("wsd", "wsd_sqrt")
