@@ -156,12 +156,10 @@ def settings_of(raw, transformers):
         raise UserError(f"model_type must be one of {', '.join(families)}, got {raw.get('model_type')!r}")
     if "auto_map" in raw:
         raise UserError("auto_map must be absent: the model needs code of its own, which is never run here")
-    raw = {name: value for name, value in raw.items() if name not in NO_EFFECT}
     check_sizes(family, raw)
-    config_class = getattr(transformers, family.config_class)
     try:
-        fields = config_class.from_dict(raw).to_dict()
-        defaults = config_class().to_dict()
+        fields = their_config(family, raw, transformers).to_dict()
+        defaults = their_config(family, {}, transformers).to_dict()
     except Exception as error:  # of many types: transformers checks the fields too
         raise UserError(f"transformers rejects it: {' '.join(str(error).split())[:200]}") from None
     check_sizes(family, fields)
@@ -171,6 +169,12 @@ def settings_of(raw, transformers):
                         f"{raw['rope_theta']}")
     check_fields(fields, defaults, fields_of(Config(**settings), family), family)
     return family, settings
+
+
+def their_config(family, fields, transformers):
+    """transformers' object of those fields of a config.json that have an effect."""
+    config_class = getattr(transformers, family.config_class)
+    return config_class.from_dict({name: fields[name] for name in fields if name not in NO_EFFECT})
 
 
 def check_fields(fields, defaults, expected, family):

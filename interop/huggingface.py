@@ -57,25 +57,19 @@ def folder_of(source, with_weights=False):
     return download(source, "model*.safetensors", os.path.basename(folder)) if with_weights else folder
 
 
-def read_json(folder, name):
-    """The dict in the JSON file `name` of a model. Raises UserError."""
-    path = os.path.join(folder, name)
+def read_family(folder):
+    """(Family, {our setting: value}, the fields of config.json) of a model. Raises UserError."""
+    path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
+            fields = dict(json.load(file))
+        return *settings_of(fields, import_transformers()), fields
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no {name}; give a run directory or a Hugging Face model") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None
-
-
-def read_family(folder):
-    """(Family, {our setting: value}) of the model in `folder`. Raises UserError."""
-    fields = read_json(folder, "config.json")
-    try:
-        return settings_of(fields, import_transformers())
+        raise UserError(f"{folder} holds no config.json; give a run or a Hugging Face model") from None
     except UserError as error:
         raise UserError(f"config.json of {folder}: {error}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None
 
 
 def tokenizer_of(folder, source):
@@ -102,7 +96,7 @@ def settings_to_start_from(source):
     """{setting: value} that a run takes over from a model unless it is given: what makes it the same
     function, its tokenizer, and an lr. Raises UserError."""
     folder = folder_of(source)
-    _, settings = read_family(folder)
+    _, settings, _ = read_family(folder)
     return settings | tokenizer_of(folder, source) | {"lr": LR}
 
 
@@ -146,7 +140,7 @@ def read_huggingface(source):
     """({setting: value}, {our parameter: fp32 tensor}) of a model that computes the same in model.py as in
     transformers: its logits are compared. Raises UserError."""
     folder = folder_of(source, with_weights=True)
-    family, settings = read_family(folder)
+    family, settings, fields = read_family(folder)
     config = Config(**settings)
     if config.position == "rotary":  # its tables need not be longer than what is compared
         config = replace(config, context=min(config.context, 64))
@@ -159,7 +153,7 @@ def read_huggingface(source):
         weights = from_transformers(family, config, tensors, shapes)
         model = GPT(config).eval()
         model.load_state_dict(weights, assign=True)
-        check_same_logits(model, folder, family)
+        check_same_logits(model, folder, family, fields)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return settings | tokenizer_of(folder, source), weights

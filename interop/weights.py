@@ -9,13 +9,14 @@ import errno
 import json
 import math
 import os
+import warnings
 from dataclasses import replace
 
 import torch
 
 from configure import UserError
 from data.files import write_text
-from interop.families import GPT2, family_of, fields_of, parameter_names
+from interop.families import GPT2, family_of, fields_of, parameter_names, their_config
 from parametrization import forward_multipliers
 
 WEIGHTS = "model.safetensors"
@@ -33,27 +34,28 @@ def import_transformers():
                         "pip install transformers") from None
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return transformers
 
 
 @torch.no_grad()
-def check_same_logits(model, folder, family):
-    """Raises UserError unless transformers, from the files in `folder`, computes the logits of `model`, on
-    random tokens."""
-    try:
-        theirs, loading = getattr(import_transformers(), family.model_class).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-            output_loading_info=True)
-    except Exception as error:  # of many types
-        raise UserError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
-    for problem, names in loading.items():
-        if names:
-            raise UserError(f"transformers cannot load {folder}: {problem}: {min(names)}")
+def check_same_logits(model, folder, family, fields):
+    """Raises UserError unless transformers, with the weights in `folder` and these `fields` of a config.json,
+    computes the logits of `model`, on random tokens."""
+    transformers = import_transformers()
     tokens_BT = torch.randint(model.config.vocab_size, (2, min(TOKENS, model.config.context)),
                               generator=torch.Generator().manual_seed(0))
+    try:
+        theirs, loading = getattr(transformers, family.model_class).from_pretrained(
+            folder, config=their_config(family, fields, transformers), dtype=torch.float32,
+            use_safetensors=True, local_files_only=True, output_loading_info=True)
+        if problems := [f"{kind}: {min(names)}" for kind, names in loading.items() if names]:
+            raise ValueError(problems[0])
+        their_logits_BTV = theirs.eval()(tokens_BT, return_dict=True).logits
+    except Exception as error:  # of many types
+        raise UserError(f"transformers cannot use {folder}: {' '.join(str(error).split())[:200]}") from None
     logits_BTV = model(tokens_BT)
-    largest = logits_BTV.abs().max()
-    off = (theirs.eval()(tokens_BT, return_dict=True).logits - logits_BTV).abs().max()
+    off, largest = (their_logits_BTV - logits_BTV).abs().max(), logits_BTV.abs().max()
     if not off <= TOLERANCE * largest:  # False for NaN, too
         raise UserError(f"{family.model_class} of transformers computes other logits than model.py: they "
                         f"differ by up to {off:.2g}, where the largest is {largest:.2g}")
@@ -156,8 +158,8 @@ def row_counts(config, name, parts, rows):
 
 
 def write_model(model, folder, eot):
-    """Write config.json and the weights of `model` into `folder`. Returns (Family, the Config of what is
-    written). eot: the id of the end of text. Raises UserError, and OSError."""
+    """Write config.json and the weights of `model` into `folder`. Returns (Family, the fields of
+    config.json). eot: the id of the end of text. Raises UserError, and OSError."""
     import_transformers()
     import safetensors.torch
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
@@ -169,7 +171,7 @@ def write_model(model, folder, eot):
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError:  # its way to report a write that failed
         raise OSError(errno.ENOSPC, "the disk is full, or fails", path) from None
-    return family, config
+    return family, fields
 
 
 # In
