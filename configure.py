@@ -21,8 +21,10 @@ import textwrap
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
+A_PATH = "a name or a path"
 # Each type of setting: (Python type, whether a value is accepted, what is accepted, for people)
 Count = Annotated[int, lambda x: 1 <= x <= 2**53, "a whole number from 1 to 2**53"]
 Whole = Annotated[int, lambda x: 0 <= x < 2**31, "a whole number from 0 to below 2**31"]
@@ -31,7 +33,7 @@ NotNegative = Annotated[float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e3
 Fraction = Annotated[float, lambda x: 0 <= x < 1, "a number from 0 to below 1"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Flag = Annotated[bool, lambda x: True, "true or false"]
-Text = Annotated[str, lambda x: x != "" and "\0" not in x, "a name or a path"]
+Text = Annotated[str, lambda x: x != "" and "\0" not in x, A_PATH]
 AnyText = Annotated[str, lambda x: x.encode("utf-8", "replace").decode() == x, "text in UTF-8"]
 Device = Annotated[str, re.compile(r"auto|cpu|mps|cuda(:\d\d?)?").fullmatch, "auto, cpu, mps, cuda or cuda:N"]
 
@@ -306,31 +308,19 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
-class Setting(NamedTuple):
-    """A setting as it was declared. `kind` is a Python type; object where only a few values are accepted."""
-    kind: type
-    accepts: object  # value -> truthy
-    description: str  # of what is accepted, for people
-    optional: bool  # whether None is accepted too
-    default: object
-    group: str  # this and the rest: see setting()
-    help: str
-    tuned: bool
-    before: object
-    fact: bool
-
-
 def settings_of(config_class):
-    """{name: Setting} of a dataclass like Config. Raises TypeError for a setting that has no group."""
+    """{name: what setting() declared, and the parts of the type}. kind: a Python type; object where only a
+    few values are allowed. accepts: a predicate. description: what is allowed, for people. optional: whether
+    None is. Raises TypeError for a setting that has no group."""
     hints, settings = get_type_hints(config_class, include_extras=True), {}
     for item in fields(config_class):
         if "group" not in item.metadata:
             raise TypeError(f"{item.name} has no group: declare it by setting(default, group, help)")
         parts = get_args(hints[item.name])
         optional = type(None) in parts
-        if optional:  # Optional[Annotated[...]]: the annotation is the first of the union
-            parts = get_args(parts[0])
-        settings[item.name] = Setting(*parts, optional, item.default, **item.metadata)
+        kind, accepts, description = get_args(parts[0]) if optional else parts
+        settings[item.name] = SimpleNamespace(kind=kind, accepts=accepts, description=description,
+                                              optional=optional, default=item.default, **item.metadata)
     return settings
 
 
@@ -410,19 +400,20 @@ def check_setting(name, value, where=""):
     value is not accepted. where: the source of the value, which begins the message."""
     if name not in SETTINGS:
         raise UserError(f"{where}{name}: no such setting{advice_for(name) or '; --help lists them'}")
-    kind, accepts, description, optional, *_ = SETTINGS[name]
-    if value is None and optional:
+    declared = SETTINGS[name]
+    kind = declared.kind
+    if value is None and declared.optional:
         return None
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         value = value.item() if value.ndim == 0 else value  # numpy's numbers are Python's to us
     if type(value) in (int, float) and abs(value) < 1e99:
         if kind is float or kind is int and value % 1 == 0:
             value = kind(value)
-    if kind is not object and type(value) is not kind or not accepts(value):
-        allowed = f"one of {description}" if kind is object else description
-        raise UserError(f"{where}{name} must be {allowed}{', or none' * optional}, got {shown(value)}"
-                        f"{closest(shown(value)[1:-1], description.split(', '))}")
-    return os.path.expanduser(value) if get_args(Text)[1] is accepts else value
+    if kind is not object and type(value) is not kind or not declared.accepts(value):
+        allowed = f"{'one of ' * (kind is object)}{declared.description}{', or none' * declared.optional}"
+        raise UserError(f"{where}{name} must be {allowed}, got {shown(value)}"
+                        f"{closest(shown(value)[1:-1], declared.description.split(', '))}")
+    return os.path.expanduser(value) if declared.description == A_PATH else value
 
 
 def shown(value):

@@ -189,11 +189,18 @@ def test_the_choices_of_a_setting_are_those_that_are_implemented(name, implement
         assert getattr(configure([f"--{name}={choice}"]), name) == choice
 
 
-def test_the_decay_of_wsd_is_a_setting_that_a_resumed_run_may_not_change():
-    assert configure(["--schedule=wsd", "--decay_fraction=1/4"]).decay_fraction == 0.25
-    for text in ("-0.1", "1.1"):
-        with pytest.raises(UserError, match=f"^decay_fraction .*{text}"):
-            configure(["--schedule=wsd", f"--decay_fraction={text}"])
+@pytest.mark.parametrize(("name", "values"), {
+    "lr": (0, -1, 1e999), "steps": (-1, 2**31, None), "warmup": (1, -0.1), "beta2": (1, -0.1),
+    "dropout": (1,),
+    "final_lr": (1.5,), "depth_alpha": (2,), "decay_fraction": (-0.1, 1.1), "seed": (2**63, -1),
+    "parametrization": ("ntk",), "graph": (1, None), "width": (0, 2**60), "out": ("",)}.items())
+def test_a_value_out_of_range_is_rejected_by_the_name_of_its_setting(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name} must be"):
+            Config(**{name: value})
+
+
+def test_a_resumed_run_may_change_what_does_not_change_its_numbers():
     assert not {"schedule", "decay_fraction", "seed", "width"} & {*names_in("run")}
     assert {"steps", "log_roles", "wandb", "top_k"} <= {*names_in("run")}
 
@@ -284,7 +291,3 @@ def test_any_file_is_a_configuration_or_rejected_in_a_line(tmp_path, monkeypatch
             assert name.split("/")[0] in str(error)
         os.remove(name)
     assert 0 < accepted < tries and os.listdir() == ["run"], "some is a configuration, and no other file ran"
-
-
-def test_the_files_that_the_readme_names_exist():
-    assert {"config/proxy.py", "config/target.py", "config/gpt2.py"} <= set(FILES)

@@ -33,16 +33,13 @@ FAILURES = {
     "file that looks like a setting": ("widht=64", "widht=64"),
     "derived setting": ("--width_mult=4", "width_mult"),
     "misspelled choice": ("--schedule=cosin", "schedule.*did you mean cosine"),
-    "unknown parametrization": ("--parametrization=ntk", "parametrization"),
     "no value": ("--lr", "lr"),
     "no value before another": ("--lr --steps=3", "lr"),
     # types
     "text for a number": ("--lr=high", "lr"),
     "fraction for a count": ("--depth=2.5", "depth"),
     "number for a flag": ("--tied=1", "tied"),
-    "number for a choice": ("--graph=1", "graph"),
     "list for a number": ("--lr=[0]*300000000", "lr"),
-    "none for a number": ("--steps=None", "steps"),
     "code for a number": ("--lr=__import__('os').getpid()", "lr"),
     "huge number": (f"--lr={'1' * 400}", "lr"),
     "type in a file": ("text_lr.py", r"text_lr\.py: lr"),
@@ -50,20 +47,13 @@ FAILURES = {
     "huge number in a file": ("huge.py", r"huge\.py"),
     # ranges
     "decay of more than all steps": ("--schedule=wsd --decay_fraction=1.5", "decay_fraction"),
-    "lr of 0": ("--lr=0", "lr"), "negative lr": ("--lr -1", "lr"),
-    "infinite lr": ("--lr=1e999", "lr"), "no width": ("--width=0", "width"),
-    "negative steps": ("--steps=-1", "steps"),
+    "negative lr": ("--lr -1", "lr"), "no width": ("--width=0", "width"),
     "width that heads do not divide": ("--width=40", "width.*head_dim.*48"),
     "base_width that heads do not divide": ("--base_width=20", "base_width.*base_head_dim"),
     "micro_batch that does not divide": ("--micro_batch=3", "batch.*micro_batch"),
-    "warmup of all steps": ("--warmup=1", "warmup"),
-    "beta of 1": ("--beta2=1", "beta2"), "all dropped": ("--dropout=1", "dropout"),
-    "final_lr above the peak": ("--final_lr=1.5", "final_lr"),
-    "depth_alpha above 1": ("--depth_alpha=2", "depth_alpha"),
     "odd heads with rotary": ("--position=rotary --head_dim=1", "head_dim"),
     "vocabulary below the tokenizer's": ("--vocab_size=100", "vocab_size"),
     "seed that no generator takes": ("--seed=2**70", "seed"),
-    "seed that no generator takes with dropout": ("--seed=2**63 --dropout=0.1", "seed"),
     "temperature beyond fp32": ("--temperature=1e300", "temperature"),
     "multiplier beyond fp32": ("--attention_mult=1e300", "attention_mult"),
     "width beyond 64 bits": ("--width=10**20", "width"), "MLP beyond 64 bits": ("--mlp_ratio=1e29", "width"),
@@ -78,9 +68,7 @@ FAILURES = {
     "evaluation of less than a window": ("--eval_tokens=5", "eval_tokens"),
     # files
     "missing file": ("nope.py", r"nope\.py"),
-    "misspelled file": ("config/proxi.py", r"config/proxi\.py.*did you mean config/proxy\.py"),
     "file that raises": ("raises.py", r"raises\.py"),
-    "file that raises in lines": ("lines.py", r"lines\.py"),
     "file that exits": ("exits.py", r"exits\.py"),
     "file that raises what is no error": ("closes.py", r"closes\.py"),
     "file that is no configuration": ("notes.txt", r"notes\.txt"),
@@ -113,7 +101,6 @@ FAILURES = {
     "folder that is no run": ("empty", r"empty.config\.json"),
     "config.json that is no JSON": ("broken", r"broken.config\.json"),
     "config.json that is a list": ("list", r"list.config\.json"),
-    "config.json that is a number": ("number", r"number.config\.json"),
     "config.json with an unknown setting": ("newer", "newer: speed"),
     "config.json with a wrong type": ("wrong", "wrong: lr"),
     "checkpoint that is none": ("garbage", r"garbage.last\.pt"),
@@ -151,15 +138,15 @@ def workspace(corpus, tmp_path_factory):
     content["model"]["blocks.0.mlp.gate.weight"] = torch.zeros(2, 2)
     write_checkpoint(folder / "edited/last.pt", content)
     settings = json.loads((folder / "run/config.json").read_text())
-    for name, text in {"broken": "{", "list": "[]", "number": "3", "empty": None, "config": None,
+    for name, text in {"broken": "{", "list": "[]", "empty": None, "config": None,
                        "newer": json.dumps(settings | {"speed": 1}),
                        "wrong": json.dumps(settings | {"lr": "fast"})}.items():
         (folder / name).mkdir()
         if text is not None:
             (folder / name / "config.json").write_text(text)
     for name, text in {
-            "config/proxy.py": "lr = 1.0", "notes.txt": "these are notes", "raises.py": "lr = 1 / 0",
-            "lines.py": "raise ValueError('one\\ntwo')", "exits.py": "import sys\nsys.exit('no')",
+            "config/proxy.py": "lr = 1.0", "notes.txt": "these are notes", "raises.py": "raise OSError('a\\nb')",
+            "exits.py": "import sys\nsys.exit('no')",
             "unknown.py": "widht = 64", "range.py": "depth = 0", "imports.py": "from config.nope import *",
             "text_lr.py": "lr = 'big'", "function.py": "lr = max", "huge.py": "lr = 10**400",
             "closes.py": "raise GeneratorExit", "endless.py": "lr = 10**5000", "zero.py": "out = 'a\\0b'",

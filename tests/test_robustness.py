@@ -364,7 +364,8 @@ def test_what_cannot_fit_in_memory_is_rejected_with_what_would(corpus, monkeypat
 
 def any_value(name):
     """A strategy for values of the setting `name`, good ones and others."""
-    kind, _, description, optional, *_ = SETTINGS[name]
+    declared = SETTINGS[name]
+    kind, description, optional = declared.kind, declared.description, declared.optional
     if kind in (object, bool):
         words = ["true", "false"] if kind is bool else description.split(", ")
         flags = {"true": True, "True": True, "false": False, "False": False}
