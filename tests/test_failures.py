@@ -145,7 +145,7 @@ def workspace(corpus, tmp_path_factory):
         if text is not None:
             (folder / name / "config.json").write_text(text)
     for name, text in {
-            "config/proxy.py": "lr = 1.0", "notes.txt": "these are notes", "raises.py": "raise OSError('a\\nb')",
+            "config/proxy.py": "lr = 1.0", "notes.txt": "no settings", "raises.py": "raise OSError('a\\nb')",
             "exits.py": "import sys\nsys.exit('no')",
             "unknown.py": "widht = 64", "range.py": "depth = 0", "imports.py": "from config.nope import *",
             "text_lr.py": "lr = 'big'", "function.py": "lr = max", "huge.py": "lr = 10**400",
