@@ -34,7 +34,7 @@ def command(main):
 def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     """Splits the command line into (options, axes, words).
 
-    options: `defaults`, {name: text or whole number}, updated by the --name=value words that name one.
+    options: `defaults`, {name: text or number}, updated by the --name=value words that name one.
     axes: {setting: text} of the NAME=VALUES words, which are rejected unless the command takes_axes.
     words: all other words, in order: for configure(), unless the command takes no settings. --help prints
     `doc` and exits. Raises UserError.
@@ -69,12 +69,16 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
 
 
 def parse_option(name, text, kind):
-    """`text` as the value of a command's own option, a str or an int from 1 on. Raises UserError."""
-    if kind is not int:
-        return text
-    if not text.isdecimal() or len(text) > 100 or int(text) == 0:
+    """`text` as the value of a command's own option: a str, an int from 1 on, or a float above 0. Raises
+    UserError."""
+    if kind is int and not (text.isdecimal() and len(text) <= 100 and int(text)):
         raise UserError(f"{name} must be a whole number, 1 or more, got {text!r}")
-    return int(text)
+    if kind is float:
+        number = parse_value("lr", text)  # with arithmetic, as lr takes it
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            raise UserError(f"{name} must be a number above 0, got {text or 'nothing'}")
+        return float(number)
+    return kind(text)
 
 
 def parse_values(name, text):

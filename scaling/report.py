@@ -271,16 +271,16 @@ def judge_drift(ladder, report):
     at_edge = [f"{size[axis]:g}" for size in sizes if size["edge"]]
     text = ""
     if at_edge:
-        text = (f"The best {swept} of {axis} {', '.join(at_edge)} lies at the edge of the values tried: it is "
-                "not in the drift; try values beyond. ")
+        text = (f"The best {swept} of {axis} {', '.join(at_edge)} is at the edge of the values tried, so it "
+                "is not in the drift; try values beyond. ")
     if len(sizes) - len(at_edge) < 2:
         return f"{text}No drift can be told from fewer than two sizes with a best {swept} between those tried."
     costs = [size["regret"] for size in sizes if size["regret"] is not None]
     costs = f"at the best {swept} of {axis} {ladder['base']:g} a size loses up to {max(costs):.4f} nats"
     few = min(size["seeds"] for size in sizes)
     if few == 1:
-        return (f"{text}With one seed, nothing says whether this drift is noise; {costs}. More seeds would tell, "
-                "such as seed=0,1,2 in the sweep.")
+        return (f"{text}With one seed, nothing says whether this drift is noise; {costs}. More seeds would "
+                "tell, such as seed=0,1,2 in the sweep.")
     low, high = ladder["drift_interval"]
     if not np.isfinite((low, high)).all():
         return f"{text}Too few draws have a best {swept} at two sizes for an interval; {costs}."
@@ -300,7 +300,7 @@ def judge_choice(ladder, report):
     if max(costs, default=0) > 0:
         said = f"The best {report['swept']} of {base} loses up to {max(costs):.4f} nats at another size"
     if min(size["seeds"] for size in sizes) == 1:
-        return f"{said}. With one seed, nothing says whether that is noise; more would tell, such as seed=0,1,2."
+        return f"{said}. With one seed, nothing says whether that is noise; seed=0,1,2 would tell more."
     return f"{said}."
 
 

@@ -31,7 +31,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # Help and slips
 
-COMMANDS = ["data.prepare", "training.bench", "training.peers",
+COMMANDS = ["data.prepare",
             *(f"scaling.{module}" for module, _ in scaling_commands.commands().values())]
 
 

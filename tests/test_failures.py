@@ -247,7 +247,7 @@ def interrupted(tmp_path_factory):
 
 
 def test_an_interrupt_while_a_command_imports_gives_no_traceback(interrupted):
-    assert {"train", "data.prepare", "training.bench", "scaling.sweep", "scaling.search", "scaling.report",
+    assert {"train", "data.prepare", "scaling.bench", "scaling.sweep", "scaling.search", "scaling.report",
             "scaling.coordinate_check"} <= interrupted.keys()
     for command, process in interrupted.items():
         assert process.communicate() == ("", ""), command

@@ -22,7 +22,7 @@ from scaling.coordinate_check import short_run
 from scaling.stack import check_stackable
 from scaling.sweep import trial_configs
 from scaling.trials import identity, trial_row
-from training.bench import bench
+from scaling.bench import bench
 from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
 from training.model_size import model_size
@@ -325,7 +325,7 @@ def test_the_coordinate_check_takes_a_configuration_of_the_recipe():
 
 def test_the_benchmark_measures_the_full_batch_in_the_passes_of_the_ramp(corpus, monkeypatch):
     seen = []
-    monkeypatch.setattr("training.bench.train", lambda config, quiet: seen.append(config) or 1 / 0)
+    monkeypatch.setattr("scaling.bench.train", lambda config, quiet: seen.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench(Config(**corpus | RECIPE))
     assert (seen[0].batch, seen[0].micro_batch, seen[0].batch_ramp_tokens) == (16, 4, None)

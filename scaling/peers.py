@@ -1,7 +1,7 @@
 """Train another project's GPT on the batches of a configuration, to compare:
 
-    python -m training.peers nanogpt=FOLDER lr=3e-4,6e-4,1.2e-3 CONFIG [--name=value ...]
-    python -m training.peers nanochat=FOLDER factor=2,4,8 [plain] CONFIG [--name=value ...]
+    python -m scaling.peers nanogpt=FOLDER lr=3e-4,6e-4,1.2e-3 CONFIG [--name=value ...]
+    python -m scaling.peers nanochat=FOLDER factor=2,4,8 [plain] CONFIG [--name=value ...]
 
 FOLDER is a clone of github.com/karpathy/nanoGPT or github.com/karpathy/nanochat. Model and optimizer are
 theirs; the shape, the tokens of each step and the validation windows are CONFIG's; each rate is a training of
@@ -20,24 +20,26 @@ import importlib
 import importlib.util
 import math
 import os
-import signal
 import statistics
 import sys
 import time
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
-
 import torch
 
-from configure import UserError, asks_for_help, configure, run_cli
+from configure import SETTINGS, UserError, configure, names_in
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
+from scaling.cli import command, parse_option, parse_options, reject_unused
 from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device
 from training.evaluate import evaluate
 
 RATES = {"nanogpt": "lr", "nanochat": "factor"}
 SPEED_SECONDS = 0.5  # of a window over which tokens per second are counted
+USED = {*names_in("data"), "width", "depth", "head_dim", "batch", "context", "vocab_size", "steps", "seed",
+        "device", "precision", "compile", "eval_tokens", "data_dir"}
+# What the loop here does not have, and its value then
+NOT_HERE = {"micro_batch": None, "batch_ramp_tokens": None, "dropout": 0.0, "shard": False, "init_from": None,
+            "window": None}
 
 
 class NanoGPT:
@@ -162,8 +164,16 @@ def train_peer(name, folder, config, rate, plain=False):
                         f"github.com/karpathy/{'nanoGPT' if name == 'nanogpt' else name}") from None
     model = torch.compile(peer.model, dynamic=False) if is_compiled(config, device) else peer.model
     chunks = prefetch_batches(dataset, config, 0, pin_memory=device.type == "cuda")
-    batches, speeds = batches_on_device(chunks, device), []
-    window_start, window_steps = time.perf_counter(), 0
+    speed = run_steps(peer, model, batches_on_device(chunks, device), config)
+    seconds = time.perf_counter() - start
+    numbers = evaluate(Logits(peer), dataset, config, device, contextlib.nullcontext())
+    return {**numbers, "seconds": seconds, "tokens_per_second": speed, "peak_memory": peak_memory(device),
+            "parameters": sum(p.numel() for p in peer.model.parameters())}
+
+
+def run_steps(peer, model, batches, config):
+    """Trains for config.steps; returns tokens per second, the median over windows of SPEED_SECONDS."""
+    speeds, window_start, window_steps = [], time.perf_counter(), 0
     for step in range(config.steps):
         [tokens_BT], [targets_BT] = next(batches)
         loss = peer.loss_of(model, tokens_BT, targets_BT)
@@ -176,65 +186,42 @@ def train_peer(name, folder, config, rate, plain=False):
             seconds = time.perf_counter() - window_start
             speeds.append(window_steps * config.batch * config.context / seconds)
             window_start, window_steps = time.perf_counter(), 0
-    seconds = time.perf_counter() - start
-    numbers = evaluate(Logits(peer), dataset, config, device, contextlib.nullcontext())
-    return {**numbers, "seconds": seconds,
-            "tokens_per_second": statistics.median(speeds), "peak_memory": peak_memory(device),
-            "parameters": sum(p.numel() for p in peer.model.parameters())}
+    return statistics.median(speeds)
 
 
-def parse_words(argv):
+def read_command(argv):
     """(peer, its folder, [rate], plain, the words left for configure()). Raises UserError."""
-    asked, rates, plain, words = {}, {}, False, []
-    for word in argv:
-        name, equals, text = word.partition("=")
-        if equals and name in PEERS:
-            asked[name] = os.path.abspath(os.path.expanduser(text))
-        elif equals and name in RATES.values():
-            rates[name] = text
-        elif word == "plain":
-            plain = True
-        else:
-            words.append(word)
+    _, given, words = parse_options(argv, {}, __doc__, takes_axes=True)
+    asked = [name for name in PEERS if name in given]
     if len(asked) != 1:
-        raise UserError(f"peers: got {', '.join(asked) or 'none'}, takes nanogpt=FOLDER or nanochat=FOLDER")
-    [(peer, folder)] = asked.items()
+        raise UserError(f"peers: give one of nanogpt=FOLDER and nanochat=FOLDER, got {len(asked)} of them")
+    [peer] = asked
+    folder = os.path.abspath(os.path.expanduser(given.pop(peer)))
     if not os.path.isdir(folder):
-        raise UserError(f"{peer}: got {folder}, which is no folder; takes a clone of the project")
+        raise UserError(f"{peer} must be the folder of a clone of the project, got {folder}")
+    plain = "plain" in words
     if plain and peer != "nanochat":
-        raise UserError(f"plain: got it with {peer}, takes nanochat=FOLDER")
-    if [*rates] != [RATES[peer]]:
-        raise UserError(f"{RATES[peer]}: got {' '.join(rates) or 'nothing'}, takes {RATES[peer]}=A,B,C with "
-                        f"{peer}")
-    return peer, folder, parse_rates(RATES[peer], rates[RATES[peer]]), plain, words
-
-
-def parse_rates(name, text):
-    """The numbers in "A,B,C". Raises UserError."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = [math.nan]
-    if not all(0 < rate < math.inf for rate in found):
-        raise UserError(f"{name}: got {text or 'nothing'}, takes positive numbers, separated by commas")
-    return found
+        raise UserError(f"plain is for nanochat=FOLDER alone, got it with {peer}")
+    rate = RATES[peer]
+    if [*given] != [rate]:
+        raise UserError(f"{rate}: give {rate}=A,B,C with {peer}, got {' '.join(given) or 'nothing'}")
+    rates = [parse_option(rate, text, float) for text in given[rate].split(",")]
+    return peer, folder, rates, plain, [word for word in words if word != "plain"]
 
 
 def check_comparable(config):
     """Raises UserError for what the peers' loop here does not have."""
-    for name, only in {"micro_batch": None, "batch_ramp_tokens": None, "dropout": 0.0, "shard": False,
-                       "init_from": None, "window": None}.items():
+    for name, only in NOT_HERE.items():
         if getattr(config, name) != only:
-            raise UserError(f"{name}: got {getattr(config, name)}, takes --{name}={only} for peers")
+            raise UserError(f"{name} must be {only} for peers, got {getattr(config, name)}")
     if config.steps < 1:
-        raise UserError(f"steps: got {config.steps}, takes 1 or more for peers")
+        raise UserError(f"steps must be 1 or more for peers, got {config.steps}")
 
 
+@command
 def main(argv):
-    if asks_for_help(argv):
-        print(__doc__)
-        sys.exit()
-    peer, folder, rates, plain, words = parse_words(argv)
+    peer, folder, rates, plain, words = read_command(argv)
+    reject_unused(words, SETTINGS.keys() - USED - NOT_HERE.keys(), f"a training of {peer}")
     config = configure(words)
     check_comparable(config)
     print(f"{RATES[peer]:>12}{'loss':>10}{'error':>9}{'seconds':>10}{'tokens/s':>12}{'GiB':>7}"
@@ -243,7 +230,3 @@ def main(argv):
         its = train_peer(peer, folder, config, rate, plain)
         print(f"{rate:>12g}{its['val_loss']:>10.4f}{its['val_error']:>9.4f}{its['seconds']:>10.1f}"
               f"{its['tokens_per_second']:>12,.0f}{its['peak_memory'] / GIB:>7.1f}{its['parameters']:>14,}")
-
-
-if __name__ == "__main__":
-    run_cli(main)

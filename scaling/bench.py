@@ -1,6 +1,6 @@
-"""Measure how fast a configuration trains: python -m training.bench CONFIG [--name=value ...]
-what it costs to reach a validation loss: python -m training.bench CONFIG --loss=NATS [--name=value ...]
-or how fast a trained model writes: python -m training.bench --sample=RUN_DIR [--name=value ...]
+"""Measure how fast a configuration trains: python -m scaling.bench CONFIG [--name=value ...]
+what it costs to reach a validation loss: python -m scaling.bench CONFIG --loss=NATS [--name=value ...]
+or how fast a trained model writes: python -m scaling.bench --sample=RUN_DIR [--name=value ...]
 
 The first, under torchrun on all processes together, prints tokens per second (median over windows of half a
 second, and their range), milliseconds a step, the share of the device's peak (MFU), memory, the time to a
@@ -11,24 +11,18 @@ transformers, where that is installed, on the same weights: --sample_tokens toke
 after each of --samples prompts of 8 tokens.
 """
 
-# A command on top of train.py: nothing imports it
-
 import functools
 import importlib.util
 import math
-import signal
-import sys
 import tempfile
 import time
 from dataclasses import replace
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
-
 import torch
 
-from configure import UserError, asks_for_help, configure, is_from_run, run_cli
+from configure import SETTINGS, UserError, configure, is_from_run
 from interop.weights import write_model
+from scaling.cli import command, parse_options, reject_unused
 from train import train
 from training.device import GIB, peak_flops, precision_name, select_device
 from training.distributed import init_distributed, rank, world_size
@@ -39,6 +33,11 @@ SECONDS = 8  # of steps that are timed
 EVALUATIONS = 20  # in a run to a loss
 PROMPT_TOKENS = 8
 ROUGH_STEPS = 13  # of a first run that says how many steps that is
+# Settings that change nothing: of the first command, and of a run to a loss
+UNUSED_FOR_LOSS = {"checkpoint_every", "out", "prompt", "samples", "sample_tokens", "temperature", "top_k",
+                   "wandb"}
+UNUSED_FOR_SPEED = UNUSED_FOR_LOSS | {"steps", "eval_every", "eval_tokens"}
+USED_BY_SAMPLING = {"samples", "sample_tokens", "seed", "device", "precision"}
 
 
 def bench(config):
@@ -55,10 +54,7 @@ def bench(config):
     tokens_per_step = config.batch * config.context
     steps = ROUGH_STEPS + int(SECONDS * rough_speed / tokens_per_step)
     result = train(replace(config, steps=steps), quiet=True)
-    return summarize(config, result, first_step_seconds)
 
-
-def summarize(config, result, first_step_seconds):
     device, _ = select_device(config)
     peak, speed = peak_flops(config, device), result.tokens_per_second
     # The first rows are from before the step was compiled, the last is from a short window
@@ -69,8 +65,8 @@ def summarize(config, result, first_step_seconds):
     if device.type == "cuda":
         memory = f"{result.peak_memory / GIB:.1f}"
     return {"tokens/s": f"{speed:,.0f}", "from": f"{speeds[0]:,}", "to": f"{speeds[-1]:,}",
-            "ms/step": f"{1000 * config.batch * config.context / speed:.2f}",
-            "MFU": mfu, "GiB": memory, "first step, s": f"{first_step_seconds:.1f}"}
+            "ms/step": f"{1000 * tokens_per_step / speed:.2f}", "MFU": mfu, "GiB": memory,
+            "first step, s": f"{first_step_seconds:.1f}"}
 
 
 def cost_of_loss(config, loss):
@@ -93,8 +89,8 @@ def cost_of_loss(config, loss):
             flops = row["tokens"] * result.model.flops_per_token()
             return {"seconds": f"{seconds:.4g}", "step": f"{row['step']:,}", "tokens": f"{row['tokens']:,}",
                     "FLOPs": f"{flops:.2e}", "loss": f"{row['val_loss']:.4f}"}
-    raise UserError(f"loss: got {loss:g}, but the lowest of {config.steps} steps was "
-                    f"{result.best_val_loss:.4f}; takes more steps or a higher loss")
+    raise UserError(f"loss: no evaluation in {config.steps} steps found {loss:g} or less; the lowest was "
+                    f"{result.best_val_loss:.4f}. Give more steps, or a higher loss")
 
 
 def bench_sampling(source, config):
@@ -104,7 +100,6 @@ def bench_sampling(source, config):
     n = min(config.sample_tokens, model.config.context - PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(config.seed)
     prompts_BT = torch.randint(tokenizer.eot, (config.samples, PROMPT_TOKENS), generator=generator)
-
     prompts = prompts_BT.tolist()
 
     def ours(graphed):
@@ -116,7 +111,8 @@ def bench_sampling(source, config):
     if graphed := faster_on_gpu(device):
         writers["this, a CUDA graph"] = functools.partial(ours, graphed)
     if importlib.util.find_spec("transformers") is not None:
-        theirs = load_by_transformers(source, model, tokenizer.eot).to(device, autocast_dtype(autocast))
+        dtype = torch.bfloat16 if precision_name(autocast) == "bf16" else torch.float32
+        theirs = load_by_transformers(source, model, tokenizer.eot).to(device, dtype)
         prompts_BT = prompts_BT.to(device)
         inputs = {"input_ids": prompts_BT, "attention_mask": torch.ones_like(prompts_BT)}
         for cache in ("dynamic", "static") if device.type == "cuda" else ("dynamic",):
@@ -125,10 +121,6 @@ def bench_sampling(source, config):
                 pad_token_id=0, cache_implementation=cache)
     seconds = time_in_turn(writers.values(), device)
     return {name: config.samples * n / s for name, s in zip(writers, seconds, strict=True)}
-
-
-def autocast_dtype(autocast):
-    return torch.bfloat16 if autocast._enabled else torch.float32
 
 
 def load_by_transformers(source, model, eot):
@@ -144,8 +136,7 @@ def load_by_transformers(source, model, eot):
 def time_in_turn(functions, device):
     """The seconds that each of `functions` takes: of 3 rounds, after one that warms up, the fastest. In turn,
     as other processes come and go."""
-    functions = [*functions]
-    rounds = []
+    functions, rounds = [*functions], []
     for _ in range(4):
         rounds.append([])
         for function in functions:
@@ -157,42 +148,18 @@ def time_in_turn(functions, device):
     return [min(seconds) for seconds in zip(*rounds[1:], strict=True)]
 
 
-def main_of_sampling(source, argv):
-    if not source:
-        raise UserError("sample: got nothing, takes --sample=RUN_DIR, or a Hugging Face model")
-    config = configure(argv)
-    for name, speed in bench_sampling(source, config).items():
-        print(f"{name:32}{speed:>12,.0f} tokens/s")
-
-
-def parse_loss(word):
-    """The number in --loss=NUMBER. Raises UserError."""
-    text = word.removeprefix("--loss=")
-    try:
-        loss = float(text)
-    except ValueError:
-        loss = math.nan
-    if not 0 < loss < math.inf:
-        raise UserError(f"loss: got {text or 'nothing'}, takes nats per token, such as --loss=3.5")
-    return loss
-
-
+@command
 def main(argv):
-    if asks_for_help(argv):
-        print(__doc__)
-        sys.exit()
-    sources = [word for word in argv if word.startswith("--sample=")]
-    if sources:
-        words = [word for word in argv if word not in sources]
-        return main_of_sampling(sources[-1].removeprefix("--sample="), words)
-    losses = [word for word in argv if word.startswith("--loss=")]
-    config = configure([word for word in argv if word not in losses])
+    options, _, words = parse_options(argv, {"loss": 0.0, "sample": ""}, __doc__)
+    if options["sample"]:
+        reject_unused(words, SETTINGS.keys() - USED_BY_SAMPLING, "a benchmark of sampling")
+        for name, speed in bench_sampling(options["sample"], configure(words)).items():
+            print(f"{name:32}{speed:>12,.0f} tokens/s")
+        return
+    reject_unused(words, UNUSED_FOR_LOSS if options["loss"] else UNUSED_FOR_SPEED, "this benchmark")
+    config = configure(words)
     init_distributed()
-    numbers = cost_of_loss(config, parse_loss(losses[-1])) if losses else bench(config)
+    numbers = cost_of_loss(config, options["loss"]) if options["loss"] else bench(config)
     if rank() == 0:
         print("".join(f"{name:>15}" for name in numbers))
         print("".join(f"{number:>15}" for number in numbers.values()))
-
-
-if __name__ == "__main__":
-    run_cli(main)
