@@ -274,8 +274,8 @@ def check_sizes(config, options):
     sizes = parse_values(axis, options[f"{axis}s"] or "64,128,256,512")
     both = options["widths"] and options["depths"]
     if both or options["seeds"] < 2 or len(set(sizes)) < 2:
-        raise UserError("coordinate_check: give --widths or --depths, with two sizes or more, and --seeds of 2 "
-                        "or more")
+        raise UserError("coordinate_check: give --widths or --depths, with two sizes or more, and at least "
+                        "--seeds=2")
     if config.init_from is not None:
         raise UserError(f"init_from must be none, got {config.init_from}: the check is of the initialization")
     for size in sizes:
@@ -287,8 +287,8 @@ def print_table(parametrization, axis, rows):
     """The rows, and the verdict with what it does not say."""
     print(f"{parametrization}, powers of {axis}\n{'':<24}  at the start    change      95%   expected")
     for row in rows:
-        print("{layer:<24}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}   {verdict}".format(
-            **row))
+        numbers = "{layer:<24}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}".format(**row)
+        print(f"{numbers}   {row['verdict']}")
     verdict = overall(rows)
     of_fail, of_pass = __doc__.split("\n\n")[3:]
     print(verdict, of_fail if verdict == "FAIL" else of_pass, sep="\n")

@@ -274,7 +274,7 @@ def judge_drift(ladder, report):
         text = (f"The best {swept} of {axis} {', '.join(at_edge)} is at the edge of the values tried, so it "
                 "is not in the drift; try values beyond. ")
     if len(sizes) - len(at_edge) < 2:
-        return f"{text}No drift can be told from fewer than two sizes with a best {swept} between those tried."
+        return f"{text}No drift can be told: fewer than two sizes have a best {swept} between those tried."
     costs = [size["regret"] for size in sizes if size["regret"] is not None]
     costs = f"at the best {swept} of {axis} {ladder['base']:g} a size loses up to {max(costs):.4f} nats"
     few = min(size["seeds"] for size in sizes)

@@ -100,7 +100,8 @@ def choose_axis(rows, axis):
     if axis in varied:
         return axis
     if axis or not varied:
-        raise UserError(f"axis must be one that varies ({', '.join(varied) or 'none does'}), got {axis or 'none'}")
+        raise UserError(f"axis must be one that varies ({', '.join(varied) or 'none does'}), got "
+                        f"{axis or 'none'}")
     return varied[0]
 
 
