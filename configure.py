@@ -160,13 +160,13 @@ class Config:
     seed: Whole = setting(0, "training", "of initialization, batches and dropout")
 
     dataset: Text = setting("stdlib", "data",
-        help="stdlib; path, glob, folder of .txt .csv .jsonl(.gz .zst) .parquet; owner/name")
+        help="stdlib; path, glob, folder of text, .jsonl, .csv, .parquet; owner/name; a:0.7,b:0.3 mixes")
     tokenizer: Text = setting("bpe:2048", "data",
         help="bpe:N, trained on the data; bytes; a tiktoken name; a folder that holds one")
     subset: Text | None = setting(None, "data", "configuration of a hub data set")
     split: Text = setting("train", "data", "split of a hub data set")
     text_field: Text = setting("text", "data", "column of .csv, .jsonl, .parquet and hub rows with the text")
-    max_tokens: Count | None = setting(None, "data", "tokens to prepare; None: all")
+    max_tokens: Count | None = setting(None, "data", "tokens to prepare, validation text too; None: all")
     val_fraction: Fraction = setting(0.05, "data",
         help="fraction of the documents held out, chosen by a fixed hash of their text")
 

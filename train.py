@@ -387,7 +387,7 @@ def describe(run):
         modes += f", {threads} thread{'s' if threads > 1 else ''}"
     if use_cuda_graph(config, run.device):
         modes += ", one CUDA graph a step"
-    return (f"{dataset.folder}: {dataset.train_tokens:,} training tokens, vocabulary {dataset.vocab_size:,}\n"
+    return (f"{dataset.describe()}\n"
             f"{parameters:,} parameters on {modes}; {describe_steps(config)}: "
             f"{dataset.describe_epochs(tokens)}, {run.model.flops_per_token() * tokens:.2e} FLOPs\n"
             f"{format_table(run.model)}")

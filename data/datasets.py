@@ -262,7 +262,8 @@ def would_read(name, path):
         return any(would_read(part, path) for part, _ in parts)
     if ending(path) is None or is_hub(name):
         return False
-    name, path = os.path.abspath(os.path.expanduser(name)), os.path.abspath(path)
+    with reading("the working directory"):  # it may be gone
+        name, path = os.path.abspath(os.path.expanduser(name)), os.path.abspath(path)
     if os.path.isdir(name):
         return os.path.realpath(path).startswith(os.path.join(os.path.realpath(name), ""))
     return is_match(path.split(os.sep), name.split(os.sep))

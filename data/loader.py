@@ -177,6 +177,15 @@ class TokenDataset:
         """Training tokens, of all parts of a mixture together."""
         return sum(part.train_tokens for part in self.parts) if self.parts else len(self.train)
 
+    def describe(self):
+        """What there is to train on, for people."""
+        text = f"{self.folder}: {self.train_tokens:,} training tokens, vocabulary {self.vocab_size:,}"
+        max_tokens = self.meta["settings"].get("max_tokens")
+        if max_tokens is not None:
+            text += (f"\nmax_tokens={max_tokens:,}: the validation windows are spread over that text, so "
+                     "compare losses of the same max_tokens")
+        return text
+
     def describe_epochs(self, tokens):
         """How often training on this many tokens goes through the text, for people."""
         if not self.parts:

@@ -60,8 +60,6 @@ def prepare(config):
 
     A prepared folder is itself accepted as a data set, for machines without the text or the libraries.
     """
-    paths = {name: os.path.expanduser(getattr(config, name)) for name in ("dataset", "tokenizer", "data_dir")}
-    config = replace(config, **paths)
     if is_prepared(config.dataset):
         check_prepared_settings(config)
         return config.dataset
