@@ -69,8 +69,10 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
 
 
 def parse_option(name, text, kind):
-    """`text` as the value of a command's own option: a str, an int from 1 on, or a float above 0. Raises
-    UserError."""
+    """`text` as the value of a command's own option: a str (with ~ for the home directory), an int from 1 on,
+    or a float above 0. Raises UserError."""
+    if kind is str:
+        return os.path.expanduser(text)
     if kind is int and not (text.isdecimal() and len(text) <= 100 and int(text)):
         raise UserError(f"{name} must be a whole number, 1 or more, got {text!r}")
     if kind is float:

@@ -42,7 +42,10 @@ def test_each_command_prints_its_own_help(command, capsys):
         module.main(["--help"])
     output = capsys.readouterr().out
     assert not caught.value.code and output.startswith(module.__doc__.strip())
-    assert f"python -m {command}" in output and "usage: python train.py" not in output
+    package, _, name = command.partition(".")
+    name = scaling_commands.SHORT_NAMES.get(name, name)
+    assert any(f"python -m {words}" in output for words in (command, f"{package} {name}"))
+    assert "usage: python train.py" not in output
 
 
 def test_the_help_of_data_prepare_lists_the_settings_of_data_alone(capsys):
@@ -119,6 +122,7 @@ def test_no_name_of_another_program_stands_for_two_settings_or_is_one():
 
 
 def test_an_option_may_be_followed_by_its_value_and_a_slip_in_one_is_noticed():
+    assert parse_options(["--out=~/x"], {"out": ""}, "")[0] == {"out": os.path.expanduser("~/x")}
     options, axes, words = parse_options(["--out", "x", "lr=1,2", "--width", "64"], {"out": "", "stack": 1},
                                          "", takes_axes=True)
     assert (options, axes, words) == ({"out": "x", "stack": 1}, {"lr": "1,2"}, ["--width", "64"])
