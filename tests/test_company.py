@@ -302,7 +302,7 @@ def finished_keys(folder):
     found = []
     with Worker(str(folder)) as worker:
         for name in "search", "search, seeds and lr":
-            shared = SharedStudy(open_storage("", str(folder)), name, worker, None)
+            shared = SharedStudy(open_storage(str(folder / "study.log")), name, worker)
             found += [trial.user_attrs["key"] for trial in shared.study.get_trials(deepcopy=False)
                       if trial.state.is_finished() and trial.state.name != "FAIL"]
     return sorted(found)
