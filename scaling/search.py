@@ -72,7 +72,7 @@ from scaling.trials import (
     settings_of,
 )
 from scaling.worker import PARENT, Worker, end_with_parent, pause
-from training.device import reuse_freed_memory
+from training.device import reuse_freed_memory, use_sensible_threads
 from training.model_size import model_size
 
 SAMPLERS = ("gp", "tpe")
@@ -476,6 +476,7 @@ def main(argv):
     reuse_freed_memory()
     try:
         with worker_processes(argv, options["workers"]):
+            use_sensible_threads(config)
             found = run_search(config, space, options)
     except KeyboardInterrupt:
         return say_stopped(options["out"])

@@ -1,6 +1,5 @@
 """The search: what it finds, how workers share it, and how it survives kills and databases that are down."""
 
-import json
 import math
 import os
 import random
@@ -203,7 +202,8 @@ def test_a_search_over_another_space_in_the_same_folder_is_rejected(corpus, tmp_
     run(corpus, tmp_path, LR_ONLY, trials=1, steps=2)
     log = (tmp_path / "study.log").read_text()
     assert '"space"' in log
-    for other in {"lr": Range(2**-13, 2**-5)}, LR_ONLY | {"zero_query": Choice((False, True))}, {"beta1": SPACE["beta1"]}:
+    for other in ({"lr": Range(2**-13, 2**-5)}, LR_ONLY | {"zero_query": Choice((False, True))},
+                  {"beta1": SPACE["beta1"]}):
         with pytest.raises(UserError, match="^out: the study 'search' is of another search .space: "):
             run(corpus, tmp_path, other, trials=1, steps=2)
     # An older version did not keep the space: its draws tell
