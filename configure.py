@@ -586,6 +586,7 @@ def configure(argv, usage=None, names=None):
     if names is not None and (unused := [name for name in flags if name not in names]):
         raise UserError(f"{unused[0]}: no setting that this command uses; --help lists those")
     layers = [(f"{source}: ", read_settings(source)) for source in sources]
+    reject_other_search(sources, [settings for _, settings in layers], flags)
     layers.append(("", flags))
     given = {name: value for _, values in layers for name, value in values.items()}
     if given.get("init_from") and not SETTINGS.keys() <= given.keys():  # a run that resumes has them all
@@ -593,6 +594,19 @@ def configure(argv, usage=None, names=None):
         layers.insert(0, (f"init_from: {source}: ", settings_to_start_from(source)))
     return Config(**{name: check_setting(name, value, where)
                      for where, values in layers for name, value in values.items()})
+
+
+def reject_other_search(sources, layers, flags):
+    """Raises UserError where a configuration sets another text or block than the best.py of a search that is
+    read after it: the settings that were found are good for their own. A flag decides."""
+    earlier = {}
+    for source, settings in zip(sources, layers, strict=True):
+        for name in settings if os.path.basename(source) == "best.py" else ():
+            fixed = name in names_in("function", "data") and not SETTINGS[name].tuned and name not in flags
+            if fixed and earlier.get(name, settings[name]) != settings[name]:
+                raise UserError(f"{name} is {earlier[name]!r} before {source}, which was found with "
+                                f"{settings[name]!r}; choose one by --{name}=VALUE")
+        earlier |= settings
 
 
 TRAIN_USAGE = """usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]

@@ -84,6 +84,23 @@ def test_a_target_is_trained_as_the_search_was_whatever_the_defaults_are(corpus,
         name: getattr(Config, name) for name in ("data_dir", "eval_tokens", "sample_tokens", "device")}
 
 
+@pytest.mark.parametrize(("own", "rejected"), [
+    ({"dataset": "other.txt"}, "dataset"), ({"norm": "layer"}, "norm"),
+    ({"width": 64, "lr": 0.5, "norm": "rms"}, "")])
+def test_a_target_of_another_text_or_block_than_was_searched_is_rejected_unless_a_flag_decides(tmp_path, own,
+                                                                                            rejected):
+    files = {"target.py": own, "best.py": {"dataset": "mine.txt", "norm": "rms", "lr": 0.25}}
+    for name, settings in files.items():
+        (tmp_path / name).write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    words = [str(tmp_path / name) for name in files]
+    if rejected:
+        with pytest.raises(UserError, match=f"^{rejected} is .* before .*best.py"):
+            configure(words)
+        words.append(f"--{rejected}={own[rejected]}")
+        assert getattr(configure(words), rejected) == own[rejected]
+    assert configure(words).lr == 0.25
+
+
 @pytest.mark.parametrize(("words", "name"), [
     (["config/target.py", "out/search/best.py"], "target"),
     (["out/mine/best.py", "--width=512"], "mine-best"),
