@@ -15,7 +15,7 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
-from configure import UserError, asks_for_help, is_from_run, run_cli, run_of
+from configure import UserError, asks_for_help, describe_os_error, is_from_run, run_cli, run_of
 from data.files import write_text
 from data.tokenizer import keep_tokenizer
 from interop.families import import_transformers
@@ -82,7 +82,7 @@ def export(source, folder):
         write_text(os.path.join(unfinished, "README.md"), card(name, pretrained, model, family))
         os.rename(unfinished, folder)
     except OSError as error:
-        raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from None
+        raise UserError(f"to: {describe_os_error(error, folder)}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return family.model_class

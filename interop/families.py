@@ -203,7 +203,7 @@ def read_settings(family, fields):
     """{our setting: value} of the fields of a config.json that have one. Raises UserError."""
     values = {ours: fields[theirs] for ours, theirs in family.names.items()}
     width, heads, activation = values["width"], values["heads"], values["mlp"]
-    if heads < 1 or width % heads:
+    if heads < 1 or width < 1 or width % heads:
         raise UserError(f"{family.names['heads']} must divide {family.names['width']} ({width}), got {heads}")
     allowed = [theirs for theirs, ours in ACTIVATIONS.items() if ours in family.block["mlp"]]
     if activation not in allowed:
