@@ -528,6 +528,8 @@ def with_another_end_of_text(spec):
 
 @pytest.mark.parametrize("change", [
     with_another_end_of_text, lambda spec: spec.update(normalizer={"type": "NFC"}),
+    lambda spec: spec.update(truncation={"direction": "Right", "max_length": 5, "stride": 0,
+                                         "strategy": "LongestFirst"}),
     lambda spec: spec["model"]["merges"].reverse(),
     lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(
         0, {"type": "Digits", "individual_digits": True})])
@@ -538,6 +540,7 @@ def test_a_tokenizer_of_another_program_gives_the_tokens_that_it_gives_there(tmp
     (tmp_path / "in/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = load_tokenizer(str(tmp_path / "in"))
     theirs = Tokenizer.from_file(str(tmp_path / "in/tokenizer.json"))
+    theirs.no_truncation()
     assert tokenizer.encode(SAMPLE) == theirs.encode(SAMPLE).ids and tokenizer.eot == 279
     assert unicodedata.normalize("NFC", tokenizer.decode(tokenizer.encode(SAMPLE))) == \
         unicodedata.normalize("NFC", SAMPLE)
@@ -546,6 +549,7 @@ def test_a_tokenizer_of_another_program_gives_the_tokens_that_it_gives_there(tmp
 @pytest.mark.parametrize(("change", "line"), [
     (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "changes text"),
     (lambda spec: spec["model"]["vocab"].pop("!"), "no token for byte 33"),
+    (lambda spec: spec["model"].update(dropout=0.5), "at random"),
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"][-1].update(add_prefix_space=True), "changes text"),
     (without_end_of_text, "its end of text is")])
 def test_a_tokenizer_that_changes_text_or_knows_no_end_of_it_is_rejected(tmp_path, change, line):
