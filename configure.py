@@ -667,17 +667,12 @@ def run_cli(main):
     except OSError as error:
         if error.strerror is None:
             raise
-        end_with(describe_os_error(error))
+        # Of a folder without permission, the error does not say whether it was to be read or written
+        is_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        end_with(f"{'cannot write ' * is_writing}{error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def describe_os_error(error, path="a file"):
-    """The line for an OSError that names no file, or `path`. Whether it was read or written is said where the
-    error alone says so: a folder without permission may have been either."""
-    only_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    return f"{'cannot write ' * only_writing}{error.filename or path}: {error.strerror}"
 
 
 def end_with(message):
