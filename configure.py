@@ -206,20 +206,16 @@ class Config:
             if None not in (value, divisor) and value % divisor:
                 raise UserError(f"{name} must be a multiple of {unit} ({divisor}), got {value}; "
                                 f"try {value + divisor - value % divisor}")
-        self.check_ramp()
-        self.check_acts()
+        self.check_combinations()
         self.check_plane()
 
-    def check_ramp(self):
-        """Raises UserError where the batch is to rise but cannot."""
+    def check_combinations(self):
+        """Raises UserError for a setting that contradicts another, or would do nothing beside it."""
         if self.batch_ramp_tokens is None and self.batch_start is not None:
             raise UserError("batch_start also needs --batch_ramp_tokens")
         if self.batch_ramp_tokens is not None and self.batch_start in (None, self.batch):
             raise UserError(f"batch_start must be a divisor of batch ({self.batch}) and below it, got "
                             f"{self.batch_start}, where batch_ramp_tokens is set")
-
-    def check_acts(self):
-        """Raises UserError for a setting that would do nothing beside the others."""
         if self.window is not None and self.depth == 1:
             raise UserError(f"window must be none where depth is 1, got {self.window}: the first block "
                             "attends to all tokens")
@@ -584,7 +580,7 @@ def configure(argv, usage=None, names=None):
         sys.exit()
     sources, flags = split_words(argv)
     if names is not None and (unused := [name for name in flags if name not in names]):
-        raise UserError(f"{unused[0]}: no setting that this command uses; --help lists those")
+        raise UserError(f"{unused[0]} has no effect on this command; remove --{unused[0]}")
     layers = [(f"{source}: ", read_settings(source)) for source in sources]
     reject_other_search(sources, [settings for _, settings in layers], flags)
     layers.append(("", flags))
@@ -696,7 +692,7 @@ def check_start():
     path = Path(started).absolute().relative_to(root)
     if path.parts[0].removesuffix(".py") not in OWN_MODULES:
         return
-    if not re.search(r"^    run_cli\(main\)|^@command$", Path(started).read_text("utf-8"), re.MULTILINE):
+    if not re.search(r"^if __name__|^@command$", Path(started).read_text("utf-8"), re.MULTILINE):
         end_with(f"{path} is not a command; `python train.py` says how to train and to sample, and "
                  "`python -m scaling` lists the commands of the lab")
 
