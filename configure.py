@@ -663,12 +663,17 @@ def run_cli(main):
     except OSError as error:
         if error.strerror is None:
             raise
-        # Of a folder without permission, the error does not say whether it was to be read or written
-        is_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-        end_with(f"{'cannot write ' * is_writing}{error.filename or 'a file'}: {error.strerror}")
+        end_with(describe_os_error(error))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def describe_os_error(error, path="a file"):
+    """The line for an OSError that names no file, or `path`. It says that writing failed only where the errno
+    does: without permission, it may have been reading."""
+    is_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return f"{'cannot write ' * is_writing}{error.filename or path}: {error.strerror}"
 
 
 def end_with(message):
