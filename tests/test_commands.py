@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import column, run, tokens
+from conftest import CHECKED, ROOT, column, run, tokens
 from processes import Fork, finish, start_ranks
 
 import model
@@ -25,9 +25,6 @@ from scaling.sweep import torchrun_rank
 from training.distributed import torchrun_variables
 from training.sample import sampling_config
 from training.schedule import decay_start, lr_factor
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 
 # Help and slips
 
@@ -300,11 +297,6 @@ def smeared(monkeypatch):
     for user in (train, coordinate_check):
         monkeypatch.setattr(user, "GPT", module.GPT)
     return module.GPT
-
-
-CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
-           "readout_lr_mult": 4.0, "lr": 2**-7, "width": 64, "depth": 2, "base_width": 64, "base_depth": 2,
-           "base_head_dim": 16, "context": 64}
 
 
 def test_the_coordinate_check_passes_the_hacking_example_and_fails_its_wrong_exponent(corpus, smeared,

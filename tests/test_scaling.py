@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import run_command
-from conftest import BLOCKS, GPT2_BLOCK
+from conftest import BLOCKS, CHECKED, GPT2_BLOCK, ROOT
 from processes import Fork, lab_words, wait_until
 
 import model
@@ -41,7 +41,6 @@ from scaling.trials import append_rows, identity, read_trials, settings_of, swep
 from train import train
 
 coordinate_check_module = importlib.import_module("scaling.coordinate_check")
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MIXED = [{"lr": 2**-6, "seed": 0},
          {"lr": 2**-8, "seed": 1, "logit_mult": 2.0, "zero_query": True, "beta1": 0.8, "base_batch": 2},
          {"lr": 2**-7, "seed": 2, "parametrization": "sp", "weight_decay": 0.5, "grad_clip": 0.1, "eps": 1e-3,
@@ -754,11 +753,6 @@ def test_a_typing_error_is_one_line_and_nothing_is_trained(corpus, tmp_path, mon
     assert str(caught.value).startswith(place(TYPING_ERRORS[command][line]))
     assert sorted(os.listdir(tmp_path)) == ["file", "kept"]
     assert len(kept) == len(read_trials(tmp_path / "kept"))
-
-
-CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
-           "readout_lr_mult": 4.0, "lr": 2**-7, "width": 64, "depth": 2, "base_width": 64, "base_depth": 2,
-           "base_head_dim": 16, "context": 64}
 
 
 SIZES = {"width": (64, 128, 256), "depth": (4, 8, 16)}

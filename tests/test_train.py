@@ -1,6 +1,5 @@
 """Training: the same numbers however a run is cut, each setting acts, and an early end loses nothing."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -13,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2_BLOCK, column, cuda, run
+from conftest import GPT2_BLOCK, column, cuda, numbers, read_rows, run, snapshot
 from processes import start_command, start_train, to_words, wait_for_rows
 
 import train
@@ -45,21 +44,10 @@ def same_weights(first, second):
     return all(map(torch.equal, weights(first).values(), weights(second).values()))
 
 
-def numbers(result):
-    """Everything that two equal runs have in common, but for the weights."""
-    rows = [{**row, "tokens_per_second": None} for row in result.history]
-    return rows, result.val_loss, result.best_step, result.best_val_loss, result.sample
-
-
 def same(first, second):
     """Whether two runs are the same to the last bit."""
     assert numbers(first) == numbers(second)
     return same_weights(first, second)
-
-
-def read_rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def load(path):
@@ -540,14 +528,6 @@ REJECTED = {"lr": 2**-8, "width": 64, "depth": 3, "parametrization": "sp", "seed
 def finished(corpus, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("finished") / "run")
     return folder, run(corpus, out=folder)
-
-
-def snapshot(folder):
-    found = {}
-    for name in sorted(os.listdir(folder)):
-        with open(os.path.join(folder, name), "rb") as file:
-            found[name] = file.read()
-    return found
 
 
 @pytest.mark.parametrize("name", REJECTED)
