@@ -21,7 +21,7 @@ from children import run_train_on_a_small_disk, run_train_until_killed, run_trai
 from conftest import numbers, run, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from processes import Fork, lab_words, start_train, to_words
+from processes import Fork, lab_words, start_train, to_words, wait_for_rows
 
 import train
 from configure import SETTINGS, Config, UserError, help_text, names_in
@@ -205,6 +205,34 @@ def test_a_run_whose_folder_became_another_run_s_writes_nothing_more_there(corpu
     with pytest.raises(UserError, match="^out.* run.lock"):
         train.train(Config(**settings), quiet=True, stop_early={3: intrude})
     assert snapshot(out) == found[0] and read_checkpoint(str(out / "last.pt"))["step"] == 5
+
+
+def test_a_process_that_slept_while_its_folder_became_another_s_harms_nothing(corpus, tmp_path, request):
+    settings = corpus | {"steps": 60, "checkpoint_every": 5, "eval_every": 20, "sample_tokens": 0}
+    choose, expected = random.Random(0), [numbers(run(settings, seed=seed)) for seed in (0, 1)]
+    ended = []
+    for i in range(40 if request.config.getoption("--long") else 2):
+        out = tmp_path / str(i)
+        old = start_train(settings, out=out)
+        wait_for_rows(old, out, choose.randrange(40))
+        old.send_signal(signal.SIGSTOP)
+        removed = choose.random() < 0.6
+        if removed:
+            shutil.rmtree(out)
+        else:
+            (out / "run.lock").unlink(missing_ok=True)
+        new = start_train(settings, out=out, seed=int(removed))
+        wait_for_rows(new, out, choose.randrange(60))
+        old.send_signal(signal.SIGCONT)
+        for process in (old, new):
+            _, errors = process.communicate()
+            assert "Traceback" not in errors
+            ended.append(process.returncode)
+        assert ended[-1] == 0 and ended[-2] in (0, 2), errors
+        assert numbers(run(settings, out=str(out), seed=int(removed))) == expected[removed]
+        assert not list(out.glob("*.tmp"))
+    print(f"{ended[::2].count(2)} of {len(ended[::2])} old processes were rejected")
+    assert 2 in ended[::2]
 
 
 def test_a_lock_that_another_process_holds_now_is_not_removed(tmp_path):

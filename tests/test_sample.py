@@ -94,12 +94,12 @@ def test_other_settings_than_those_of_sampling_are_no_sampling(finished, tmp_pat
 
 
 @pytest.mark.parametrize("source", ["empty", "nope", "nope/last.pt", "deep/nope"])
-def test_what_is_no_model_is_refused_by_its_path_and_not_by_a_setting_that_nobody_gave(tmp_path, monkeypatch,
-                                                                                       source):
+def test_what_is_no_model_is_refused_by_its_path_and_no_setting_is_named_that_nobody_gave(
+        tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "deep"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=source) as caught:
+    with pytest.raises(UserError, match=source.removesuffix("/last.pt")) as caught:
         train.main([source, "--prompt=a"])
     assert "init_from" not in str(caught.value)
 

@@ -593,7 +593,7 @@ def test_runs_without_a_name_get_folders_of_their_own(corpus, tmp_path, monkeypa
 def test_what_is_about_to_happen_is_printed(corpus, capsys):
     train.train(Config(**corpus, eval_every=3))
     output = capsys.readouterr().out
-    for words in (corpus["data_dir"], "training tokens", "parameters on cpu; 6 steps of 64 tokens", "epochs",
+    for words in (corpus["data_dir"], "training tokens", "parameters on cpu, ", "; 6 steps of 64 tokens", "epochs",
                   "role         tensors", "mup: width_mult 2, depth_mult 2", "step 3: validation loss",
                   "bits per byte"):
         assert words in output

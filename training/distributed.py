@@ -35,40 +35,26 @@ def init_distributed():
 
 
 def check_torchrun(environment):
-    """Whether torchrun's variables name this process as one of several, or of one. Raises UserError where
-    they are set in part, or do not agree."""
+    """Whether torchrun's variables say that this process is one of several, or of one. Raises UserError where
+    they are set in part, or wrongly."""
     if not {"RANK", "WORLD_SIZE"} & environment.keys():
         return False
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-               if not environment.get(name)]
-    if missing:
-        given = "RANK" if "RANK" in environment else "WORLD_SIZE"
-        raise UserError(f"{missing[0]}: is not set in the environment, though {given} is; start with "
-                        f"torchrun, or unset {given}")
-    process, processes = (read_count(environment, name) for name in ("RANK", "WORLD_SIZE"))
+    read_count(environment, "RANK", below=read_count(environment, "WORLD_SIZE"))
     read_count(environment, "LOCAL_RANK", default=0)
-    if process >= processes:
-        raise UserError(f"RANK: got {process} in the environment, but WORLD_SIZE is {processes}; ranks count "
-                        "from 0")
-    if not 0 < read_count(environment, "MASTER_PORT") < 2**16:
-        raise UserError(f"MASTER_PORT: got {environment['MASTER_PORT']} in the environment; a port is 1 to "
-                        "65535")
+    read_count(environment, "MASTER_PORT", below=2**16)
+    if not environment.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR must be set in the environment, as RANK is; start with torchrun, or "
+                        "unset RANK and WORLD_SIZE")
     return True
 
 
-def read_count(environment, name, default=None):
+def read_count(environment, name, default=None, below=2**31):
     """The whole number that the environment variable `name` holds. Raises UserError."""
-    text = environment.get(name, default)
-    if text is None:
-        raise UserError(f"{name}: is not set in the environment, though srun's other variables are; unset "
-                        "SLURM_STEP_NUM_TASKS to train in one process")
-    try:
-        count = int(text)
-        if count < 0:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{name}: got {text!r} in the environment; it must be a whole number") from None
-    return count
+    text = str(environment.get(name, default))
+    if not text.isdecimal() or int(text) >= below:
+        raise UserError(f"{name} in the environment must be a whole number below {below}, got {text}; start "
+                        "with torchrun or srun, or unset the variables of both")
+    return int(text)
 
 
 def torchrun_variables(environment):
@@ -82,9 +68,9 @@ def torchrun_variables(environment):
     hosts = environment.get("SLURM_STEP_NODELIST", "")
     # The first of such a list: gpu[07-09,12],login1 -> gpu07
     found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
-    if "MASTER_ADDR" not in environment and not found:
-        raise UserError(f"SLURM_STEP_NODELIST: got {hosts!r} in the environment; it must list hosts, unless "
-                        "MASTER_ADDR names one")
+    if not environment.get("MASTER_ADDR") and not found:
+        raise UserError(f"SLURM_STEP_NODELIST in the environment must be a list of hosts, got {hosts!r}; try "
+                        "MASTER_ADDR")
     job = sum(read_count(environment, name, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     counts = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     ours = {name: str(read_count(environment, slurms)) for name, slurms in counts.items()}

@@ -25,6 +25,7 @@ from configure import UserError
 from data.files import write_text
 from data.tokenizer import keep_tokenizer
 from training.checkpoint import (
+    DamagedCheckpoint,
     check_same_settings,
     check_same_tokens,
     checkpoint_content,
@@ -259,17 +260,16 @@ class RunDir:
         return stable
 
     def read_own(self, name):
-        """The checkpoint `name` of this run; None if it is missing, or damaged or of other settings, which is
-        said."""
+        """The checkpoint `name` of this run; None if it is missing or damaged."""
         path = self.path(name)
-        if not self.config.out or not os.path.exists(path):
+        if not os.path.exists(path):
             return None
         try:
             checkpoint = read_checkpoint(path)
-            check_same_settings(self.config, path, checkpoint)
-        except UserError as error:
-            self.say(f"{error}; {name} is left out")
+        except DamagedCheckpoint as error:
+            self.say(f"{error}; doing without it")
             return None
+        check_same_settings(self.config, path, checkpoint)
         return checkpoint
 
     def load(self, checkpoint, dataset, model, optimizer):
