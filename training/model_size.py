@@ -21,10 +21,11 @@ def model_size(config):
     try:
         with torch.device("meta"):
             one, two = (GPT(replace(config, depth=depth, window=None)) for depth in (1, 2))
-    except (RuntimeError, TypeError):  # more elements than torch can count
-        raise UserError(f"width: got {config.width}, which with vocab_size={config.vocab_size} and context="
-                        f"{config.context} makes a larger tensor than torch can count; takes a smaller model"
-                        ) from None
+    except (RuntimeError, TypeError, OverflowError):  # more elements than torch can count
+        sizes = {name: getattr(config, name) for name in ("width", "vocab_size", "context", "mlp_ratio")}
+        largest = max(sizes, key=lambda name: sizes[name] or 0)
+        raise UserError(f"{largest} must be smaller, got {sizes[largest]:.6g}: no tensor can have so many "
+                        "elements") from None
     sizes = [(sum(p.numel() for p in model.parameters()), model.flops_per_token(),
               model.activations_per_token()) for model in (one, two)]
     size = ModelSize(*(first + (config.depth - 1) * (second - first)
