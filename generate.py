@@ -4,9 +4,12 @@ Names of dimensions as in model.py; S is the number of tokens that a cache has r
 """
 
 import contextlib
+import functools
 import math
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from configure import UserError
 
@@ -38,7 +41,7 @@ class Cache:
         """Make room for the next T tokens. Returns their positions in the text, (B, T)."""
         self.read += T
         if self.read > self.size:
-            raise UserError(f"context: got {self.read} tokens, takes at most {self.size}")
+            raise UserError(f"context must hold all tokens ({self.read}), got {self.size}")
         self.slot_T = self.next + self.slot_S[:T]
         self.next += T
         self.end = self.size if self.static else self.read
@@ -82,23 +85,34 @@ def choose_token(logits_BV, temperature, top_k, generator):
 
 @contextlib.contextmanager
 def ready_to_write(model):
-    """Within, the model is in evaluation mode, and its layers need not scale their weights for each token."""
+    """Within, the model is in evaluation mode, and its linear layers have scaled their weights beforehand."""
     training, layers = model.training, []
     model.eval()
     for layer in model.modules():
-        sharded = hasattr(getattr(layer, "weight", None), "full_tensor")
-        if getattr(layer, "scaled", layer) is None and not sharded:
-            scaled = layer.factor * layer.weight
-            if torch.is_autocast_enabled(scaled.device.type):
-                scaled = scaled.to(torch.get_autocast_dtype(scaled.device.type))
-            layer.scaled = scaled
+        if is_scalable(layer):
+            layer.forward = with_scaled_weight(layer)
             layers.append(layer)
     try:
         yield
     finally:
         for layer in layers:
-            layer.scaled = None
+            del layer.forward
         model.train(training)
+
+
+def is_scalable(layer):
+    """Whether `layer` is a model.Linear that scales its weight in each pass, and holds all of it."""
+    is_linear = isinstance(layer, nn.Linear) and hasattr(layer, "factor")
+    return is_linear and "forward" not in layer.__dict__ and not hasattr(layer.weight, "full_tensor")
+
+
+def with_scaled_weight(layer):
+    """The forward pass of a layer of model.Linear, without a product of weight and factor for each token."""
+    weight = layer.factor * layer.weight
+    bias = None if layer.bias is None else layer.factor.flatten() * layer.bias
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    return functools.partial(F.linear, weight=weight, bias=bias)
 
 
 def pad_rows(rows, device):
@@ -114,7 +128,7 @@ def as_rows(prompts):
     is_single = len(prompts) == 0 or not hasattr(prompts[0], "__getitem__") or getattr(prompts, "ndim", 2) < 2
     rows = [[int(token) for token in row] for row in ([prompts] if is_single else prompts)]
     if not all(rows):
-        raise UserError("prompt: got no tokens, takes at least one: the end of text begins a new one")
+        raise UserError("prompt must have at least one token; the end of text begins a new one")
     return rows, is_single
 
 

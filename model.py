@@ -1,7 +1,7 @@
 """A GPT: a decoder-only transformer, from token ids to logits in one pass.
 
-Tensor names carry their shape: B batch, T tokens, C channels (width), H heads, D channels per head,
-V vocabulary. Initial weights and the factors of the forward pass come from parametrization.py.
+Tensor names carry their shape: B batch, T tokens, S tokens that are attended to, C channels (width), H heads,
+D channels per head, V vocabulary. Initial weights and the forward pass's factors: see parametrization.py.
 """
 
 from functools import partial
@@ -9,7 +9,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configure import UserError
 from generate import generate
@@ -17,26 +16,23 @@ from parametrization import forward_multipliers, hyperparameters, role_of
 
 
 def constant(value):
-    """A factor of the forward pass, as a tensor: compiled code reads its value, and so serves every value."""
+    """A factor of the forward pass, as a buffer, so that torch.compile does not specialize on its value."""
     return nn.Buffer(torch.as_tensor(value), persistent=False)
 
 
 class Linear(nn.Linear):
-    """nn.Linear with weights and biases times `factor`: free where they are cast to bf16 anyway."""
+    """nn.Linear with weights and biases times `factor`: costs nothing when the weights are cast to bf16."""
 
     def __init__(self, fan_in, fan_out, bias, factor=1.0):
         super().__init__(fan_in, fan_out, bias)
         self.factor = constant(factor)
-        # factor * weight in bf16, where training/optimizer.py maintains it; None: computed in each pass
-        self.register_buffer("scaled", None, persistent=False)
 
     def reset_parameters(self):
         """Nothing: GPT.initialize() draws all weights."""
 
     def forward(self, x):
-        weight = self.factor * self.weight if self.scaled is None else self.scaled
         bias = None if self.bias is None else self.factor.flatten() * self.bias
-        return F.linear(x, weight, bias)
+        return F.linear(x, self.factor * self.weight, bias)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -77,62 +73,70 @@ class Attention(nn.Module):
 
     With qk_norm, q and k have length sqrt(D) times their gains, so (q . k) is D times a cosine. The 1/D keeps
     the logits of queries and keys that agree the same over head_dim; those of random ones go with D^-1/2.
-    `cache`, if given, has the keys and values of all earlier tokens; the new ones are added. mask_TS: which
-    of these S tokens each of the T sees, a tensor or FlexAttention's BlockMask; None: all that are earlier.
+    With fewer kv_heads than heads, each serves as many heads of queries (arXiv 2305.13245).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
         C, factors = config.width, forward_multipliers(config)
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.kv_heads = config.kv_heads or C // config.head_dim
+        rows = C + 2 * self.kv_heads * config.head_dim  # queries, then keys, then values
         # Scaling the queries scales the attention logits, at no cost: by their gains or by their weights
         self.q_norm = self.k_norm = None
-        qkv_factor = torch.ones(3 * C, 1)
-        qkv_factor[:C] = factors["attention"]
+        qkv_factor = torch.ones(rows, 1)
+        qkv_factor[:C] *= factors["attention"]
         if config.qk_norm:
             qkv_factor = 1.0
             eps = config.norm_eps or 1e-6
             self.q_norm = HeadNorm(config.head_dim, eps, factors["attention"])
             self.k_norm = HeadNorm(config.head_dim, eps)
-        self.qkv = Linear(C, 3 * C, config.bias, qkv_factor)
+        self.qkv = Linear(C, rows, config.bias, qkv_factor)
         self.out = Linear(C, C, config.bias, factors["branch"])
 
-    @staticmethod  # training/kernels.py has a faster one
-    def queries_keys_values(qkv_BTNHD, q_norm, k_norm, rotary):
-        """Queries, keys and values (N = 3), each BHTD: the first two normalized and rotated, unless None."""
-        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTNHD.unbind(2))
+    @staticmethod
+    def queries_keys_values(qkv_BTHD, kv_heads, q_norm, k_norm, rotary):
+        """Queries, keys and values, each BHTD: the first two normalized and rotated, unless None."""
+        heads = [qkv_BTHD.size(2) - 2 * kv_heads, kv_heads, kv_heads]
+        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD.split(heads, dim=2))
         if q_norm is not None:
             q_BHTD, k_BHTD = q_norm(q_BHTD), k_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotate(q_BHTD, rotary), rotate(k_BHTD, rotary)
         return q_BHTD, k_BHTD, v_BHTD
 
+    @staticmethod
+    def attend(q_BHTD, k_BHSD, v_BHSD, mask_TS=None, is_causal=False, dropout=0.0):
+        """For each query the mean of the values, weighted by softmax(q . k)."""
+        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask_TS, dropout_p=dropout,
+                                              is_causal=is_causal, scale=1.0,
+                                              enable_gqa=q_BHTD.size(1) != k_BHSD.size(1))
+
     def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
+        """`cache`, if given, has the keys and values of all earlier tokens; the new ones are added. mask_TS:
+        which of these S tokens each of the T sees; None: all that are earlier."""
         B, T, C = x_BTC.shape
-        qkv_BTNHD = self.qkv(x_BTC).view(B, T, 3, C // self.head_dim, self.head_dim)
-        q_BHTD, k_BHTD, v_BHTD = self.queries_keys_values(qkv_BTNHD, self.q_norm, self.k_norm, rotary)
+        qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.head_dim)
+        q_BHTD, k_BHSD, v_BHSD = self.queries_keys_values(qkv_BTHD, self.kv_heads, self.q_norm, self.k_norm,
+                                                          rotary)
         if cache is not None:
-            k_BHTD, v_BHTD = cache.extend(self, k_BHTD, v_BHTD)
-        if isinstance(mask_TS, BlockMask):
-            y_BHTD = flex_attention(q_BHTD, k_BHTD, v_BHTD, block_mask=mask_TS, scale=1.0)
-        else:
-            dropout, is_causal = self.dropout if self.training else 0.0, mask_TS is None and cache is None
-            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_TS, scale=1.0,
-                                                    dropout_p=dropout, is_causal=is_causal)
+            k_BHSD, v_BHSD = cache.extend(self, k_BHSD, v_BHSD)
+        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD, mask_TS, is_causal=mask_TS is None and cache is None,
+                             dropout=self.dropout if self.training else 0.0)
         return self.out(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
 def mlp_width(config):
-    """Hidden units of the MLP. SwiGLU has three matrices in place of two, so it gets 2/3 of 4 * width, as a
-    multiple of 64 where that changes the parameters by at most 1%, else of 8."""
-    if config.mlp_ratio is not None or config.mlp != "swiglu":
+    """Hidden units of the MLP. With gates it has three matrices in place of two, so it gets 2/3 of 4 * width,
+    as a multiple of 64 where that changes the parameters by at most 1%, else of 8."""
+    if config.mlp_ratio is not None or config.mlp not in GATED:
         return max(1, round((config.mlp_ratio or 4) * config.width))
     exact = 8 * config.width / 3
     by_64 = 64 * round(exact / 64)
     return by_64 if abs(by_64 / exact - 1) <= 0.01 else 8 * round(exact / 8)
 
 
-def swiglu(gate_up):  # training/kernels.py has a faster one
+def swiglu(gate_up):
     """silu(gates) * up, of both side by side (arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -140,17 +144,18 @@ def swiglu(gate_up):  # training/kernels.py has a faster one
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
                "relu2": lambda x: F.relu(x).square(), "swiglu": swiglu}
+GATED = {"swiglu"}  # these take two numbers for each that they give: gates first
 
 
 class MLP(nn.Module):
-    """down(activate(up(x))), or with gates, down(silu(gate(x)) * up(x))."""
+    """down(activate(up(x))), or with gates down(activate(gate_up(x)))."""
 
     def __init__(self, config):
         super().__init__()
         C, hidden = config.width, mlp_width(config)
-        self.gated, self.activate = config.mlp == "swiglu", ACTIVATIONS[config.mlp]
+        self.gated, self.activate = config.mlp in GATED, ACTIVATIONS[config.mlp]
         if self.gated:
-            self.gate_up = Linear(C, 2 * hidden, config.bias)  # one product: gates first
+            self.gate_up = Linear(C, 2 * hidden, config.bias)  # one product for both
         else:
             self.up = Linear(C, hidden, config.bias)
         self.down = Linear(hidden, C, config.bias, forward_multipliers(config)["branch"])
@@ -182,19 +187,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         if config.vocab_size is None:
-            raise UserError("vocab_size: got None, takes the tokenizer's number of tokens")
+            raise UserError("vocab_size must be the tokenizer's number of tokens, got None")
         if config.position == "rotary" and config.head_dim % 2:
-            raise UserError(f"head_dim: got {config.head_dim}, takes an even number with position=rotary")
+            raise UserError(f"head_dim must be even with position=rotary, got {config.head_dim}")
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)
         else:
-            cos, sin = rotary_table(config)
-            self.rotary_cos = nn.Buffer(cos, persistent=False)
-            self.rotary_sin = nn.Buffer(sin, persistent=False)
+            self.rotary_cos, self.rotary_sin = map(constant, rotary_table(config))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.block_mask = None  # of a window, for all tokens, where training/compile.py sets it
         self.final_norm = make_norm(config)
         if not config.tied:
             self.readout = Linear(config.width, config.vocab_size, bias=False)
@@ -228,7 +230,7 @@ class GPT(nn.Module):
         from the tokens that were read before; the logits are the same with and without it."""
         T = tokens_BT.size(1)
         if T > self.config.context:
-            raise UserError(f"context: got {T} tokens, takes at most {self.config.context}")
+            raise UserError(f"context must hold all tokens ({T}), got {self.config.context}")
         positions = torch.arange(T, device=tokens_BT.device) if cache is None else cache.advance(T)  # T or BT
         x_BTC, rotary = self.embed(tokens_BT, positions), None
         if self.config.position == "rotary":
@@ -246,8 +248,6 @@ class GPT(nn.Module):
         window = self.config.window
         if window is None:
             return None, None
-        if self.block_mask is not None and torch.is_grad_enabled() and T == self.config.context:
-            return None, self.block_mask
         return None, torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
 
     def embed(self, tokens_BT, positions):
@@ -266,13 +266,15 @@ class GPT(nn.Module):
         readout = self.token_embedding if self.config.tied else self.readout
         x_BTC = self.logit_mult * self.final_norm(x_BTC)
         if targets_BT is None:
-            return F.linear(x_BTC, readout.weight)
+            return self.logits(x_BTC, readout.weight)
         return self.readout_loss(x_BTC, readout.weight, targets_BT)
 
-    @staticmethod  # training/kernels.py has a faster one
-    def readout_loss(x_BTC, weight_VC, targets_BT):
-        """The mean cross-entropy, in nats, of the logits x @ weight^T."""
-        logits_BTV = F.linear(x_BTC, weight_VC)
+    def logits(self, x_BTC, weight_VC):
+        return F.linear(x_BTC, weight_VC)
+
+    def readout_loss(self, x_BTC, weight_VC, targets_BT):
+        """The mean cross-entropy, in nats, of the logits."""
+        logits_BTV = self.logits(x_BTC, weight_VC)
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
     def flops_per_token(self):

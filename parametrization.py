@@ -110,16 +110,15 @@ ROLES = {
     "readout": r"readout\.weight",
 }
 
-# Parameters that are several matrices in one, stacked along their outputs, and how many
-STACKED_MATRICES = {r".*attention\.qkv\.weight": 3, r".*mlp\.gate_up\.weight": 2}
-
-
-def matrices_in(name):
-    """How many matrices the parameter `name` holds: Muon orthogonalizes each by itself."""
-    for pattern, count in STACKED_MATRICES.items():
-        if re.fullmatch(pattern, name):
-            return count
-    return 1
+def rows_of_matrices(config, name, rows):
+    """How the `rows` of the parameter `name` divide among the matrices that it stacks along their outputs:
+    Muon orthogonalizes each by itself."""
+    if name.endswith("attention.qkv.weight"):
+        of_keys = (rows - config.width) // 2  # fewer than queries where there are fewer kv_heads
+        return [config.width, of_keys, of_keys]
+    if name.endswith("mlp.gate_up.weight"):
+        return [rows // 2, rows // 2]
+    return [rows]
 
 
 def role_of(name):
@@ -127,7 +126,8 @@ def role_of(name):
     roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
     if len(roles) != 1:
         found = " and ".join(roles) or "no role"
-        raise UserError(f"model.py: parameter {name} has {found}, takes one of {', '.join(ROLES)}")
+        raise UserError(f"model.py: parameter {name} must have one role in ROLES of parametrization.py, has "
+                        f"{found}")
     return roles[0]
 
 
@@ -146,7 +146,8 @@ def hyperparameters(config, role, fan_in=None):
     """
     roles, _ = table_of(config)
     if role not in roles:
-        raise UserError(f"parametrization.py: role {role} is in ROLES, but has no row in mup() and sp()")
+        raise UserError(f"parametrization.py: role {role} is in ROLES, but has no row in the table "
+                        f"{config.parametrization}")
     exponents = roles[role]
     muon = config.optimizer == "muon" and exponents.muon_lr is not None
     lr_exponents = exponents.muon_lr if muon else exponents.lr

@@ -51,6 +51,7 @@ from training.distributed import (
     world_size,
 )
 from training.evaluate import evaluate
+from training.fused_step import fused_step
 from training.log import RunLog, check_wandb
 from training.metrics import MetricsBuffer, is_finite
 from training.monitor import LossSpikeDetector, Watch, build_observers, divergence_message
@@ -298,7 +299,7 @@ def set_up(config, run_dir, say):
             f"--prompt=TEXT` samples from it, `--steps={2 * config.steps or 1000}` trains it further")
     pretrained = None
     if config.init_from and checkpoint is None:
-        pretrained = read_pretrained(config.init_from, say)
+        pretrained = read_pretrained(config.init_from)
         check_same_function(config, pretrained)
         say(f"{pretrained.source}: its weights are where this run starts")
     with local_rank0_first():
@@ -411,12 +412,14 @@ def fit(run, quiet):
     """Train from the first step, or from where the run resumes, to the last."""
     config, graph = run.config, use_cuda_graph(run.config, run.device)
     with contextlib.ExitStack() as during:
+        # The step is train_step(); where --compile=model asks for it, in fewer passes over memory
+        step_fn = functools.partial(train_step, run.parallel_model, run.optimizer, config, run.autocast)
+        fused = during.enter_context(fused_step(run.model, run.optimizer, config, run.autocast))
         if run.start < config.steps:
             during.enter_context(compiled_training(run.model, run.parallel_model, config, run.device,
                                                    run.autocast, run.say))
-        # The step is train_step(), replayed as one CUDA graph where that is possible
-        plain_step = functools.partial(train_step, run.parallel_model, run.optimizer, config, run.autocast)
-        step_fn = CudaGraphed(plain_step, graph,
+        # It is replayed as one CUDA graph where that is possible
+        step_fn = CudaGraphed(fused or step_fn, graph,
                               lambda error: fall_back_or_raise("graph", config, error, run.say))
         learning_rate = LearningRate(run.optimizer, config, graph)
         # The first Ctrl-C or SIGTERM is put into this list: the loop then saves a checkpoint and returns

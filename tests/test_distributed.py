@@ -1,6 +1,7 @@
 """Several processes: one loss curve for any number of them, one writer, and an end that loses nothing."""
 
 import contextlib
+import csv
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from children import run_train, run_train_with
-from conftest import read_rows, run
+from conftest import run
 from processes import TIMEOUT, Fork, finish, start_command, start_ranks, to_words, wait_for_rows
 
 from configure import UserError
@@ -108,7 +109,8 @@ def interrupted_by(corpus, tmp_path_factory, request):
 
 def read_columns(folder, names=FLOAT_COLUMNS):
     """All numbers of these columns of a run's metrics.csv, one column after the other."""
-    rows = read_rows(folder)
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     return [float(row[name]) for name in names for row in rows if row[name]]
 
 

@@ -17,8 +17,7 @@ import zipfile
 import pytest
 import torch
 from children import run_train
-from conftest import ROOT
-from processes import Fork
+from processes import ROOT, Fork
 
 import train
 from configure import Config, run_cli

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, column, cuda, run, tiny
+from conftest import column, cuda, run, tiny
 
 import training.compile
 from configure import Config, UserError, configure
@@ -18,15 +18,17 @@ from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
 from model import GPT, attention_flops
 from scaling import lr_table
-from scaling.bench import bench
 from scaling.coordinate_check import short_run
 from scaling.stack import check_stackable
 from scaling.sweep import trial_configs
 from scaling.trials import identity, trial_row
+from scaling.bench import bench
 from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
 from training.model_size import model_size
 from training.schedule import lr_factor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # From 4 to 16 sequences of 10 tokens over 1,000 tokens. It rises by 4 where a third and two thirds of them
 # are done, at the first step that finds them done: after 9 steps of 40 (360 tokens), 4 of 80 (680), 3 of 120
@@ -227,10 +229,14 @@ def test_the_mask_that_flex_attention_gets_is_the_band(window):
     model = GPT(tiny(window=window))
     x_BTC = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
     rotary = model.rotary_cos, model.rotary_sin
-    with torch.no_grad(), warnings.catch_warnings():
+    model.requires_grad_(False)
+    attention, masks = model.blocks[1].attention, model.attention_masks(16, "cpu")
+    plain = model.blocks[1](x_BTC, rotary, mask_TS=masks[1])
+    attention.attend = training.compile.attend_by_flex(band_mask(window, 16, "cpu"), 16, attention.attend)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        plain, flex = (model.blocks[1](x_BTC, rotary, mask_TS=mask)
-                       for mask in (model.attention_masks(16, "cpu")[1], band_mask(window, 16, "cpu")))
+        flex = model.blocks[1](x_BTC, rotary)
+    del attention.attend
     assert (plain - flex).abs().max() < 1e-5 < (plain - model.blocks[1](x_BTC, rotary)).abs().max()
 
 
@@ -250,12 +256,13 @@ def test_flex_attention_is_used_in_compiled_training_on_cuda_and_nowhere_else(mo
     others = [(cpu, {}), (gpu, {"window": None}), (gpu, {"dropout": 0.1}), (gpu, {"head_dim": 8})]
     for device, change in others:
         assert not training.compile.can_use_flex(Config(**settings | change), device)
-    model = GPT(tiny(window=5))
-    model.block_mask = "flex"
-    assert model.attention_masks(16, "cpu") == (None, "flex")
-    assert model.attention_masks(8, "cpu")[1].shape == (8, 8)
+    monkeypatch.setattr(training.compile, "flex_attention", lambda *inputs, **options: "flex")
+    attend = training.compile.attend_by_flex("mask", 16, lambda *inputs, **options: "plain")
+    q_BHTD = torch.zeros(1, 2, 16, 4)
+    assert attend(q_BHTD, q_BHTD, q_BHTD) == "flex"
+    assert attend(*[q_BHTD[:, :, :8]] * 3) == "plain", "fewer tokens than the mask is for"
     with torch.no_grad():
-        assert model.attention_masks(16, "cpu")[1].dtype == torch.bool
+        assert attend(q_BHTD, q_BHTD, q_BHTD) == "plain"
 
 
 @pytest.mark.parametrize(("settings", "blocks"), [  # context 64: a dense block counts 64, a band 2w - w^2/64

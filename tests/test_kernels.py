@@ -32,7 +32,7 @@ def queries_keys_values_inputs(D, T, dtype):
     norms = [HeadNorm(D, 1e-6, factor).to(gpt.rotary_cos.device) for factor in (1.5, 1.0)]
     for norm in norms:
         norm.weight.data = 1 + 0.3 * draw(D).detach()
-    return draw(2, T, 3, 3, D, dtype=dtype), *norms, (gpt.rotary_cos, gpt.rotary_sin)
+    return draw(2, T, 9, D, dtype=dtype), 3, *norms, (gpt.rotary_cos, gpt.rotary_sin)
 
 
 def inputs_of(name, size, dtype):
@@ -44,8 +44,12 @@ def inputs_of(name, size, dtype):
     return draw(3, 5, 32, dtype=dtype), draw(size, 32, dtype=dtype), targets_BT.to(draw(1).device)
 
 
+def plain_readout_loss(*inputs):
+    return GPT(Config(vocab_size=5, width=64, depth=1)).readout_loss(*inputs)
+
+
 PLAIN = {"queries_keys_values": Attention.queries_keys_values, "swiglu": model.swiglu,
-         "readout_loss": GPT.readout_loss}
+         "readout_loss": plain_readout_loss}
 
 
 @needs_cuda
@@ -118,9 +122,13 @@ def test_sharded_parameters_are_not_needed_to_compare(gpt, monkeypatch):
     assert len(agreeing) == 5 and not said
 
 
-def changed_loss(x_BTC, weight_VC, targets_BT):
+def changed_loss(gpt, x_BTC, weight_VC, targets_BT):
     logits = F.linear(x_BTC, weight_VC).flatten(0, 1).float()
     return F.cross_entropy(logits, targets_BT.flatten()) + 1e-4 * logits.logsumexp(-1).square().mean()
+
+
+def softcapped_logits(gpt, x_BTC, weight_VC):
+    return 15 * torch.tanh(F.linear(x_BTC, weight_VC) / 15)
 
 
 def changed_rotation(x_BHTD, rotary, original=model.rotate):
@@ -131,24 +139,30 @@ def changed_norm(norm, x_BHTD):
     return F.rms_norm(x_BHTD, norm.normalized_shape, norm.factor * norm.weight.square(), norm.eps)
 
 
-def changed_values(qkv_BTNHD, *others, original=Attention.queries_keys_values):
-    q, k, v = original(qkv_BTNHD, *others)
+def changed_values(qkv_BTHD, *others, original=Attention.queries_keys_values):
+    q, k, v = original(qkv_BTHD, *others)
     return q, k, 1.001 * v
 
 
-def queries_keys_values_as_they_were(qkv_BTNHD, q_norm, k_norm, rotary, rotate=model.rotate,
+def queries_keys_values_as_they_were(qkv_BTHD, kv_heads, q_norm, k_norm, rotary, rotate=model.rotate,
                                      norm=HeadNorm.forward):
-    q, k, v = (x.transpose(1, 2) for x in qkv_BTNHD.unbind(2))
+    q, k, v = (x.transpose(1, 2) for x in qkv_BTHD.chunk(3, dim=2))
     return rotate(norm(q_norm, q), rotary), rotate(norm(k_norm, k), rotary), v
 
 
+def readout_loss_as_it_was(x_BTC, weight_VC, targets_BT):
+    return F.cross_entropy(F.linear(x_BTC, weight_VC).flatten(0, 1), targets_BT.flatten())
+
+
 @pytest.mark.parametrize(("changed", "name", "its", "left_out"), [
-    (GPT, "readout_loss", staticmethod(changed_loss), "readout_loss"),
+    (GPT, "readout_loss", changed_loss, "readout_loss"),
+    (GPT, "logits", softcapped_logits, "readout_loss"),
     (model, "rotate", changed_rotation, "queries_keys_values"),
     (HeadNorm, "forward", changed_norm, "queries_keys_values"),
     (Attention, "queries_keys_values", staticmethod(changed_values), "queries_keys_values")])
 def test_who_changes_model_py_trains_what_it_says(gpt, monkeypatch, changed, name, its, left_out):
-    kernels = stand_in(queries_keys_values=queries_keys_values_as_they_were)
+    kernels = stand_in(queries_keys_values=queries_keys_values_as_they_were,
+                       readout_loss=readout_loss_as_it_was)
     monkeypatch.setattr(changed, name, its)
     agreeing, said = found(gpt, monkeypatch, kernels)
     assert len(dict(agreeing)) == 2 and left_out not in dict(agreeing), "the other two agree"
@@ -190,4 +204,4 @@ def test_a_function_is_put_back_as_it_was():
     with replaced(mlp, "activate", abs), replaced(gpt, "readout_loss", math.exp):
         assert mlp.activate is abs and gpt.readout_loss is math.exp
     assert mlp.__dict__ == before
-    assert "readout_loss" not in gpt.__dict__ and gpt.readout_loss is GPT.readout_loss
+    assert "readout_loss" not in gpt.__dict__ and gpt.readout_loss.__func__ is GPT.readout_loss

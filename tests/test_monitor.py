@@ -1,11 +1,12 @@
 """What is watched at each step: the numbers are those computed by hand, and watching changes nothing."""
 
+import csv
 import dataclasses
 import math
 
 import pytest
 import torch
-from conftest import column, cuda, read_rows, run
+from conftest import column, cuda, run
 
 import train
 from configure import Config
@@ -18,6 +19,11 @@ from training.monitor import LossSpikeDetector, Observer, build_observers, diver
 
 QUANTITIES = ("grad_norm", "weight_rms", "update_over_weight")
 CONSTANT = {"schedule": "constant", "warmup": 0.0}  # n steps are the first n of any longer run
+
+
+def read_rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def numbers(result):

@@ -14,11 +14,12 @@ from processes import finish, start_ranks
 import model as model_module
 from configure import Config
 from model import GPT
-from parametrization import matrices_in, param_groups, role_of
+from parametrization import param_groups, role_of, rows_of_matrices
 from training import muon
 from training.device import select_device
-from training.muon import POLAR_EXPRESS, SAFETY, Muon, MuonWithAdamW, orthogonal_update, orthogonalize
-from training.optimizer import ClipAndStep, build_optimizer, choose_update
+from training.fused_step import fused_step
+from training.muon import POLAR_EXPRESS, SAFETY, Muon, orthogonal_update, orthogonalize
+from training.optimizer import build_optimizer
 
 MUON = {"optimizer": "muon", "lr": 2**-6, "weight_decay": 0.1}
 TORCHS = (3.4445, -4.775, 2.0315)  # coefficients of torch.optim.Muon, each of 5 times
@@ -76,7 +77,7 @@ def test_a_few_steps_equal_those_of_torchs_muon(monkeypatch, outputs, inputs):
     monkeypatch.setattr(muon, "orthogonalize", like_torchs)
     ours, theirs = (torch.nn.Parameter(random_matrices(outputs, inputs)) for _ in range(2))
     group = {"params": [ours], "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9}
-    optimizer = Muon([group], {ours: 1})
+    optimizer = Muon([group], {ours: [outputs]})
     # "original" is sqrt(max(1, outputs / inputs)): ours shrinks wide matrices' updates, too
     shrunk = min(1.0, math.sqrt(outputs / inputs))
     reference = torch.optim.Muon([theirs], lr=0.1 * shrunk, weight_decay=0.5 / shrunk, momentum=0.9,
@@ -106,25 +107,28 @@ def random_gradients(model):
             if role_of(name) == "hidden"}
 
 
-@pytest.mark.parametrize(("name", "parts"), [("attention.qkv", 3), ("mlp.gate_up", 2)])
-def test_matrices_that_share_a_parameter_are_orthogonalized_apart(name, parts):
-    name = f"blocks.1.{name}.weight"
-    plain = random_gradients(GPT(tiny(**MUON)))
-    moved = step_once(GPT(tiny(**MUON)), plain)
-    for part in range(parts):
+@pytest.mark.parametrize(("name", "rows", "settings"), [
+    ("attention.qkv", [32, 32, 32], {}), ("mlp.gate_up", [88, 88], {}),
+    ("attention.qkv", [32, 8, 8], {"head_dim": 8, "kv_heads": 1})])
+def test_matrices_that_share_a_parameter_are_orthogonalized_apart(name, rows, settings):
+    name, settings = f"blocks.1.{name}.weight", MUON | settings
+    plain = random_gradients(GPT(tiny(**settings)))
+    moved = step_once(GPT(tiny(**settings)), plain)
+    for part in range(len(rows)):
         changed = plain | {name: plain[name].clone()}
-        matrix = changed[name].chunk(parts)[part]
+        matrix = changed[name].split(rows)[part]
         matrix.copy_(random_matrices(*matrix.shape, seed=99))
-        moved_now = step_once(GPT(tiny(**MUON)), changed)
-        for i, (a, b) in enumerate(zip(moved[name].chunk(parts), moved_now[name].chunk(parts), strict=True)):
+        moved_now = step_once(GPT(tiny(**settings)), changed)
+        for i, (a, b) in enumerate(zip(moved[name].split(rows), moved_now[name].split(rows), strict=True)):
             assert torch.allclose(a, b, rtol=0, atol=1e-7) == (i != part)
         assert all(torch.allclose(moved[key], moved_now[key], rtol=0, atol=1e-7)
                    for key in moved if key != name)
 
 
-def test_matrices_of_one_shape_in_one_batch_get_what_each_gets_alone():
+@pytest.mark.parametrize("settings", [{}, {"head_dim": 8, "kv_heads": 2}], ids=["default", "kv_heads"])
+def test_matrices_of_one_shape_in_one_batch_get_what_each_gets_alone(settings):
     """Of the reference too: momentum (first step, Nesterov), orthogonal update, decay."""
-    model = GPT(tiny(**MUON))
+    model = GPT(tiny(**MUON, **settings))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     group = next(group for group in param_groups(model) if group["role"] == "hidden")
     gradients = random_gradients(model)
@@ -133,7 +137,8 @@ def test_matrices_of_one_shape_in_one_batch_get_what_each_gets_alone():
             continue
         averaged = (1 - 0.95) * gradients[name]
         direction = 0.05 * gradients[name] + 0.95 * averaged
-        parts = [orthogonal_update(part[None])[0] for part in direction.chunk(matrices_in(name))]
+        rows = rows_of_matrices(model.config, name, len(direction))
+        parts = [orthogonal_update(part[None])[0] for part in direction.split(rows)]
         expected = -group["lr"] * (0.1 * weights[name] + torch.cat(parts))
         assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-6), name
 
@@ -214,8 +219,8 @@ def test_a_compiled_bf16_run_ends_its_steps_as_torch_has_it(corpus, compiled):
     config = Config(**settings | {"vocab_size": 257})
     model = GPT(config)
     _, autocast = select_device(config)
-    assert type(build_optimizer(model)) is MuonWithAdamW
-    assert type(choose_update(model, build_optimizer(model), config, autocast)) is ClipAndStep
+    with fused_step(model, build_optimizer(model), config, autocast) as step:
+        assert step is None
     close_runs(run(settings), run(settings, compile=False), 2e-2)
 
 

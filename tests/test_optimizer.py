@@ -12,9 +12,9 @@ from data.prepare import prepare
 from model import GPT
 from parametrization import param_groups
 from scaling.coordinate_check import measure_run
-from training import optimizer
+from training import fused_step
 from training.device import select_device
-from training.optimizer import ClipAndStep, FusedClipAndStep, choose_update
+from training.optimizer import build_optimizer, clip_gradients
 
 FUSED = {"compile": "model", "precision": "bf16", "steps": 8}
 HARD = {"tied": True, "bias": True, **GPT2_BLOCK, "position": "rotary", "weight_decay": 3.0, "grad_clip": 0.1,
@@ -56,7 +56,7 @@ def test_fused_updates_are_those_of_torch(corpus, fused_run):
 def test_fused_updates_are_those_of_torch_with_every_other_setting(corpus, compiled, monkeypatch):
     settings = corpus | FUSED | HARD | {"log_roles": True}
     fused = run(settings)
-    monkeypatch.setattr(optimizer, "FusedClipAndStep", ClipAndStep)
+    monkeypatch.setattr(fused_step, "can_fuse", lambda *arguments: False)
     plain = run(settings)
     check_equal(fused, plain, 1e-4)
     check_roles_equal(fused, plain, 2e-3)
@@ -68,7 +68,7 @@ def test_fused_updates_are_those_of_torch_with_every_other_setting(corpus, compi
 def test_fused_updates_are_those_of_torch_on_cuda(corpus, monkeypatch, settings, graph):
     settings = corpus | FUSED | settings | {"device": "cuda", "graph": graph, "log_roles": True}
     fused = run(settings)
-    monkeypatch.setattr(optimizer, "FusedClipAndStep", ClipAndStep)
+    monkeypatch.setattr(fused_step, "can_fuse", lambda *arguments: False)
     plain = run(settings)
     check_equal(fused, plain, 1e-2)
     check_roles_equal(fused, plain, 1e-1)
@@ -95,8 +95,7 @@ def test_another_trial_with_fused_updates_compiles_nothing(corpus, compiled):
 
 
 def test_the_model_is_left_without_copies_that_another_optimizer_would_not_update(fused_run):
-    layers = [layer for layer in fused_run.model.modules() if hasattr(layer, "scaled")]
-    assert len(layers) > 1 and all(layer.scaled is None for layer in layers)
+    assert not any("forward" in layer.__dict__ for layer in fused_run.model.blocks.modules())
 
 
 def test_a_coordinate_check_reads_the_weights_and_no_copies(corpus):
@@ -107,35 +106,35 @@ def test_a_coordinate_check_reads_the_weights_and_no_copies(corpus):
     assert found[0] == found[1]
 
 
-def chosen(corpus, optimizer_class=torch.optim.AdamW, changes=None, group=None, **options):
-    """The class of what ends a step with these settings and this optimizer."""
+def is_fused(corpus, optimizer_class=torch.optim.AdamW, changes=None, group=None, **options):
+    """Whether steps with these settings and this optimizer are fused."""
     config = Config(**corpus | FUSED | {"vocab_size": 257} | (changes or {}))
     model = GPT(config)
     optimizer = optimizer_class(param_groups(model), **options)
     optimizer.param_groups[0].update(group or {})
     _, autocast = select_device(config)
-    return type(choose_update(model, optimizer, config, autocast))
+    with fused_step.fused_step(model, optimizer, config, autocast) as step:
+        return step is not None
 
 
 def test_gradients_that_would_add_up_in_bf16_and_other_optimizers_keep_torchs_update(corpus):
-    assert chosen(corpus) is FusedClipAndStep
-    assert chosen(corpus, changes=GPT2_BLOCK) is FusedClipAndStep
+    assert is_fused(corpus) and is_fused(corpus, changes=GPT2_BLOCK)
     for changes in ({"micro_batch": 1}, {"precision": "fp32"}, {"compile": "blocks"}, {"compile": False}):
-        assert chosen(corpus, changes=changes) is ClipAndStep, changes
+        assert not is_fused(corpus, changes=changes), changes
     for options in ({"optimizer_class": torch.optim.NAdam}, {"group": {"betas": (0.9, 0.99)}},
                     {"amsgrad": True}, {"maximize": True}):
-        assert chosen(corpus, **options) is ClipAndStep, options
+        assert not is_fused(corpus, **options), options
 
 
-@pytest.mark.parametrize("kind", [ClipAndStep, FusedClipAndStep])
-def test_a_parameter_that_the_loss_does_not_depend_on_is_named(corpus, monkeypatch, kind):
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_parameter_that_the_loss_does_not_depend_on_is_named(corpus, monkeypatch, fused):
     config = Config(**corpus | FUSED, vocab_size=257)
     model = GPT(config)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model.blocks[1].forward = lambda x_BTC, *rest: x_BTC
-    update = kind(model, optimizer.build_optimizer(model), config)
-    tokens_BT = torch.zeros(2, 16, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(tokens_BT, tokens_BT).backward()
-    with pytest.raises(UserError, match=r"^blocks\.1\.attention_norm\.weight: got no gradient, .* \(8 such"):
-        update()
+    batch, autocast = torch.zeros(2, 1, 2, 16, dtype=torch.long), torch.autocast("cpu", torch.bfloat16)
+    with pytest.raises(UserError, match=r"^blocks\.1\.attention_norm\.weight got no gradient, .* \(8 such"):
+        if fused:
+            fused_step.FusedStep(model, build_optimizer(model), config, autocast)(batch)
+        model(*batch.flatten(1, 2)).backward()
+        clip_gradients(model, 1.0)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from configure import UserError
 from training.device import is_compiled
@@ -64,8 +64,10 @@ def compiled_training(model, parallel_model, config, device, autocast, say):
     methods = methods_to_compile(model, config, device)
     with contextlib.ExitStack() as changes:
         if methods and can_use_flex(config, device):
-            mask = band_mask(config.window, config.context, device)
-            changes.enter_context(replaced(model, "block_mask", mask))
+            attend = attend_by_flex(band_mask(config.window, config.context, device), config.context,
+                                    model.blocks[0].attention.attend)
+            for block in model.blocks[1::2]:
+                changes.enter_context(replaced(block.attention, "attend", attend))
         if methods and device.type == "cuda" and autocast._enabled:
             for module, name, kernel in kernels_that_agree(model, config, say):
                 changes.enter_context(replaced(module, name, kernel))
@@ -98,6 +100,17 @@ def can_use_flex(config, device):
     of it. It is code that torch.compile makes for a GPU; it knows no dropout and no smaller heads."""
     return (config.window is not None and device.type == "cuda" and config.dropout == 0
             and config.head_dim >= 16)
+
+
+def attend_by_flex(mask, context, plain):
+    """Attention.attend by FlexAttention, in training, where all `context` tokens are there; else `plain`."""
+    def attend(q_BHTD, k_BHSD, v_BHSD, mask_TS=None, **options):
+        if not torch.is_grad_enabled() or q_BHTD.size(2) != context:
+            return plain(q_BHTD, k_BHSD, v_BHSD, mask_TS, **options)
+        return flex_attention(q_BHTD, k_BHSD, v_BHSD, block_mask=mask, scale=1.0,
+                              enable_gqa=q_BHTD.size(1) != k_BHSD.size(1))
+
+    return attend
 
 
 @functools.lru_cache(maxsize=8)  # the same object for each trial of a shape: another would be compiled anew

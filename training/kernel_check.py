@@ -13,7 +13,7 @@ FP32_ROUNDING = 1e-4  # as a share; what a kernel and a function may differ by
 
 def replaceable(model, config):
     """[(modules, name of a function of theirs, name of its kernel in training/kernels.py, what makes
-    inputs to compare the two on)]: the functions of `model` that there may be a kernel for."""
+    inputs to compare the two on)]: the functions of `model` that may have a kernel."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -32,13 +32,14 @@ def replaceable(model, config):
             norm._parameters = {name: torch.nn.Parameter((1 + 0.3 * draw(*p.shape)).detach())
                                 for name, p in norm._parameters.items()}
         rotary = model.rotary_cos, model.rotary_sin
-        return draw(2, config.context, 3, 3, D), *norms, rotary
+        return draw(2, config.context, 9, D), 3, *norms, rotary
 
     D, attentions = config.head_dim, with_function("queries_keys_values")
     found = [(with_function("readout_loss"), "readout_loss", "readout_loss", loss_inputs)]
     if config.mlp == "swiglu":
         found.append((with_function("activate"), "activate", "swiglu", lambda: (draw(3, 5, 2 * 344),)))
-    if config.qk_norm and config.position == "rotary" and D >= 16 and D.bit_count() == 1:
+    grouped = config.kv_heads is not None and config.kv_heads < config.width // D
+    if config.qk_norm and config.position == "rotary" and D >= 16 and D.bit_count() == 1 and not grouped:
         found.append((attentions, "queries_keys_values", "queries_keys_values", attention_inputs))
     return [its for its in found if its[0]]
 
@@ -65,9 +66,17 @@ def difference(function, other, inputs):
     return max(shares).item()
 
 
+def in_training(kernel, plain):
+    """A function that calls `kernel` where gradients are on, else `plain`."""
+    def call(*inputs):
+        return kernel(*inputs) if torch.is_grad_enabled() else plain(*inputs)
+
+    return call
+
+
 def kernels_that_agree(model, config, say):
     """[(module, name, function)]: of training/kernels.py's functions those that compute what the functions of
-    `model` in whose place they may go compute, in fp32: who changes model.py gets what it says."""
+    `model` in whose place they may go compute, in fp32: edits to model.py always win."""
     try:
         from training import kernels
     except ImportError:  # no Triton: torch.compile will say what is missing
@@ -76,7 +85,7 @@ def kernels_that_agree(model, config, say):
     for modules, name, kernel_name, make_inputs in replaceable(model, config):
         kernel, plain = getattr(kernels, kernel_name), getattr(modules[0], name)
         try:
-            if any(getattr(module, name) is not plain for module in modules):
+            if any(getattr(module, name) != plain for module in modules):
                 reason = "is not the same function in all blocks"
             else:
                 share = difference(kernel, plain, make_inputs())
@@ -84,7 +93,8 @@ def kernels_that_agree(model, config, say):
         except Exception as error:  # whatever changed code or an unsupported GPU raises
             reason = f"has no kernel ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         if reason is None:
-            found += [(module, name, kernel) for module in modules]
+            fast = in_training(kernel, plain)
+            found += [(module, name, fast) for module in modules]
         else:
             say(f"{kernel_name}: the model's {reason}; running as the model has it")
     return found

@@ -1,8 +1,9 @@
 """Kernels in Triton for three parts of model.py that torch.compile leaves slow on a GPU.
 
 Each public function here gives the numbers of the function of the same name in model.py, which stays the one
-to read and to change: training/compile.py compares the two before it puts one of these in its place. Without
-gradients they call model.py's, so that all evaluation goes one way. Tensors are named as in model.py.
+to read and to change: training/kernel_check.py compares the two before one of these takes its place, and only
+where gradients are on, so that all evaluation goes one way. Tensors are named as in model.py, N queries, keys
+and values. Nothing else depends on this file.
 
 What is gained: q and k are normalized and rotated in one pass, whose gradient is written where that of
 qkv belongs, without joining three tensors; SwiGLU's gradient likewise; and the loss leaves its gradient where
@@ -12,9 +13,6 @@ the logits were, in the kernel that reads them.
 import torch
 import triton
 import triton.language as tl
-
-from model import GPT, Attention
-from model import swiglu as plain_swiglu
 
 
 @triton.jit
@@ -148,10 +146,10 @@ class NormRotate(torch.autograd.Function):
         return qkv_grad, gains_grad, None, None, None
 
 
-def queries_keys_values(qkv_BTNHD, q_norm, k_norm, rotary):
-    """Attention.queries_keys_values, for norms and rotary positions that are there, D a power of 2."""
-    if not torch.is_grad_enabled():
-        return Attention.queries_keys_values(qkv_BTNHD, q_norm, k_norm, rotary)
+def queries_keys_values(qkv_BTHD, kv_heads, q_norm, k_norm, rotary):
+    """Attention.queries_keys_values, for norms and rotary positions that are there, as many heads of keys and
+    values as of queries, and D a power of 2."""
+    qkv_BTNHD = qkv_BTHD.unflatten(2, (3, kv_heads))
     gains_2D = torch.stack([norm.factor * norm.weight for norm in (q_norm, k_norm)])
     qkv = NormRotate.apply(qkv_BTNHD.contiguous(), gains_2D, *rotary, q_norm.eps)
     return tuple(x.transpose(1, 2) for x in qkv)
@@ -225,7 +223,7 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up):
     """model.swiglu."""
-    return SwiGLU.apply(gate_up.contiguous()) if torch.is_grad_enabled() else plain_swiglu(gate_up)
+    return SwiGLU.apply(gate_up.contiguous())
 
 
 @triton.jit
@@ -282,8 +280,6 @@ class ReadoutLoss(torch.autograd.Function):
 
 def readout_loss(x_BTC, weight_VC, targets_BT):
     """GPT.readout_loss."""
-    if not torch.is_grad_enabled():
-        return GPT.readout_loss(x_BTC, weight_VC, targets_BT)
     device_type = x_BTC.device.type
     dtype = weight_VC.dtype
     if torch.is_autocast_enabled(device_type):

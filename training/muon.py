@@ -46,46 +46,48 @@ def orthogonal_update(directions_NOI):
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
-    groups: as param_groups() makes them, with lr, weight_decay and momentum. matrices_in: {parameter: how
-    many matrices it holds, stacked along its outputs}. Matrices of one shape are orthogonalized together.
+    groups: as param_groups() makes them, with lr, weight_decay and momentum. matrix_rows: {parameter: the
+    rows of each matrix that it stacks along its outputs}. Matrices of one shape are orthogonalized together.
     """
 
-    def __init__(self, groups, matrices_in):
+    def __init__(self, groups, matrix_rows):
         super().__init__(groups, {})
-        self.matrices_in = matrices_in
+        self.matrix_rows = matrix_rows
 
     @torch.no_grad()
     def step(self, closure=None):
+        matrices, by_shape = [], {}
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                count = self.matrices_in[p]
-                shape = (count, p.size(0) // count, p.size(1))
-                by_shape.setdefault(shape[1:], []).append((p, shape))
-            for parameters in by_shape.values():
-                self.step_matrices(group, parameters)
+            for p, direction in zip(group["params"], self.nesterov(group), strict=True):
+                # A sharded matrix is gathered: every rank orthogonalizes all of it and keeps its part
+                for matrix in full_tensor(direction).split(self.matrix_rows[p]):
+                    by_shape.setdefault(matrix.shape, []).append(len(matrices))
+                    matrices.append(matrix)
+        for indices in by_shape.values():
+            updates = orthogonal_update(torch.stack([matrices[i] for i in indices]))
+            for i, update in zip(indices, updates, strict=True):
+                matrices[i] = update
+        updates = iter(matrices)
+        for group in self.param_groups:
+            stacked = [[next(updates) for _ in self.matrix_rows[p]] for p in group["params"]]
+            self.apply(group, [torch.cat(its) if len(its) > 1 else its[0] for its in stacked])
 
-    def step_matrices(self, group, parameters):
-        """Step parameters whose matrices all have one shape: [(parameter, (count, O, I))]."""
-        directions = []
-        for p, shape in parameters:
-            direction = self.nesterov(p, group["momentum"])
-            # A sharded matrix is gathered: every rank orthogonalizes all of it and keeps its part
-            directions.append(full_tensor(direction).view(shape))
-        updates = orthogonal_update(torch.cat(directions))
-        counts = [shape[0] for _, shape in parameters]
-        for (p, _), update in zip(parameters, updates.split(counts), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(as_sharded(update.reshape(p.shape).to(p.dtype), p) * group["lr"])
+    def nesterov(self, group):
+        """The running average of each parameter's gradient, one step ahead."""
+        params = group["params"]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return torch._foreach_lerp(grads, buffers, group["momentum"])
 
-    def nesterov(self, p, momentum):
-        """The gradient's running average, one step ahead."""
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
+    def apply(self, group, updates):
+        params = group["params"]
+        updates = [as_sharded(update.to(p.dtype), p) for p, update in zip(params, updates, strict=True)]
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(updates, group["lr"])
+        torch._foreach_sub_(params, updates)
 
 
 def as_sharded(tensor, like):
@@ -101,8 +103,8 @@ class MuonWithAdamW:
     Groups and state are shared, so learning rates, checkpoints and resuming see one optimizer.
     """
 
-    def __init__(self, groups, matrices_in, capturable=False):
-        self.muon = Muon([group for group in groups if "momentum" in group], matrices_in)
+    def __init__(self, groups, matrix_rows, capturable=False):
+        self.muon = Muon([group for group in groups if "momentum" in group], matrix_rows)
         others = [group for group in groups if "momentum" not in group]
         self.adamw = torch.optim.AdamW(others, fused=True, capturable=capturable)
         self.muon.state = self.adamw.state
