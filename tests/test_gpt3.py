@@ -18,11 +18,11 @@ from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
 from model import GPT, attention_flops
 from scaling import lr_table
+from scaling.bench import bench
 from scaling.coordinate_check import short_run
 from scaling.stack import check_stackable
 from scaling.sweep import trial_configs
 from scaling.trials import identity, trial_row
-from scaling.bench import bench
 from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
 from training.model_size import model_size
