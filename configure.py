@@ -208,20 +208,16 @@ class Config:
             if None not in (value, divisor) and value % divisor:
                 raise UserError(f"{name} must be a multiple of {unit} ({divisor}), got {value}; "
                                 f"try {value + divisor - value % divisor}")
-        self.check_ramp()
-        self.check_acts()
+        self.check_combinations()
         self.check_plane()
 
-    def check_ramp(self):
-        """Raises UserError where the batch is to rise but cannot."""
+    def check_combinations(self):
+        """Raises UserError for a setting that contradicts another, or would do nothing beside it."""
         if self.batch_ramp_tokens is None and self.batch_start is not None:
             raise UserError("batch_start also needs --batch_ramp_tokens")
         if self.batch_ramp_tokens is not None and self.batch_start in (None, self.batch):
             raise UserError(f"batch_start must be a divisor of batch ({self.batch}) and below it, got "
                             f"{self.batch_start}, where batch_ramp_tokens is set")
-
-    def check_acts(self):
-        """Raises UserError for a setting that would do nothing beside the others."""
         heads = self.width // self.head_dim
         if self.kv_heads is not None and heads % self.kv_heads:
             raise UserError(f"kv_heads must divide the number of heads (width / head_dim = {heads}), got "
@@ -590,8 +586,9 @@ def configure(argv, usage=None, names=None):
         sys.exit()
     sources, flags = split_words(argv)
     if names is not None and (unused := [name for name in flags if name not in names]):
-        raise UserError(f"{unused[0]}: no setting that this command uses; --help lists those")
+        raise UserError(f"{unused[0]} has no effect on this command; remove --{unused[0]}")
     layers = [(f"{source}: ", read_settings(source)) for source in sources]
+    reject_other_search(sources, [settings for _, settings in layers], flags)
     layers.append(("", flags))
     given = {name: value for _, values in layers for name, value in values.items()}
     if given.get("init_from") and not SETTINGS.keys() <= given.keys():  # a run that resumes has them all
@@ -599,6 +596,19 @@ def configure(argv, usage=None, names=None):
         layers.insert(0, (f"init_from: {source}: ", settings_to_start_from(source)))
     return Config(**{name: check_setting(name, value, where)
                      for where, values in layers for name, value in values.items()})
+
+
+def reject_other_search(sources, layers, flags):
+    """Raises UserError where a configuration sets another text or block than the best.py of a search that is
+    read after it: the settings that were found are good for their own. A flag decides."""
+    earlier = {}
+    for source, settings in zip(sources, layers, strict=True):
+        for name in settings if os.path.basename(source) == "best.py" else ():
+            fixed = name in names_in("function", "data") and not SETTINGS[name].tuned and name not in flags
+            if fixed and earlier.get(name, settings[name]) != settings[name]:
+                raise UserError(f"{name} is {earlier[name]!r} before {source}, which was found with "
+                                f"{settings[name]!r}; choose one by --{name}=VALUE")
+        earlier |= settings
 
 
 TRAIN_USAGE = """usage: python train.py [CONFIG.py | RUN_DIR ...] [--name=value ...]
@@ -666,10 +676,10 @@ def run_cli(main):
 
 
 def describe_os_error(error, path="a file"):
-    """The line for an OSError that names no file, or `path`. Whether it was read or written is said where the
-    error alone says so: a folder without permission may have been either."""
-    only_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    return f"{'cannot write ' * only_writing}{error.filename or path}: {error.strerror}"
+    """The line for an OSError that names no file, or `path`. It says that writing failed only where the errno
+    does: without permission, it may have been reading."""
+    is_writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return f"{'cannot write ' * is_writing}{error.filename or path}: {error.strerror}"
 
 
 def end_with(message):
@@ -693,7 +703,7 @@ def check_start():
     path = Path(started).absolute().relative_to(root)
     if path.parts[0].removesuffix(".py") not in OWN_MODULES:
         return
-    if not re.search(r"^    run_cli\(main\)|^@command$", Path(started).read_text("utf-8"), re.MULTILINE):
+    if not re.search(r"^if __name__|^@command$", Path(started).read_text("utf-8"), re.MULTILINE):
         end_with(f"{path} is not a command; `python train.py` says how to train and to sample, and "
                  "`python -m scaling` lists the commands of the lab")
 

@@ -299,7 +299,7 @@ def set_up(config, run_dir, say):
             f"--prompt=TEXT` samples from it, `--steps={2 * config.steps or 1000}` trains it further")
     pretrained = None
     if config.init_from and checkpoint is None:
-        pretrained = read_pretrained(config.init_from)
+        pretrained = read_pretrained(config.init_from, say)
         check_same_function(config, pretrained)
         say(f"{pretrained.source}: its weights are where this run starts")
     with local_rank0_first():

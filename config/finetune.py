@@ -4,7 +4,7 @@ Shape, tokenizer and optimizer settings come with the weights, and so does lr: t
 Hugging Face model. Of 1, 0.3, 0.1, 0.03 and 0.01 times that, 1 was best for a small proxy and 100 steps.
 """
 
-import config  # explains itself where this file is run
+import config  # tells who runs this file itself to run train.py with it
 
 init_from = "out/proxy"  # what config/proxy.py trained; or another run, gpt2, a Hugging Face model
 batch = 16  # sequences

@@ -4,7 +4,7 @@ The settings are the best of 581 random trials at this shape, then checked on 4 
 median trial had 4.603. scaling/results says how well they transfer. config/proxy.py is 0.25 nats better.
 """
 
-import config  # explains itself where this file is run
+import config  # tells who runs this file itself to run train.py with it
 
 position, norm, qk_norm, mlp = "learned", "layer", False, "gelu"  # GPT-2's block, on which this was tuned
 batch = 16  # sequences: with 256 tokens each, small steps that leave time for 500 of them

@@ -4,7 +4,7 @@ Its Adam (0.9, 0.95, 1e-8), clipping at 1 and cosine to a tenth are this project
 not give the text, the width of the attention bands, the length of each ramp, or the initial weights.
 """
 
-import config  # explains itself where this file is run
+import config  # tells who runs this file itself to run train.py with it
 
 parametrization = "sp"  # each size has its own lr in Table 2.1
 position, norm, qk_norm, mlp = "learned", "layer", False, "gelu"  # GPT-2's block

@@ -4,7 +4,7 @@ It has the default block. The settings are the best of 96 trials of scaling.sear
 230 earlier ones, at this shape and 1,000 steps: 3.527 nats, the mean of 3 seeds on a GPU.
 """
 
-import config  # explains itself where this file is run
+import config  # tells who runs this file itself to run train.py with it
 
 batch = base_batch = 8  # sequences of 256 tokens; a larger batch gets a larger lr, by the square root
 steps = 1400  # 2.9 M tokens: the standard library once

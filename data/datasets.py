@@ -306,20 +306,30 @@ def is_match(names, parts):
 def file_documents(path, field):
     """Yields the documents of a file: a row is one document in .jsonl, .csv and .parquet; text is one
     document, or several where it is long. Raises UserError, and whatever the format's library raises."""
-    readers = {".jsonl": jsonl_values, ".csv": csv_values, ".parquet": parquet_values}
-    if ending(path) not in readers:
+    if ending(path) == ".jsonl":
+        yield from text_column(path, field, jsonl_rows(path))
+    elif ending(path) == ".csv":
+        yield from text_column(path, field, csv_rows(path))
+    elif ending(path) == ".parquet":
+        yield from text_column(path, field, parquet_rows(path, field))
+    else:
         yield from split_text(path)
-        return
-    yield from text_values(path, field, readers[ending(path)](path, field))
 
 
-def text_values(source, field, values):
-    """Yields `values` of the column `field`, "" for None. Raises UserError where one is not text."""
-    for value in values:
+def text_column(source, field, rows):
+    """Yields the text in column `field` of `rows`, dicts, which need not all have it. Raises UserError."""
+    found, row = False, {}
+    for number, row in enumerate(rows):
+        found = found or field in row
+        if not found and number > ROWS_WITHOUT_TEXT:
+            break
+        value = row.get(field)
         if value is not None and not isinstance(value, str):
             raise UserError(f"text_field must be a column of text, but {field} in {source} holds "
                             f"{str(value)[:40]}")
         yield value or ""
+    if row and not found:
+        raise UserError(f"text_field must be one of {', '.join(row)}, the columns of {source}, got {field}")
 
 
 def open_bytes(path):
@@ -369,9 +379,7 @@ def bounded_lines(file):
     yield rest
 
 
-def jsonl_values(path, field):
-    """Yields what `field` holds in each row of a .jsonl file; None where a row has no such field."""
-    found, row = False, {}
+def jsonl_rows(path):
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
@@ -382,45 +390,29 @@ def jsonl_values(path, field):
                 raise ValueError(f"line {number}: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is {type(row).__name__}, not an object such as "
-                                 f'{{"{field}": "some text"}}')
-            found = found or field in row
-            if not found and number >= ROWS_WITHOUT_TEXT:
-                break
-            yield row.get(field)
-    if not found and row:
-        raise no_such_field(path, field, row)
+                                 '{"text": "some text"}')
+            yield row
 
 
-def csv_values(path, field):
-    """Yields what `field` holds in each row of a .csv file."""
+def csv_rows(path):
     csv.field_size_limit(2**31 - 1)  # characters; the default is 2**17
     with open_text(path, newline="") as file:
-        rows = csv.reader(file, strict=True)
-        header = next(rows, [])
-        if header and field not in header:
-            raise no_such_field(path, field, header)
+        rows = csv.DictReader(file, strict=True)
         for row in rows:
-            if len(row) > len(header):
+            if None in row:
                 raise UserError(f"dataset: line {rows.line_num} of {path} has more fields than its header; "
                                 "text that holds commas must stand in double quotes")
-            if row:  # not a blank line
-                yield "".join(row[header.index(field):][:1])
+            yield row
 
 
-def parquet_values(path, field):
-    """Yields what `field` holds in each row of a .parquet file."""
+def parquet_rows(path, field):
+    """Rows with nothing but `field`, if there is such a column."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         names = file.schema_arrow.names
-        if field not in names:
-            raise no_such_field(path, field, names)
-        for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
-            yield from batch.column(0).to_pylist()
-
-
-def no_such_field(path, field, names):
-    return UserError(f"text_field must be one of {', '.join(names)}, the columns of {path}, got {field}")
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[field] if field in names else names):
+            yield from batch.to_pylist()
 
 
 def import_zstd():
@@ -448,7 +440,7 @@ def hub_documents(config):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are raised as well
-    name, field = config.dataset, config.text_field
+    name = config.dataset
     try:
         # Asked first, and once: `datasets` itself would retry for minutes where the hub is unreachable
         revision = HfApi().dataset_info(name, timeout=HUB_TIMEOUT).sha
@@ -466,11 +458,4 @@ def hub_documents(config):
     except Exception as error:
         raise UserError(f"dataset: there is no path {name}, and the Hugging Face hub is unreachable "
                         f"({type(error).__name__}); check the network, or use {OFFLINE}") from None
-    yield from text_values(name, field, (value_of(name, field, row) for row in rows))
-
-
-def value_of(name, field, row):
-    """What a row of the data set `name` holds in `field`. Raises UserError."""
-    if field not in row:
-        raise no_such_field(name, field, row)
-    return row[field]
+    yield from text_column(name, config.text_field, rows)

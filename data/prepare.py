@@ -276,46 +276,31 @@ def write_splits(config, folder, tokenizer, dtype):
     The document that reaches max_tokens (training and validation together) is written completely and is the
     last. Raises UserError when a split got no document.
     """
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
+    hashes = {split: hashlib.sha256() for split in counts}
     total = 0
     with contextlib.ExitStack() as stack:
-        writers = {}
-        for split in ("train", "val"):
-            file = stack.enter_context(durable_file(os.path.join(folder, f"{split}.bin")))
-            writers[split] = SplitWriter(file, dtype)
+        files = {split: stack.enter_context(durable_file(os.path.join(folder, f"{split}.bin")))
+                 for split in counts}
         progress = stack.enter_context(
             tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None))
         for split, text, ids, is_last in encoded_parts(config, tokenizer):
-            writers[split].add(text, [*ids, tokenizer.eot] if is_last else ids, is_last)
-            progress.update(len(ids) + is_last)
-            total += len(ids) + is_last
+            if is_last:
+                ids = [*ids, tokenizer.eot]
+            raw = np.array(ids, dtype).tobytes()
+            files[split].write(raw)
+            hashes[split].update(raw)
+            for name, count in ("documents", is_last), ("tokens", len(ids)), ("bytes", len(text.encode())):
+                counts[split][name] += count
+            progress.update(len(ids))
+            total += len(ids)
             if is_last and config.max_tokens and total >= config.max_tokens:
                 break
-    for split, writer in writers.items():
-        if writer.documents == 0:
+    for split in counts:
+        if counts[split]["documents"] == 0:
             raise UserError(f"max_tokens must be more, got {config.max_tokens}, which is reached before the "
                             f"first {split} document; try {10 * total}, or another --val_fraction")
-    return {split: writer.summary() for split, writer in writers.items()}
-
-
-class SplitWriter:
-    """Appends parts of documents to the token file of a split; counts and hashes them."""
-
-    def __init__(self, file, dtype):
-        self.file, self.dtype = file, dtype
-        self.documents = self.tokens = self.bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def add(self, text, ids, is_last):
-        raw = np.array(ids, self.dtype).tobytes()
-        self.file.write(raw)
-        self.sha256.update(raw)
-        self.documents += is_last
-        self.tokens += len(ids)
-        self.bytes += len(text.encode())
-
-    def summary(self):
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
-                "sha256": self.sha256.hexdigest()}
+    return {split: counts[split] | {"sha256": hashes[split].hexdigest()} for split in counts}
 
 
 def encoded_parts(config, tokenizer):

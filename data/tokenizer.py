@@ -85,6 +85,8 @@ class Tokenizer:
     def __init__(self, bpe, eot):
         self.bpe, self.eot = bpe, eot
         bpe.encode_special_tokens = True  # what looks like a special token in a text is text
+        bpe.no_truncation()  # files of other programs may ask for both
+        bpe.no_padding()
         self.vocab_size = 1 + max(bpe.get_vocab().values())  # there may be holes below it
 
     @functools.cached_property
@@ -167,12 +169,12 @@ def check_tokenizer_name(name):
     if bpe:
         too_long = len(bpe[1]) > 100  # Python makes no int of thousands of digits
         if too_long or not MIN_BPE_SIZE <= int(bpe[1]) <= MAX_BPE_SIZE:
-            raise UserError(f"tokenizer: got {name[:100]}; in bpe:N, N is the vocabulary size, from "
-                            f"{MIN_BPE_SIZE} (256 bytes, 1 merge, end of text) to {MAX_BPE_SIZE}")
+            raise UserError(f"tokenizer must be bpe:N with N from {MIN_BPE_SIZE} (256 bytes, 1 merge, end of "
+                            f"text) to {MAX_BPE_SIZE}, got {name[:100]}")
     elif name != "bytes" and name not in tiktoken_names:
         advice = closest(name, ["bytes", "bpe:2048", *tiktoken_names])
-        raise UserError(f"tokenizer: got {name}, takes bytes, bpe:N, a folder that holds one, or one of "
-                        f"{', '.join(tiktoken_names)}{advice}")
+        raise UserError("tokenizer must be bytes, bpe:N, a folder that holds one, or one of "
+                        f"{', '.join(tiktoken_names)}, got {name}{advice}")
 
 
 def build_tokenizer(name, load_texts=None):
@@ -217,7 +219,7 @@ def train_bpe(vocab_size, texts):
     trained_size = bpe.get_vocab_size()
     if trained_size < vocab_size:
         raise UserError(f"tokenizer: got bpe:{vocab_size + 1}, but the training text gives at most "
-                        f"bpe:{trained_size + 1}; takes that or less, or more text")
+                        f"bpe:{trained_size + 1}; try that or less, or more text")
     return bpe
 
 
@@ -284,12 +286,20 @@ def load_tokenizer(folder):
     """The Tokenizer of a run directory, of prepared data or of a Hugging Face model. Raises UserError."""
     if os.path.exists(os.path.join(folder, TOKENIZER_FILE)):
         return read_tokenizer_json(folder)
-    for name in (OLD_RUN_META, "meta.json"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            return load_old_described(folder, path)
-    raise UserError(f"tokenizer: {folder} holds none; takes a folder of prepared data or a run directory "
-                    f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
+    paths = [os.path.join(folder, name) for name in (OLD_RUN_META, "meta.json")]
+    paths = [path for path in paths if os.path.exists(path)]
+    if not paths:
+        raise UserError(f"tokenizer: {folder} holds none; try a folder of prepared data or a run directory "
+                        f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
+    try:
+        with open(paths[0], encoding="utf-8") as file:
+            return load_old(folder, json.load(file)["tokenizer"])
+    except OSError as error:
+        raise UserError(f"tokenizer: cannot read {error.filename} ({error.strerror})") from None
+    except Exception as error:  # of `tokenizers` too
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"tokenizer: {folder} is damaged ({type(error).__name__}: {reason}); try a folder "
+                        "that train.py or data.prepare wrote") from None
 
 
 def read_tokenizer_json(folder):
@@ -306,6 +316,8 @@ def read_tokenizer_json(folder):
         tokenizer = Tokenizer(bpe, end_of_text(folder, bpe))
         if missing := BYTE_OF.keys() - bpe.get_vocab().keys():
             raise ValueError(f"it has no token for byte {BYTE_OF[min(missing)]}")
+        if getattr(bpe.model, "dropout", None):
+            raise ValueError("it drops merges at random")
         # Qwen's tokenizers compose characters first, by Unicode's form NFC, which changes nothing one sees
         if tokenizer.decode(tokenizer.encode(SAMPLE)) not in (SAMPLE, unicodedata.normalize("NFC", SAMPLE)):
             raise ValueError("it changes text")
@@ -314,8 +326,8 @@ def read_tokenizer_json(folder):
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"tokenizer: {path} cannot be used exactly ({reason}); takes a byte-level BPE that "
-                        "changes no text") from None
+        raise UserError(f"tokenizer: {path} cannot be used exactly ({reason}); it must be a byte-level BPE "
+                        "that changes no text") from None
 
 
 def end_of_text(folder, bpe):
@@ -348,19 +360,6 @@ def load_old(folder, saved):
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
     return from_ranks(ranks, saved["pattern"], saved["special_tokens"])
-
-
-def load_old_described(folder, path):
-    """The Tokenizer of `folder` that the JSON file at `path` describes. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return load_old(folder, json.load(file)["tokenizer"])
-    except OSError as error:
-        raise UserError(f"tokenizer: cannot read {error.filename} ({error.strerror})") from None
-    except Exception as error:  # of `tokenizers` too
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"tokenizer: {folder} is damaged ({type(error).__name__}: {reason}); takes a folder "
-                        "that train.py or data.prepare wrote") from None
 
 
 def tokenizer_identity(name):

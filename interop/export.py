@@ -15,10 +15,11 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
 
-from configure import UserError, asks_for_help, is_from_run, run_cli, run_of
+from configure import UserError, asks_for_help, describe_os_error, is_from_run, run_cli, run_of
 from data.files import write_text
 from data.tokenizer import keep_tokenizer
-from interop.weights import check_same_logits, import_transformers, with_large_weights, write_model
+from interop.families import import_transformers
+from interop.weights import check_same_logits, load_theirs, with_large_weights, write_model
 from training.pretrained import build_pretrained, read_pretrained, tokenizer_of
 from training.run_dir import claim_folder
 
@@ -76,12 +77,12 @@ def export(source, folder):
         keep_tokenizer(tokenizer, unfinished, model.config.context)
         for candidate in (with_large_weights(model), model):  # the first one's logits show every part
             family, fields = write_model(candidate, unfinished, tokenizer.eot)
-            check_same_logits(candidate, unfinished, family, fields)
+            check_same_logits(candidate, load_theirs(unfinished, family, fields))
         name = os.path.basename(os.path.abspath(run_of(source)))
         write_text(os.path.join(unfinished, "README.md"), card(name, pretrained, model, family))
         os.rename(unfinished, folder)
     except OSError as error:
-        raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from None
+        raise UserError(f"to: {describe_os_error(error, folder)}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return family.model_class

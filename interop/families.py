@@ -4,10 +4,25 @@ A family is data. fields_of() writes the config.json of a Config; settings_of() 
 if fields_of() gives all of it back, so that no field that changes the function is overlooked.
 """
 
+import warnings
 from typing import NamedTuple
 
 from configure import SETTINGS, Config, UserError, names_in
 from model import mlp_width
+
+
+def import_transformers():
+    """The library, without its warnings and progress bars. Raises UserError where it is not installed."""
+    try:
+        import safetensors.torch  # noqa: F401, which it reads weights with
+        import transformers
+    except ImportError:
+        raise UserError("transformers: Hugging Face models need the package `transformers`; "
+                        "pip install transformers") from None
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    return transformers
 
 
 class Family(NamedTuple):
@@ -96,9 +111,10 @@ NO_EFFECT = frozenset("""model_type architectures dtype torch_dtype transformers
 KNOWN_SETTINGS = frozenset("""width depth context head_dim kv_heads window position norm qk_norm mlp mlp_ratio
     rotary_base norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization mup_lr
     depth_alpha embedding_mult logit_mult attention_mult""".split())
-# The largest sizes that are read; a hostile config.json should not take the memory of the machine
-LARGEST = {"depth": 10_000, "context": 2**24}
-LARGEST_SIZE = 2**31 - 1
+# What a config.json may hold at most: more would take the memory of the machine before anything is checked
+LARGEST = {"n_layer": 10_000, "num_hidden_layers": 10_000, "n_positions": 2**24,
+           "max_position_embeddings": 2**24}
+LARGEST_NUMBER = 2**31 - 1
 
 
 def family_of(config):
@@ -143,7 +159,13 @@ def fields_of(config, family):
     return fields
 
 
-def settings_of(raw, transformers):
+def their_config(family, fields):
+    """transformers' object of those fields of a config.json that have an effect. Raises many exceptions."""
+    config_class = getattr(import_transformers(), family.config_class)
+    return config_class.from_dict({name: fields[name] for name in fields if name not in NO_EFFECT})
+
+
+def settings_of(raw):
     """(Family, {our setting: value}) of the fields of a config.json. Raises UserError that names the field
     for which we have no setting.
 
@@ -156,87 +178,50 @@ def settings_of(raw, transformers):
         raise UserError(f"model_type must be one of {', '.join(families)}, got {raw.get('model_type')!r}")
     if "auto_map" in raw:
         raise UserError("auto_map must be absent: the model needs code of its own, which is never run here")
-    check_sizes(family, raw)
+    for name, value in raw.items():
+        largest = LARGEST.get(name, LARGEST_NUMBER)
+        if isinstance(value, int | float) and value > largest and name not in NO_EFFECT:
+            raise UserError(f"{name} must be at most {largest}, got {str(value)[:40]}")
     try:
-        fields = their_config(family, raw, transformers).to_dict()
-        defaults = their_config(family, {}, transformers).to_dict()
+        fields = their_config(family, raw).to_dict()
+        defaults = their_config(family, {}).to_dict()
     except Exception as error:  # of many types: transformers checks the fields too
         raise UserError(f"transformers rejects it: {' '.join(str(error).split())[:200]}") from None
-    check_sizes(family, fields)
+    fields |= {name: raw[name] for name in ("rope_theta",) if name in raw}  # which may contradict the others
     settings = read_settings(family, fields)
-    if family is not GPT2 and raw.get("rope_theta", settings["rotary_base"]) != settings["rotary_base"]:
-        raise UserError(f"rope_theta must be the one in rope_parameters, {settings['rotary_base']}, got "
-                        f"{raw['rope_theta']}")
-    check_fields(fields, defaults, fields_of(Config(**settings), family), family)
-    return family, settings
-
-
-def their_config(family, fields, transformers):
-    """transformers' object of those fields of a config.json that have an effect."""
-    config_class = getattr(transformers, family.config_class)
-    return config_class.from_dict({name: fields[name] for name in fields if name not in NO_EFFECT})
-
-
-def check_fields(fields, defaults, expected, family):
-    """Raises UserError for the first of `fields` that makes another function than the `expected` ones. A
-    field that neither we nor the class knows has no effect."""
-    for name, value in fields.items():
+    expected = fields_of(Config(**settings), family)
+    for name, value in fields.items():  # one that is not expected has no effect on the class by its default
         wanted = expected.get(name, defaults.get(name, value))
-        if name in NO_EFFECT or name in family.dropouts or value is None or value == wanted:
-            continue
-        if name != family.names["mlp"]:  # which has several names for one function; read_settings() knows it
+        has_effect = name not in NO_EFFECT and name not in family.dropouts and value is not None
+        if has_effect and value != wanted and name != family.names["mlp"]:
             raise UserError(f"{name} must be {str(wanted)[:80]}, got {str(value)[:80]}: model.py has no "
                             "setting for another")
-
-
-def check_sizes(family, fields):
-    """Raises UserError for a size that is missing, not a whole number, or too large. Under the other
-    families' names, too, as transformers reads some of them."""
-    for size in ("width", "depth", "heads", "context", "vocab_size", "hidden", "head_dim", "kv_heads"):
-        largest = LARGEST.get(size, LARGEST_SIZE)
-        names = {other.names[size] for other in (GPT2, LLAMA) if size in other.names}
-        for name in sorted(names):
-            value = fields.get(name)
-            if value is not None and not (type(value) is int and 1 <= value <= largest):
-                raise UserError(f"{name} must be a whole number from 1 to {largest}, got {str(value)[:40]}")
-        if size not in ("hidden", "head_dim", "kv_heads") and family.names[size] not in fields:
-            raise UserError(f"{family.names[size]} is missing")
+    return family, settings
 
 
 def read_settings(family, fields):
     """{our setting: value} of the fields of a config.json that have one. Raises UserError."""
     values = {ours: fields[theirs] for ours, theirs in family.names.items()}
     width, heads, activation = values["width"], values["heads"], values["mlp"]
-    if width % heads:
+    if heads < 1 or width < 1 or width % heads:
         raise UserError(f"{family.names['heads']} must divide {family.names['width']} ({width}), got {heads}")
     allowed = [theirs for theirs, ours in ACTIVATIONS.items() if ours in family.block["mlp"]]
     if activation not in allowed:
         raise UserError(f"{family.names['mlp']} must be {' or '.join(allowed)}, got {activation!r}")
-    same = "width", "depth", "context", "vocab_size", "norm_eps", "tied"
-    settings = {name: values[name] for name in same}
+    settings = {name: SETTINGS[name].default for name in names_in("function")}
+    settings |= {name: value for name, value in values.items() if name in settings}
     settings |= {"head_dim": width // heads, "mlp": ACTIVATIONS[activation], "bias": values.get("bias", True),
-                 "mlp_ratio": (values["hidden"] or 4 * width) / width}
-    if family is not GPT2:
-        settings["rotary_base"] = rotary_base_of(fields["rope_parameters"])
-    if values.get("kv_heads", heads) != heads and "kv_heads" in SETTINGS:
-        settings["kv_heads"] = values["kv_heads"]
+                 "mlp_ratio": (values["hidden"] or 4 * width) / width, "base_width": width,
+                 "base_depth": values["depth"], "base_head_dim": width // heads}
+    if "kv_heads" in settings and values.get("kv_heads") == heads:
+        settings["kv_heads"] = None
+    if rope := fields.get("rope_parameters"):
+        if rope.get("partial_rotary_factor") == 1.0:
+            del rope["partial_rotary_factor"]
+        settings["rotary_base"] = float(rope.get("rope_theta", 0))
     for name in ("position", "norm", "qk_norm"):
         [settings[name]] = family.block[name]
-    others = {name: SETTINGS[name].default for name in names_in("function")}
-    return others | settings | {"base_width": width, "base_depth": values["depth"], "parametrization": "mup",
-                       "base_head_dim": settings["head_dim"], "depth_alpha": 1.0, "embedding_mult": 1.0,
-                       "logit_mult": 1.0, "attention_mult": 1.0}
-
-
-def rotary_base_of(rope):
-    """The base of rotary positions, out of rope_parameters. Raises UserError."""
-    others = {name for name in rope if name not in ("rope_type", "rope_theta")}
-    if others == {"partial_rotary_factor"} and rope.pop("partial_rotary_factor") == 1.0:
-        others = set()
-    if others or rope["rope_type"] != "default":
-        raise UserError("rope_parameters, or rope_scaling, must be of the default type, over whole heads, "
-                        f"got {rope['rope_type']} with {', '.join(sorted(others))}")
-    return float(rope["rope_theta"])
+    return settings
 
 
 def parameter_names(family, name):

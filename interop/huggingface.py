@@ -8,18 +8,15 @@ import functools
 import glob
 import json
 import os
-import re
 from dataclasses import replace
 
 import torch
 
 from configure import Config, UserError
 from interop.families import settings_of
-from interop.weights import WEIGHTS, check_same_logits, from_transformers, import_transformers
+from interop.weights import check_same_logits, from_transformers, load_theirs
 from model import GPT
 
-# What older versions of transformers saved with the weights that is none
-NO_PARAMETER = re.compile(r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
 # The lr of a run that starts from such a model and gives none: usual for GPT-2's size, low for a small model
 LR = 5e-5
 # Models without an owner, from the first days of the hub; their tokenizer is tiktoken's gpt2
@@ -31,18 +28,12 @@ def download(repository, pattern, commit=None):
     """The local folder of a model of the hub, named after its commit, with those of its files that match.
     Without a network it is what was downloaded before. Raises UserError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
     try:
         return snapshot_download(repository, revision=commit, allow_patterns=pattern)
-    except LocalEntryNotFoundError:
-        raise UserError(f"got {repository}, but there is no such folder, and the Hugging Face hub cannot be "
-                        "reached; give a local folder, or check the network") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"got {repository}, but there is neither such a folder nor such a public model on "
-                        "the Hugging Face hub; check the name, or log in with `hf auth login`") from None
     except Exception as error:  # of many types
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{repository}: the Hugging Face hub says: {reason}") from None
+        raise UserError(f"there is no folder {repository}, and it cannot be downloaded from the Hugging Face "
+                        f"hub ({type(error).__name__}: {reason})") from None
 
 
 def folder_of(source, with_weights=False):
@@ -63,7 +54,7 @@ def read_family(folder):
     try:
         with open(path, encoding="utf-8") as file:
             fields = dict(json.load(file))
-        return *settings_of(fields, import_transformers()), fields
+        return *settings_of(fields), fields
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.json; give a run or a Hugging Face model") from None
     except UserError as error:
@@ -103,67 +94,50 @@ def settings_to_start_from(source):
 @naming_init_from()
 def weight_files(source):
     """The paths of a model's safetensors files. Raises UserError where it has none."""
-    return find_weights(folder_of(source, with_weights=True))
-
-
-def find_weights(folder):
-    """The paths of the safetensors files in `folder`. Raises UserError where it has none."""
-    paths = glob.glob(os.path.join(glob.escape(folder), WEIGHTS))
-    paths = paths or sorted(glob.glob(os.path.join(glob.escape(folder), "model-*.safetensors")))
-    if not paths and os.path.exists(os.path.join(folder, "pytorch_model.bin")):
-        raise UserError(f"{folder} holds pytorch_model.bin, a pickle, which can run code when it is read; "
-                        f"save it as {WEIGHTS} with transformers' save_pretrained()")
+    folder = folder_of(source, with_weights=True)
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     if not paths:
-        raise UserError(f"{folder} holds no {WEIGHTS}")
+        raise UserError(f"{folder} holds no .safetensors, in which transformers' save_pretrained() writes "
+                        "weights; pickles, such as pytorch_model.bin, can run code and are never read")
     return paths
-
-
-def read_tensors(paths, family):
-    """{name: tensor} of safetensors files, under the names that the whole model's parameters have: a model
-    that was saved without its head lacks their first part. Raises UserError."""
-    import safetensors.torch
-    tensors = {}
-    for path in paths:
-        try:
-            tensors |= safetensors.torch.load_file(path)
-        except Exception as error:  # OSError, SafetensorError, or what an odd type of numbers ends in
-            raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:120]}") from None
-    prefix = family.modules["token_embedding"].partition(".")[0] + "."
-    if not any(name.startswith(prefix) for name in tensors):
-        tensors = {name if name.startswith("lm_head") else prefix + name: tensor
-                   for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in tensors.items() if not NO_PARAMETER.fullmatch(name)}
 
 
 @naming_init_from()
 def read_huggingface(source):
     """({setting: value}, {our parameter: fp32 tensor}) of a model that computes the same in model.py as in
     transformers: its logits are compared. Raises UserError."""
-    folder = folder_of(source, with_weights=True)
+    paths, folder = weight_files.__wrapped__(source), folder_of(source, with_weights=True)
     family, settings, fields = read_family(folder)
     config = Config(**settings)
-    if config.position == "rotary":  # its tables need not be longer than what is compared
-        config = replace(config, context=min(config.context, 64))
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    tensors = read_tensors(find_weights(folder), family)
     try:
-        if config.tied:
-            check_tied(tensors, family)
-        weights = from_transformers(family, config, tensors, shapes)
+        check_files(paths, config)
+        theirs = load_theirs(folder, family, fields)
+        if config.position == "rotary":  # its tables need not be longer than what is compared
+            config = replace(config, context=min(config.context, 64))
         model = GPT(config).eval()
+        names = [name for name, _ in model.named_parameters()]
+        weights = from_transformers(family, names, theirs.named_parameters())
         model.load_state_dict(weights, assign=True)
-        check_same_logits(model, folder, family, fields)
+        check_same_logits(model, theirs)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return settings | tokenizer_of(folder, source), weights
 
 
-def check_tied(tensors, family):
-    """Removes the readout of a tied model, where it was saved too. Raises UserError unless it is the
-    embedding."""
-    readout = tensors.pop("lm_head.weight", None)
-    embedding = tensors.get(family.modules["token_embedding"] + ".weight")
-    if readout is not None and embedding is not None and not torch.equal(readout, embedding):
-        raise UserError("tie_word_embeddings is true, but lm_head.weight is not the embedding; remove that "
-                        "tensor, or set tie_word_embeddings to false")
+def check_files(paths, config):
+    """Raises UserError where the files cannot hold the parameters of a model of `config`, which are not made
+    then, or hold others than floating-point numbers."""
+    from safetensors import safe_open
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(config).parameters())
+    if parameters > sum(map(os.path.getsize, paths)):
+        raise UserError(f"config.json describes {parameters:,} parameters, more than its files have bytes")
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        except Exception as error:  # OSError, or SafetensorError
+            raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:120]}") from None
+        for name, kind in kinds.items():
+            if not kind.startswith(("F", "BF")) and not name.endswith((".attn.bias", ".masked_bias")):
+                raise UserError(f"{name} holds {kind}, must hold floating-point numbers")

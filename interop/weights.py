@@ -9,14 +9,20 @@ import errno
 import json
 import math
 import os
-import warnings
 from dataclasses import replace
 
 import torch
 
 from configure import UserError
 from data.files import write_text
-from interop.families import GPT2, family_of, fields_of, parameter_names, their_config
+from interop.families import (
+    GPT2,
+    family_of,
+    fields_of,
+    import_transformers,
+    parameter_names,
+    their_config,
+)
 from parametrization import forward_multipliers
 
 WEIGHTS = "model.safetensors"
@@ -24,40 +30,34 @@ TOKENS = 32  # in each of the two sequences that logits are compared on
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order differ by less
 
 
-def import_transformers():
-    """The library, without its warnings and progress bars. Raises UserError where it is not installed."""
+def load_theirs(folder, family, fields):
+    """transformers' model of the weights in `folder` and of `fields`, its config.json. Raises UserError."""
+    model_class = getattr(import_transformers(), family.model_class)
     try:
-        import safetensors.torch  # noqa: F401, which it reads weights with
-        import transformers
-    except ImportError:
-        raise UserError("transformers: Hugging Face models need the package `transformers`; "
-                        "pip install transformers") from None
-    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    return transformers
+        model, loading = model_class.from_pretrained(
+            folder, config=their_config(family, fields), dtype=torch.float32, use_safetensors=True,
+            ignore_mismatched_sizes=True, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # of many types
+        raise UserError(f"transformers cannot read it: {' '.join(str(error).split())[:200]}") from None
+    for problem, names in loading.items():
+        if names:
+            raise UserError(f"{problem.replace('_', ' ')}: {min(map(str, names))}")
+    return model.eval()
 
 
 @torch.no_grad()
-def check_same_logits(model, folder, family, fields):
-    """Raises UserError unless transformers, with the weights in `folder` and these `fields` of a config.json,
-    computes the logits of `model`, on random tokens."""
-    transformers = import_transformers()
+def check_same_logits(model, theirs):
+    """Raises UserError unless both compute the same logits on random tokens."""
     tokens_BT = torch.randint(model.config.vocab_size, (2, min(TOKENS, model.config.context)),
                               generator=torch.Generator().manual_seed(0))
-    try:
-        theirs, loading = getattr(transformers, family.model_class).from_pretrained(
-            folder, config=their_config(family, fields, transformers), dtype=torch.float32,
-            use_safetensors=True, local_files_only=True, output_loading_info=True)
-        if problems := [f"{kind}: {min(names)}" for kind, names in loading.items() if names]:
-            raise ValueError(problems[0])
-        their_logits_BTV = theirs.eval()(tokens_BT, return_dict=True).logits
-    except Exception as error:  # of many types
-        raise UserError(f"transformers cannot use {folder}: {' '.join(str(error).split())[:200]}") from None
     logits_BTV = model(tokens_BT)
-    off, largest = (their_logits_BTV - logits_BTV).abs().max(), logits_BTV.abs().max()
+    try:
+        off = (theirs(tokens_BT, return_dict=True).logits - logits_BTV).abs().max()
+    except Exception as error:  # of many types
+        raise UserError(f"transformers cannot compute it: {' '.join(str(error).split())[:200]}") from None
+    largest = logits_BTV.abs().max()
     if not off <= TOLERANCE * largest:  # False for NaN, too
-        raise UserError(f"{family.model_class} of transformers computes other logits than model.py: they "
+        raise UserError(f"{type(theirs).__name__} of transformers computes other logits than model.py: they "
                         f"differ by up to {off:.2g}, where the largest is {largest:.2g}")
 
 
@@ -70,9 +70,6 @@ def with_large_weights(model):
         p.normal_(std=p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0, generator=generator)
     model.final_norm.weight.mul_(20 / forward_multipliers(model.config)["logits"])
     return model
-
-
-# Out
 
 
 def fold(config, weights):
@@ -100,24 +97,6 @@ def fold(config, weights):
     return folded, weights
 
 
-def without_centering(config, weights, eps):
-    """The same model with RMSNorm for LayerNorm, where that has no bias: what is written into the residual
-    stream has mean 0, so that there is nothing to center (SliceGPT, arXiv 2401.15024, section 3.1).
-
-    eps: of the new norms, which is that of queries' and keys' norms too. The stream is scaled so that it
-    means what config.norm_eps meant before.
-    """
-    scale, weights = math.sqrt(eps / config.norm_eps), dict(weights)
-    if config.tied:  # the readout reads rows whose mean matters
-        weights["readout.weight"] = weights["token_embedding.weight"].clone()
-    for name, value in weights.items():
-        if name.startswith(("token_embedding", "position_embedding")):
-            weights[name] = scale * (value - value.mean(1, keepdim=True))
-        elif name.endswith((".attention.out.weight", ".mlp.down.weight")):
-            weights[name] = scale * (value - value.mean(0, keepdim=True))
-    return replace(config, norm="rms", norm_eps=eps, tied=False), weights
-
-
 def with_biases(config, weights):
     """The same model with biases of 0."""
     zeros = {name.removesuffix("weight") + "bias": p.new_zeros(len(p)) for name, p in weights.items()
@@ -128,11 +107,7 @@ def with_biases(config, weights):
 def to_transformers(config, weights):
     """(Family, Config, {their name: fp32 tensor}) of a model of `config` with our `weights`. Raises UserError
     that names the setting or parameter for which there is no class."""
-    head_eps = config.norm_eps or 1e-6
     config, weights = fold(config, weights)
-    if (config.norm, config.position, config.bias) == ("layer", "rotary", False):
-        eps = head_eps if config.qk_norm else config.norm_eps
-        config, weights = without_centering(config, weights, eps)
     family = family_of(config)
     if family is GPT2 and not config.bias:
         config, weights = with_biases(config, weights)
@@ -174,36 +149,15 @@ def write_model(model, folder, eot):
     return family, fields
 
 
-# In
-
-
-def from_transformers(family, config, tensors, shapes):
-    """{our parameter: fp32 tensor} out of `tensors`, theirs, which are removed. shapes: {our parameter: its
-    shape}. Raises UserError."""
-    weights = {}
-    for name, shape in shapes.items():
+def from_transformers(family, names, tensors):
+    """{our parameter: tensor} for these `names`, out of `tensors`, theirs. Raises UserError."""
+    tensors, weights = dict(tensors), {}
+    for name in names:
         theirs, transposed = parameter_names(family, name)
-        counts, parts = row_counts(config, name, len(theirs), shape[0]), []
-        for other, rows in zip(theirs, counts, strict=True):
-            expected = (rows, *shape[1:])[::-1 if transposed else 1]
-            part = take_tensor(tensors, other, expected)
-            parts.append(part.T if transposed else part)
-        weights[name] = torch.cat(parts).contiguous()
+        parts = [tensors.pop(other).detach() for other in theirs]
+        weights[name] = torch.cat([part.T if transposed else part for part in parts]).contiguous()
+        if not weights[name].isfinite().all():
+            raise UserError(f"{theirs[0]} holds numbers that are not finite")
     if tensors:
-        raise UserError(f"holds {min(tensors)}, for which model.py has no parameter")
+        raise UserError(f"holds {min(tensors)}, for which this model has no parameter")
     return weights
-
-
-def take_tensor(tensors, name, shape):
-    """tensors.pop(name) as fp32. Raises UserError unless it has this shape and holds finite numbers."""
-    if name not in tensors:
-        raise UserError(f"lacks {name}")
-    tensor = tensors.pop(name)
-    if tensor.shape != shape:
-        raise UserError(f"{name} has the shape {tuple(tensor.shape)}, must have {tuple(shape)}")
-    if not tensor.is_floating_point():
-        raise UserError(f"{name} holds {tensor.dtype}, must hold floating-point numbers")
-    tensor = tensor.float()
-    if not tensor.isfinite().all():
-        raise UserError(f"{name} holds numbers that are not finite")
-    return tensor

@@ -27,6 +27,7 @@ import contextlib
 import functools
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -40,9 +41,10 @@ from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
 from scaling.cli import command, parse_options, reject_unused
 from scaling.fits import optimum
-from scaling.space import SPACE, all_points, at_edge, distributions, parse_space, to_config, to_params
+from scaling.space import SPACE, Range, at_edge, distributions, parse_space, to_config, to_params
 from scaling.stack import check_stackable
 from scaling.study import (
+    STUDY_FILE,
     SharedStudy,
     importances,
     median_at,
@@ -70,7 +72,7 @@ from scaling.trials import (
     settings_of,
 )
 from scaling.worker import PARENT, Worker, end_with_parent, pause
-from training.device import reuse_freed_memory
+from training.device import reuse_freed_memory, use_sensible_threads
 from training.model_size import model_size
 
 SAMPLERS = ("gp", "tpe")
@@ -91,13 +93,10 @@ def loss_of(row):
 
 def mean_and_error(losses):
     """(mean, standard error of the mean); the error is nan for one loss, and the mean infinite for none."""
-    if not losses:
-        return math.inf, math.nan
-    mean = sum(losses) / len(losses)
-    if len(losses) == 1 or not math.isfinite(mean):
+    mean = sum(losses) / len(losses) if losses else math.inf
+    if len(losses) < 2 or not math.isfinite(mean):
         return mean, math.nan
-    variance = sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)
-    return mean, math.sqrt(variance / len(losses))
+    return mean, statistics.stdev(losses) / math.sqrt(len(losses))
 
 
 class Search:
@@ -107,9 +106,10 @@ class Search:
 
     def __init__(self, config, space, options, worker, storage, dataset):
         self.space, self.options, self.worker, self.dataset = space, options, worker, dataset
+        self.storage = storage
         self.config = trial_configs(config, {})[0]
         self.facts = facts_of(self.config, dataset)
-        self.domains, self.points = distributions(space), all_points(space)
+        self.domains = distributions(space)
         settings = self.key_of(self.config)
         self.draws = SharedStudy(storage, options["study"], worker, settings, self.domains)
         self.others = SharedStudy(storage, f"{options['study']}, seeds and lr", worker, settings)
@@ -127,13 +127,9 @@ class Search:
 
     def propose(self, key):
         """Params, distributions and settings of draw number `key`. `config` itself is the first."""
-        start = to_params(self.config, self.space)
         if key == "0":
-            return start, self.domains, self.key_of(self.config)
-        if self.points is not None:
-            params = [point for point in self.points if point != start][int(key) - 1]
-        else:
-            params = suggest(self.draws, self.options["sampler"], self.config.seed, self.domains, int(key))
+            return to_params(self.config, self.space), self.domains, self.key_of(self.config)
+        params = suggest(self.draws, self.options["sampler"], self.config.seed, self.domains, int(key))
         return params, self.domains, self.key_of(to_config(self.config, params, self.space))
 
     def draw(self):
@@ -352,10 +348,8 @@ def describe(config, space):
     values = []
     for name in space:
         value = getattr(config, name)
-        if name == "lr":
-            values.append(f"lr=2**{math.log2(value):.2f}")
-        else:
-            values.append(f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}")
+        text = f"{value:.3g}" if isinstance(value, float) else value
+        values.append(f"lr=2**{math.log2(value):.2f}" if name == "lr" else f"{name}={text}")
     return " ".join(values)
 
 
@@ -364,20 +358,15 @@ def spent_flops(rows):
     return sum(row["flops"] for row in rows if math.isfinite(row["flops"]))
 
 
-def training_flops(config):
-    """FLOPs of one training run of `config`."""
-    size = model_size(with_vocab_size(config, TokenDataset(prepare(config))))
-    return size.flops_per_token * config.tokens_before(config.steps)
-
-
 def format_cost(rows, config, target_name, target):
     """What the search took, and as a share of the target's training. target: {setting: value}"""
     spent = spent_flops(rows)
-    text = f"tuning took {spent:.2e} FLOPs"
-    if target_name:
-        target_flops = training_flops(replace(config, **target))
-        text += f", {spent / target_flops:.1%} of one training of {target_name}, {target_flops:.2e}"
-    return text
+    if not target_name:
+        return f"tuning took {spent:.2e} FLOPs"
+    config = replace(config, **target)
+    size = model_size(with_vocab_size(config, TokenDataset(prepare(config))))
+    flops = size.flops_per_token * config.tokens_before(config.steps)
+    return f"tuning took {spent:.2e} FLOPs, {spent / flops:.1%} of one training of {target_name}, {flops:.2e}"
 
 
 def read_target(path):
@@ -397,9 +386,9 @@ def check_search(config, space, options):
     if "warmup" in space and config.warmup_tokens is not None:
         raise UserError("space must not contain warmup, as warmup_tokens is set to "
                         f"{config.warmup_tokens}; try --warmup_tokens=none")
-    points = all_points(space)
-    if points is not None and options["trials"] > len(points):
-        raise UserError(f"trials must be at most {len(points)} with this space, got {options['trials']}")
+    if not any(isinstance(domain, Range) for domain in space.values()):
+        raise UserError("space must contain a setting that has a range; combinations of choices are a sweep: "
+                        "python -m scaling sweep CONFIG zero_query=true,false schedule=cosine,linear")
 
 
 def with_brief_evaluation(config):
@@ -433,6 +422,12 @@ def worker_processes(argv, count):
             process.wait()
 
 
+def storage_place(options):
+    """Where the trials are kept: the URL of a database, or the file of a journal."""
+    path = options["storage"].removeprefix("journal:").removeprefix("//")
+    return path or os.path.join(options["out"], STUDY_FILE)
+
+
 def run_search(config, space, options):
     """(the finished Search, the texts of best.py and of its report). Raises UserError, and KeyboardInterrupt
     when a signal stops it."""
@@ -440,23 +435,28 @@ def run_search(config, space, options):
     dataset = TokenDataset(prepare(config))
     dataset.check_fills_batch(config.context, config.batch)
     dataset.validation_windows(config.context, config.eval_tokens)
-    url, folder = options["storage"], options["out"]
-    storage = open_storage(url, folder) if url else None  # one that does not answer leaves no folder
-    with storage_errors_in_one_line(url, folder), Worker(folder) as worker:
-        search = Search(config, space, options, worker, storage or open_storage(url, folder), dataset)
-        try:
-            search.draw()
-            search.confirm()
-        except KeyboardInterrupt:
-            search.report()
-            raise
-        search.copy_rows()
-        return search, *search.report()
+    where, storage = storage_place(options), None
+    if options["storage"]:
+        storage = open_storage(where)  # one that does not answer leaves no folder
+    with Worker(options["out"]) as worker:
+        storage = storage or open_storage(where)
+        with storage_errors_in_one_line(storage, where):
+            search = Search(config, space, options, worker, storage, dataset)
+            try:
+                search.draw()
+                search.confirm()
+            except KeyboardInterrupt:
+                search.report()
+                raise
+            search.copy_rows()
+            return search, *search.report()
 
 
 def print_result(search, best_text, report_text, config, target):
     """What the command prints at its end; returns its exit code. target: what read_target() returns."""
-    options, (draws, others), failed = search.options, search.rows(), search.failed()
+    options = search.options
+    with storage_errors_in_one_line(search.storage, storage_place(options)):
+        (draws, others), failed = search.rows(), search.failed()
     if best_text:
         print(f"{options['out']}/best.py:\n{best_text}\n{report_text}"
               f"{format_cost(draws + others, config, options['target'], target)}")
@@ -476,10 +476,10 @@ def main(argv):
     reuse_freed_memory()
     try:
         with worker_processes(argv, options["workers"]):
+            use_sensible_threads(config)
             found = run_search(config, space, options)
     except KeyboardInterrupt:
         return say_stopped(options["out"])
     if torchrun_rank()[0] > 0:
         return 0
-    with storage_errors_in_one_line(options["storage"], options["out"]):
-        return print_result(*found, config, target)
+    return print_result(*found, config, target)

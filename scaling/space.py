@@ -5,7 +5,6 @@ clipping and the schedule are in too: at the few epochs of a proxy they act as p
 is drawn evenly in its logarithm; of a beta it is 1 - beta, the reciprocal of the steps that it averages over.
 """
 
-import itertools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -121,14 +120,6 @@ def to_config(config, params, space):
                 value = round(1 - value, 6)
         settings[name] = check_setting(name, value)
     return replace(config, **settings)
-
-
-def all_points(space):
-    """Every point of a space that has only choices, as a list; None of a space with a range."""
-    if not all(isinstance(domain, Choice) for domain in space.values()):
-        return None
-    points = itertools.product(*(domain.values for domain in space.values()))
-    return [dict(zip(space, point, strict=True)) for point in points]
 
 
 def at_edge(config, space):

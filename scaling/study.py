@@ -7,8 +7,8 @@ again; of two that add the same key at once, in folders that share only a databa
 trial that failed, or whose worker died, is marked as failed, and its key is free again.
 """
 
-import bisect
 import contextlib
+import functools
 import json
 import math
 import os
@@ -37,6 +37,7 @@ class Claim(NamedTuple):
     lock: str  # what this worker holds meanwhile
 
 
+@functools.cache
 def load_optuna():
     """The module, silent. Raises UserError where it is not installed."""
     try:
@@ -60,35 +61,71 @@ class JournalLock:
         import fcntl
         self.file = open(f"{self.path}.lock", "ab")
         fcntl.lockf(self.file, fcntl.LOCK_EX)
+        size = os.path.getsize(self.path)
         with open(self.path, "r+b") as journal:
-            journal.seek(max(0, os.path.getsize(self.path) - 2**20))
-            start, tail = journal.tell(), journal.read()
-            complete = tail.rfind(b"\n") + 1
-            if complete < len(tail):
-                journal.truncate(start + complete)
+            journal.seek(max(0, size - 2**20))
+            tail = journal.read()
+            journal.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
         return True
 
     def release(self):
         self.file.close()
 
 
-def journal_path(url, folder):
-    """The file of the journal at `url`, or in `folder` when that is empty; None for a database."""
-    if url and not url.startswith("journal:"):
-        return None
-    return url.removeprefix("journal:").removeprefix("//") or os.path.join(folder, STUDY_FILE)
+@functools.cache
+def journal_class():
+    """Optuna's journal in a file, which also knows at which line it cannot be read."""
+    class Journal(load_optuna().storages.journal.JournalFileBackend):
+        line = None  # that is being read
+
+        def read_logs(self, start):
+            self.line = start + 1
+            for log in super().read_logs(start):
+                json.loads(log.get("user_attr", {}).get("row", "{}"))
+                yield log
+                self.line += 1
+            self.line = None
+
+    return Journal
 
 
-def open_storage(url, folder):
-    """The Optuna storage at `url`, or the journal in `folder` when that is empty. Raises UserError."""
-    optuna, path = load_optuna(), journal_path(url, folder)
+@contextlib.contextmanager
+def storage_errors_in_one_line(storage, where):
+    """Raises UserError where the `storage` that open_storage(where) returned fails, or is damaged."""
+    kinds = [load_optuna().exceptions.StorageInternalError]
+    with contextlib.suppress(ImportError):
+        from sqlalchemy.exc import SQLAlchemyError
+        kinds.append(SQLAlchemyError)
     try:
-        if path is None:
-            return open_database(optuna, url)
-        backend = optuna.storages.journal.JournalFileBackend(path, lock_obj=JournalLock(path))
-        return optuna.storages.JournalStorage(backend)
+        yield
+    except Exception as error:
+        line = storage.journal.line if hasattr(storage, "journal") else None
+        if isinstance(error, tuple(kinds)) or line is not None:
+            raise storage_error(where, error, line) from None
+        raise
+
+
+def storage_error(where, error, line=None):
+    if line is not None:
+        return UserError(f"{where}: line {line} is damaged; restore the file, or remove that line and all "
+                         "after it, whose trials are then trained again")
+    reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())[:200]
+    return UserError(f"storage: {where} does not answer ({type(error).__name__}: {reason}); it must be "
+                     "sqlite:///FILE, postgresql+psycopg2://... or journal:FILE (default: one in --out)")
+
+
+def open_storage(where):
+    """The Optuna storage at `where`: the URL of a database, or the file of a journal. Raises UserError."""
+    optuna, journal = load_optuna(), None
+    try:
+        if "://" in where:
+            return open_database(optuna, where)
+        journal = journal_class()(where, lock_obj=JournalLock(where))
+        storage = optuna.storages.JournalStorage(journal)
     except Exception as error:  # whatever a database driver raises, or a damaged journal
-        raise storage_error(url, folder, error) from None
+        raise storage_error(where, error, journal and journal.line) from None
+    storage.journal = journal
+    return storage
 
 
 def open_database(optuna, url):
@@ -107,72 +144,6 @@ def open_database(optuna, url):
             time.sleep(0.05 + int.from_bytes(os.urandom(1), "big") / 1000)
 
 
-def storage_error(url, folder, error):
-    """The UserError that says why the storage cannot be used."""
-    path = journal_path(url, folder)
-    if path is not None and (number := damaged_line(path)) is not None:
-        return UserError(f"{path}: line {number} is damaged; restore the file, or remove that line and all "
-                         "after it, whose trials are then trained again")
-    reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())[:200]
-    return UserError(f"storage: {url or folder} does not answer ({type(error).__name__}: {reason}); it must "
-                     "be sqlite:///FILE, postgresql+psycopg2://... or journal:FILE (default: one in --out)")
-
-
-def damaged_line(path):
-    """The number of the first line of the journal at `path` that cannot be read; None where all can."""
-    optuna = load_optuna()
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return None
-
-    class Beginning(optuna.storages.journal.BaseJournalBackend):
-        """The first `count` lines, as a journal."""
-
-        def __init__(self, count):
-            self.count = count
-
-        def read_logs(self, start):
-            for line in lines[start:self.count]:
-                log = json.loads(line)
-                for name, text in {**log.get("user_attr", {}), **log.get("user_attrs", {})}.items():
-                    if name in ("row", "config", "settings"):
-                        json.loads(text)
-                yield log
-
-        def append_logs(self, logs):
-            pass
-
-    def is_damaged(count):
-        try:
-            optuna.storages.JournalStorage(Beginning(count))
-        except Exception:  # a line that is no JSON, or lacks what Optuna looks for in it
-            return True
-        return False
-
-    number = bisect.bisect_left(range(len(lines) + 1), True, key=is_damaged)
-    return number if number <= len(lines) else None
-
-
-@contextlib.contextmanager
-def storage_errors_in_one_line(url, folder):
-    """Raises UserError where a database is down, or a journal is damaged."""
-    optuna = load_optuna()
-    kinds = [optuna.exceptions.StorageInternalError]
-    with contextlib.suppress(ImportError):
-        from sqlalchemy.exc import SQLAlchemyError
-        kinds.append(SQLAlchemyError)
-    try:
-        yield
-    except (*kinds, LookupError, ValueError) as error:
-        path = journal_path(url, folder)
-        damaged = path is not None and damaged_line(path) is not None
-        if isinstance(error, UserError) or not (damaged or isinstance(error, tuple(kinds))):
-            raise
-        raise storage_error(url, folder, error) from None
-
-
 # The study
 
 class SharedStudy:
@@ -184,11 +155,12 @@ class SharedStudy:
         self.optuna, self.worker = load_optuna(), worker
         self.failed = {}  # {key: row} of trials that failed here, and are not tried again by this worker
         self.study = self.optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        attributes = self.study.user_attrs
         if settings is not None:
-            self.check("settings", settings, self.study.user_attrs.get("settings"), describe_difference)
+            self.check("settings", settings, attributes.get("settings"), describe_difference)
         if space is not None:
-            drawn = next((trial.distributions for trial in self.trials().values()), None)
-            known = self.study.user_attrs.get("space") or drawn and describe_space(drawn)  # of older versions
+            drawn = [trial.distributions for trial in self.trials().values()]  # all that older versions kept
+            known = attributes.get("space") or (describe_space(drawn[0]) if drawn else None)
             self.check("space", describe_space(space), known, describe_other_space)
 
     def check(self, name, text, known, describe):
@@ -327,21 +299,13 @@ def describe_space(distributions):
 
 
 def describe_other_space(known, space):
-    """The first setting that two texts of describe_space() do not draw alike, or ""."""
-    for one, other, of_whom in ((known, space, "there"), (space, known, "here")):
-        for domain in one.split("; "):
-            if domain not in other.split("; "):
-                return f"space: {domain} {of_whom} only"
-    return ""
-
-
-def make_sampler(optuna, kind, seed, number):
-    """The sampler of draw `number`: the same one whenever it is drawn."""
-    seed = (seed * 1_000_003 + number) % 2**31
-    if kind == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True,
-                                      constant_liar=True)
+    """What two texts of describe_space() do not draw alike, or ""."""
+    there, here = known.split("; "), space.split("; ")
+    only_there = [domain for domain in there if domain not in here]
+    only_here = [domain for domain in here if domain not in there]
+    if not only_there + only_here:
+        return ""
+    return f"space: {', '.join(only_there) or 'nothing more'}; here {', '.join(only_here) or 'nothing more'}"
 
 
 def capped_losses(trials):
@@ -378,8 +342,13 @@ def mirror(shared, sampler=None):
 
 
 def suggest(shared, kind, seed, distributions, number):
-    """Params of draw `number`."""
-    sampler = make_sampler(shared.optuna, kind, seed, number)
+    """Params of draw `number`: the same ones whenever they are drawn."""
+    samplers, seed = shared.optuna.samplers, (seed * 1_000_003 + number) % 2**31
+    if kind == "gp":
+        sampler = samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
+    else:
+        sampler = samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True,
+                                      constant_liar=True)
     try:
         return mirror(shared, sampler).ask(distributions).params
     except ImportError as error:

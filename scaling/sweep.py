@@ -41,7 +41,13 @@ from scaling.trials import (
 )
 from scaling.worker import PARENT, Worker, pause
 from train import Result, train
-from training.device import is_compiled, precision_name, reuse_freed_memory, select_device
+from training.device import (
+    is_compiled,
+    precision_name,
+    reuse_freed_memory,
+    select_device,
+    use_sensible_threads,
+)
 from training.distributed import torchrun_variables
 from training.model_size import model_size
 from training.pretrained import hash_weights
@@ -299,6 +305,7 @@ def main(argv):
     reject_unused(words, UNUSED, "a sweep")
     configs = trial_configs(configure(words), axes, options["hold"])
     reuse_freed_memory()
+    use_sensible_threads(configs[0])
     try:
         rows = run_trials(configs, options["out"], options["stack"], axes)
     except KeyboardInterrupt:

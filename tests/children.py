@@ -84,7 +84,7 @@ def claim_draws(folder, url, count):
     from scaling import study
     from scaling.worker import Worker
     with Worker(folder) as worker:
-        shared = study.SharedStudy(study.open_storage(url, folder), "search", worker, "{}")
+        shared = study.SharedStudy(study.open_storage(url), "search", worker, "{}")
         while shared.claim(map(str, range(count)), lambda key: ({}, {}, "{}")):
             pass
 

@@ -1,7 +1,9 @@
 """What the tests share: a tiny model, a tiny corpus, and the same model written plainly."""
 
+import csv
 import math
 import os
+import pathlib
 import random
 
 # At these sizes a second thread gains nothing, and where cores are busy each operation waits for it
@@ -16,6 +18,7 @@ from model import GPT
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOUNS = "the model a teacher some student this layer that river every token one gradient".split()
 VERBS = "learns reads follows forgets measures finds keeps turns into moves over".split()
 
@@ -26,6 +29,12 @@ BLOCKS = {"default": {}, "gpt2": GPT2_BLOCK, "learned": {"position": "learned"},
           "no qk_norm": {"qk_norm": False}, "relu2": {"mlp": "relu2"}, "gelu": {"mlp": "gelu"},
           "gpt2 rotary": GPT2_BLOCK | {"position": "rotary"}, "gpt2 rms": GPT2_BLOCK | {"norm": "rms"},
           "gpt2 qk_norm": GPT2_BLOCK | {"qk_norm": True}, "gpt2 swiglu": GPT2_BLOCK | {"mlp": "swiglu"}}
+
+
+# At these settings the coordinate check sees every rule: no random start hides what is learned
+CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
+           "readout_lr_mult": 4.0, "lr": 2**-7, "width": 64, "depth": 2, "base_width": 64, "base_depth": 2,
+           "base_head_dim": 16, "context": 64}
 
 
 def tiny(**settings):
@@ -151,6 +160,24 @@ def run(settings, **changes):
 
 def column(result, name="train_loss"):
     return [row[name] for row in result.history if name in row]
+
+
+def numbers(result):
+    """Everything that two equal runs have in common, but for the weights."""
+    rows = [{**row, "tokens_per_second": None} for row in result.history]
+    return rows, result.val_loss, result.best_step, result.best_val_loss, result.sample
+
+
+def read_rows(folder):
+    """The rows of a run's metrics.csv, each {column: text}."""
+    with open(os.path.join(folder, "metrics.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def snapshot(folder):
+    """{path in `folder`: its bytes} of all files."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in pathlib.Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import tempfile
 import time
 
 from children import enter, run_train, run_train_with
+from conftest import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Seconds after which a process that hangs is killed, and its test fails. Far more than any needs: on a busy
 # machine they are ten times slower
 TIMEOUT = 900

@@ -4,7 +4,6 @@
 kills them at random.
 """
 
-import csv
 import json
 import os
 import random
@@ -14,7 +13,7 @@ import time
 
 import pytest
 from children import hold_folder, run_command, run_train, run_train_with
-from conftest import run
+from conftest import read_rows, run, snapshot
 from processes import Fork, lab_words, start_ranks, start_train, to_words, wait_for_rows, wait_until
 
 import train
@@ -30,12 +29,7 @@ ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
 
 
 def read_steps(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return [int(row["step"]) for row in csv.DictReader(file)]
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return [int(row["step"]) for row in read_rows(folder)]
 
 
 def error_line(errors):
@@ -224,9 +218,8 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_training(corpus, tmp_path,
     resumed, expected = run(settings, out=str(out)), run(settings)
     for name in ("train_loss", "val_loss"):
         assert [row.get(name) for row in resumed.history] == [row.get(name) for row in expected.history]
-    with open(out / "metrics.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    assert float(last["val_loss"]) == expected.val_loss and resumed.best_step == expected.best_step
+    assert float(read_rows(out)[-1]["val_loss"]) == expected.val_loss
+    assert resumed.best_step == expected.best_step
 
 
 def start_pair(function, *arguments, choose, folder):
@@ -302,7 +295,7 @@ def finished_keys(folder):
     found = []
     with Worker(str(folder)) as worker:
         for name in "search", "search, seeds and lr":
-            shared = SharedStudy(open_storage("", str(folder)), name, worker, None)
+            shared = SharedStudy(open_storage(str(folder / "study.log")), name, worker)
             found += [trial.user_attrs["key"] for trial in shared.study.get_trials(deepcopy=False)
                       if trial.state.is_finished() and trial.state.name != "FAIL"]
     return sorted(found)

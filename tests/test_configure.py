@@ -14,12 +14,12 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from configure import SETTINGS, Config, UserError, configure, is_assignment, names_in
 from parametrization import TABLES
 from training.schedule import AFTER_WARMUP
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
 FILES = sorted({os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/config/**/*.py", recursive=True)}
                - {"config/config.py"})  # of which a preset that is run itself makes use

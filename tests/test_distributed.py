@@ -1,7 +1,6 @@
 """Several processes: one loss curve for any number of them, one writer, and an end that loses nothing."""
 
 import contextlib
-import csv
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from children import run_train, run_train_with
-from conftest import run
+from conftest import read_rows, run
 from processes import TIMEOUT, Fork, finish, start_command, start_ranks, to_words, wait_for_rows
 
 from configure import UserError
@@ -109,8 +108,7 @@ def interrupted_by(corpus, tmp_path_factory, request):
 
 def read_columns(folder, names=FLOAT_COLUMNS):
     """All numbers of these columns of a run's metrics.csv, one column after the other."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(folder)
     return [float(row[name]) for name in names for row in rows if row[name]]
 
 

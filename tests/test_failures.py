@@ -17,7 +17,8 @@ import zipfile
 import pytest
 import torch
 from children import run_train
-from processes import ROOT, Fork
+from conftest import ROOT
+from processes import Fork
 
 import train
 from configure import Config, run_cli

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import column, cuda, run, tiny
+from conftest import ROOT, column, cuda, run, tiny
 
 import training.compile
 from configure import Config, UserError, configure
@@ -27,8 +27,6 @@ from training.compile import CudaGraphed, band_mask
 from training.device import check_memory, least_memory
 from training.model_size import model_size
 from training.schedule import lr_factor
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # From 4 to 16 sequences of 10 tokens over 1,000 tokens. It rises by 4 where a third and two thirds of them
 # are done, at the first step that finds them done: after 9 steps of 40 (360 tokens), 4 of 80 (680), 3 of 120

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from children import run_train_on_a_small_disk, run_train_until_killed, run_train_with
-from conftest import run
+from conftest import numbers, run, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from processes import Fork, lab_words, start_train, to_words, wait_for_rows
@@ -39,10 +39,6 @@ from training.run_dir import locked_folder
 
 HARD = {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "tied": True, "bias": True, "steps": 40,
         "weight_decay": 0.1, "checkpoint_every": 3, "eval_every": 7, "sample_tokens": 0}
-
-
-def numbers(result):
-    return [{**row, "tokens_per_second": 0} for row in result.history], result.val_loss, result.best_step
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +168,6 @@ def test_a_good_previous_checkpoint_is_never_replaced_by_a_damaged_last_one(corp
     assert [read_checkpoint(str(path))["step"] for path in (last, previous)] == [9, 6]
     run(settings, steps=12)
     assert [read_checkpoint(str(path))["step"] for path in (last, previous)] == [12, 9]
-
-
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["best.pt", "stable.pt"])

@@ -1,6 +1,5 @@
 """The search: what it finds, how workers share it, and how it survives kills and databases that are down."""
 
-import json
 import math
 import os
 import random
@@ -52,7 +51,7 @@ def start_search(corpus, folder, *words):
 def draws_of(folder, storage=""):
     """{key: finished trial} of the draws in a folder's study."""
     with Worker(str(folder)) as worker:
-        shared = study.SharedStudy(study.open_storage(storage, str(folder)), "search", worker)
+        shared = study.SharedStudy(study.open_storage(storage or f"{folder}/study.log"), "search", worker)
         return shared.finished()
 
 
@@ -83,6 +82,23 @@ def test_a_target_is_trained_as_the_search_was_whatever_the_defaults_are(corpus,
     expected = corpus | searched | own
     assert {name: target[name] for name in expected} == expected | {
         name: getattr(Config, name) for name in ("data_dir", "eval_tokens", "sample_tokens", "device")}
+
+
+@pytest.mark.parametrize(("own", "rejected"), [
+    ({"dataset": "other.txt"}, "dataset"), ({"norm": "layer"}, "norm"),
+    ({"width": 64, "lr": 0.5, "norm": "rms"}, "")])
+def test_a_target_of_another_text_or_block_than_was_searched_is_rejected_unless_a_flag_decides(tmp_path, own,
+                                                                                            rejected):
+    files = {"target.py": own, "best.py": {"dataset": "mine.txt", "norm": "rms", "lr": 0.25}}
+    for name, settings in files.items():
+        (tmp_path / name).write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    words = [str(tmp_path / name) for name in files]
+    if rejected:
+        with pytest.raises(UserError, match=f"^{rejected} is .* before .*best.py"):
+            configure(words)
+        words.append(f"--{rejected}={own[rejected]}")
+        assert getattr(configure(words), rejected) == own[rejected]
+    assert configure(words).lr == 0.25
 
 
 @pytest.mark.parametrize(("words", "name"), [
@@ -131,15 +147,6 @@ def test_every_setting_of_the_space_makes_the_trip_through_the_study_and_back():
         "zero_query": Choice((True,)), "schedule": SPACE["schedule"]}
 
 
-def test_a_space_of_flags_is_searched_completely_and_only_once(corpus, tmp_path):
-    flags = parse_space("zero_query,zero_residual_out")
-    found, *_ = run(corpus, tmp_path, flags, trials=4, steps=2)
-    draws, _ = found.rows()
-    combinations = {(json.loads(row["config"])["zero_query"], json.loads(row["config"])["zero_residual_out"])
-                    for row in draws}
-    assert len(draws) == len(combinations) == 4
-
-
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
 def test_a_sampler_proposes_the_same_again_and_keeps_away_from_what_is_running(corpus, tmp_path, sampler):
     """That is what makes a resumed search the same search, and several draws at once different ones.
@@ -150,7 +157,7 @@ def test_a_sampler_proposes_the_same_again_and_keeps_away_from_what_is_running(c
         pytest.importorskip("scipy")
     domains = space.distributions(LR_ONLY)
     with Worker(str(tmp_path)) as worker:
-        shared = study.SharedStudy(study.open_storage("", str(tmp_path)), "search", worker)
+        shared = study.SharedStudy(study.open_storage(str(tmp_path / "study.log")), "search", worker)
 
         def suggest(seed, number):
             return math.log2(study.suggest(shared, sampler, seed, domains, number)["lr"])
@@ -212,7 +219,8 @@ def test_a_search_over_another_space_in_the_same_folder_is_rejected(corpus, tmp_
     run(corpus, tmp_path, LR_ONLY, trials=1, steps=2)
     log = (tmp_path / "study.log").read_text()
     assert '"space"' in log
-    for other in {"lr": Range(2**-13, 2**-5)}, LR_ONLY | {"zero_query": Choice((False, True))}, {}:
+    for other in ({"lr": Range(2**-13, 2**-5)}, LR_ONLY | {"zero_query": Choice((False, True))},
+                  {"beta1": SPACE["beta1"]}):
         with pytest.raises(UserError, match="^out: the study 'search' is of another search .space: "):
             run(corpus, tmp_path, other, trials=1, steps=2)
     # An older version did not keep the space: its draws tell
@@ -385,7 +393,7 @@ def test_processes_that_start_at_once_on_a_fresh_sqlite_file_all_live(tmp_path):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     with Worker(str(tmp_path / "a")) as worker:
-        shared = study.SharedStudy(study.open_storage(url, ""), "search", worker)
+        shared = study.SharedStudy(study.open_storage(url), "search", worker)
         assert len(shared.trials()) == 5, "each draw is claimed once"
 
 
@@ -394,7 +402,8 @@ def test_a_sqlite_file_that_is_locked_for_a_while_is_waited_for(tmp_path, monkey
     for patience in (study.LOCKED_SECONDS, 0.1):
         monkeypatch.setattr(study, "LOCKED_SECONDS", patience)
         with Worker(str(tmp_path)) as worker:
-            shared = study.SharedStudy(study.open_storage(url, ""), "search", worker)
+            storage = study.open_storage(url)
+            shared = study.SharedStudy(storage, "search", worker)
             other = sqlite3.connect(tmp_path / "study.db", check_same_thread=False)
             other.execute("BEGIN EXCLUSIVE")
             timer = threading.Timer(seconds, other.rollback)
@@ -403,7 +412,7 @@ def test_a_sqlite_file_that_is_locked_for_a_while_is_waited_for(tmp_path, monkey
                 assert shared.claim(["0"], lambda key: ({}, {}, "{}")).key == "0"
             else:
                 with pytest.raises(UserError, match="^storage: .*study.db does not answer .*locked"), \
-                        study.storage_errors_in_one_line(url, ""):
+                        study.storage_errors_in_one_line(storage, url):
                     shared.claim(["1"], lambda key: ({}, {}, "{}"))
             timer.join()
 

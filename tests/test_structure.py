@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from configure import OWN_MODULES
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LONGEST_FUNCTION = 40  # lines, docstring included
 LONGEST_LINE = 110  # characters
 

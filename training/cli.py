@@ -7,7 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 
-from configure import UserError, describe_os_error
+from configure import UserError
 from training.distributed import from_rank0, rank, world_size
 from training.run_dir import claim_folder, remove_empty
 
@@ -67,7 +67,7 @@ def catch_signals():
 
 @contextlib.contextmanager
 def errors_in_one_line(config):
-    """Turns what the machine raises (a dead process, too little memory, a full disk) into a UserError."""
+    """Turns what torch raises when another process has died, or when memory is short, into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -77,7 +77,3 @@ def errors_in_one_line(config):
             raise
         raise UserError(f"micro_batch: {config.micro_batch or config.batch} sequences do not fit in "
                         "the device's memory; try a smaller divisor of batch, or a smaller model") from None
-    except BrokenPipeError:  # nobody reads what is printed: run_cli's business, and no fault of `out`
-        raise
-    except OSError as error:
-        raise UserError(describe_os_error(error, config.out)) from None

@@ -11,7 +11,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import configure
-from configure import SETTINGS, Config, UserError, is_from_run, names_in, run_of
+from configure import (
+    SETTINGS,
+    Config,
+    UserError,
+    describe_os_error,
+    is_from_run,
+    names_in,
+    run_of,
+)
 from data.loader import TokenDataset
 from data.prepare import find_prepared
 from data.tokenizer import build_tokenizer, check_tokenizer_name, has_tokenizer, load_tokenizer
@@ -44,17 +52,13 @@ class Pretrained(NamedTuple):
 
 
 def checkpoint_paths(source):
-    """The checkpoints that `source` may stand for, the first that is undamaged: itself; or of a run directory
-    the one of the lowest validation loss, then the newest. Raises UserError."""
-    if source.endswith(".pt"):
-        if not os.path.exists(source):
-            raise UserError(f"{source}: no such file; give a checkpoint, such as {run_of(source)}/last.pt")
-        return [source]
-    names = "best.pt", "last.pt", "previous.pt"
-    paths = [path for name in names if os.path.exists(path := os.path.join(source, name))]
+    """The checkpoints that `source`, a run or one of its checkpoints, stands for: the first undamaged one of
+    them. Raises UserError where there is none."""
+    names = [os.path.basename(source)] if source.endswith(".pt") else ["best.pt", "last.pt", "previous.pt"]
+    paths = [os.path.join(run_of(source), name) for name in names]
+    paths = [path for path in paths if os.path.exists(path)]
     if not paths:
-        raise UserError(f"{source} must be a run that has saved a checkpoint; it holds no best.pt, last.pt "
-                        "or previous.pt")
+        raise UserError(f"{source} must be a run that has saved {' or '.join(names)}")
     return paths
 
 
@@ -83,12 +87,12 @@ def hash_weights(source):
         from interop.huggingface import weight_files
         paths = weight_files(source)
     hashes = []
-    for path in paths:
-        try:
+    try:
+        for path in paths:
             status = os.stat(path)
             hashes.append(hash_file(path, status.st_size, status.st_mtime_ns))
-        except OSError as error:
-            raise UserError(f"init_from: {path}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"init_from: {describe_os_error(error, source)}") from None
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
