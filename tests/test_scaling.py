@@ -99,7 +99,7 @@ def test_what_cannot_be_stacked_is_rejected(corpus, change):
 
 def test_a_stacked_model_that_diverges_leaves_the_others_alone(corpus):
     config = Config(**corpus)
-    bad = dataclasses.replace(config, readout_std=1e30, logit_mult=1e20)
+    bad = dataclasses.replace(config, hidden_std=1e30)
     first, second = train_stacked([config, bad])
     assert losses(first) == pytest.approx(losses(train(config, quiet=True)), abs=1e-4)
     assert second.diverged and not first.diverged

@@ -569,8 +569,8 @@ def test_what_is_about_to_happen_is_printed(corpus, capsys):
     train.train(Config(**corpus, eval_every=3))
     output = capsys.readouterr().out
     for words in (corpus["data_dir"], "training tokens", "parameters on cpu, ", "; 6 steps of 64 tokens",
-                  "epochs", "role         tensors", "mup: width_mult 2, depth_mult 2", "step 3: validation loss",
-                  "bits per byte"):
+                  "epochs", "role         tensors", "mup: width_mult 2, depth_mult 2",
+                  "step 3: validation loss", "bits per byte"):
         assert words in output
     assert "compile" not in output, "auto says nothing where it does nothing"
     train.train(Config(**corpus), quiet=True)
