@@ -79,6 +79,7 @@ SAMPLERS = ("gp", "tpe")
 LEADERS = 5  # are trained on other seeds too
 OCTAVES = -1, -1/2, 1/2, 1  # from the lr of the best, for the curve
 CURVE_SEEDS = 2  # at each of them
+MOST = {"trials": 100_000, "seeds": 1_000, "workers": 1_000}  # more is a typing error
 LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a draw may be stopped
 REPORT_SECONDS = 20  # between two updates of best.py and the figure, at the least
 # What best.py leaves to the target: its size, its batches, and how much of the text it reads
@@ -381,6 +382,9 @@ def check_search(config, space, options):
     """Raises UserError for a search that cannot be made, before it makes a folder."""
     if options["sampler"] not in SAMPLERS:
         raise UserError(f"sampler must be {' or '.join(SAMPLERS)}, got {options['sampler']}")
+    for name, most in MOST.items():
+        if options.get(name, 1) > most:
+            raise UserError(f"{name} must be at most {most:,}, got {options[name]}")
     if options["stack"] > 1:
         check_stackable([config])
     if "warmup" in space and config.warmup_tokens is not None:
@@ -472,6 +476,7 @@ def main(argv):
     reject_unused(words, UNUSED, "a search")
     config = with_brief_evaluation(configure(words))
     space, target = parse_space(options["space"]), read_target(options["target"])
+    rank, _ = torchrun_rank()
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()
     try:
@@ -480,6 +485,6 @@ def main(argv):
             found = run_search(config, space, options)
     except KeyboardInterrupt:
         return say_stopped(options["out"])
-    if torchrun_rank()[0] > 0:
+    if rank > 0:
         return 0
     return print_result(*found, config, target)

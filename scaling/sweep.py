@@ -48,7 +48,7 @@ from training.device import (
     select_device,
     use_sensible_threads,
 )
-from training.distributed import torchrun_variables
+from training.distributed import read_count, torchrun_variables
 from training.model_size import model_size
 from training.pretrained import hash_weights
 
@@ -175,9 +175,16 @@ def group_trials(trials, size):
 
 
 def torchrun_rank():
-    """(rank, world size), by torchrun or srun. Sweeping processes train apart, so none joins a group."""
+    """(rank, world size), by torchrun or srun. Sweeping processes train apart, so none joins a group. Raises
+    UserError."""
+    if PARENT in os.environ:  # a worker of a search
+        return 1, 2
     environment = os.environ | torchrun_variables(os.environ)
-    return int(environment.get("RANK", PARENT in environment)), int(environment.get("WORLD_SIZE", 1))
+    rank, size = read_count(environment, "RANK", default=0), read_count(environment, "WORLD_SIZE", default=1)
+    if rank >= size:
+        raise UserError(f"RANK must be below WORLD_SIZE ({size}), got {rank} in the environment; start with "
+                        "torchrun, or unset RANK")
+    return rank, size
 
 
 def run_trials(configs, folder, stack=1, swept=()):
@@ -303,14 +310,13 @@ def main(argv):
             raise UserError(f"{name} must be on one axis, got it on two")
     axes = {names: parse_values(names, text) for names, text in axes.items()}
     reject_unused(words, UNUSED, "a sweep")
-    configs = trial_configs(configure(words), axes, options["hold"])
+    configs, (rank, _) = trial_configs(configure(words), axes, options["hold"]), torchrun_rank()
     reuse_freed_memory()
     use_sensible_threads(configs[0])
     try:
         rows = run_trials(configs, options["out"], options["stack"], axes)
     except KeyboardInterrupt:
         return say_stopped(options["out"])
-    rank, _ = torchrun_rank()
     if rank > 0:
         return 0
     print_table(axes, rows)

@@ -197,6 +197,14 @@ def test_a_sweep_that_srun_starts_has_one_process_that_prints(monkeypatch):
     assert torchrun_rank() == (9, 16)
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x"}])
+def test_a_sweep_rejects_torchrun_variables_that_do_not_agree(monkeypatch, variables):
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(UserError, match="^RANK"):
+        torchrun_rank()
+
+
 def test_tasks_of_srun_train_one_model_together(corpus, tmp_path, monkeypatch):
     settings = corpus | {"out": str(tmp_path / "run")}
     by_torchrun = start_ranks(2, settings | {"out": str(tmp_path / "other")})

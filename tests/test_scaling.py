@@ -728,6 +728,7 @@ TYPING_ERRORS = {
     "search": {"width=64": "width", "--space=lr,width": "space", "--space=lr:2**-6..2**-8": "space",
                "--space=warmup:0.1..2": "warmup", "--sampler=sobol": "sampler",
                "--storage=postgresql+nothing://": "storage", "--trials=²": "trials",
+               "--trials=1000000000": "trials", "--workers=100000": "workers",
                "--space=zero_query,schedule": "space", "--dataset=nope.txt": "dataset",
                "--stack=2 --dropout=0.1": "stack: dropout", "--log_roles=true": "log_roles",
                "--target=nope.py": "nope.py"},
