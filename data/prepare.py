@@ -249,11 +249,12 @@ def write_tokens(config, folder):
         config, TOKENIZER_TRAINING_CHARS))
     saved = save_tokenizer(tokenizer, folder, config.tokenizer)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    splits = write_splits(config, folder, tokenizer, dtype)
+    texts, ends = open_documents(config)
+    splits = write_splits(config, folder, tokenizer, dtype, split_documents(config, texts, ends))
     stamps = {name: stamp(os.path.join(folder, name)) for name in ("train.bin", "val.bin")}
     write_text(os.path.join(folder, CHECKED), json.dumps(stamps))
     return {"tokenizer": saved, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str[1:],
-            "bytes_per_token": bytes_per_token(splits), **splits}
+            "held_out": "ends" if ends else "documents", "bytes_per_token": bytes_per_token(splits), **splits}
 
 
 def save_tokenizer(tokenizer, folder, name):
@@ -270,8 +271,9 @@ def bytes_per_token(splits):
                  / sum(counts["tokens"] for counts in splits.values()), 4)
 
 
-def write_splits(config, folder, tokenizer, dtype):
+def write_splits(config, folder, tokenizer, dtype, documents):
     """Write train.bin and val.bin; returns {"train", "val": {"documents", "tokens", "bytes", "sha256"}}.
+    documents: (text, split).
 
     The document that reaches max_tokens (training and validation together) is written completely and is the
     last. Raises UserError when a split got no document.
@@ -284,7 +286,7 @@ def write_splits(config, folder, tokenizer, dtype):
                  for split in counts}
         progress = stack.enter_context(
             tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None))
-        for split, text, ids, is_last in encoded_parts(config, tokenizer):
+        for split, text, ids, is_last in encoded_parts(config, tokenizer, documents):
             if is_last:
                 ids = [*ids, tokenizer.eot]
             raw = np.array(ids, dtype).tobytes()
@@ -303,19 +305,19 @@ def write_splits(config, folder, tokenizer, dtype):
     return {split: counts[split] | {"sha256": hashes[split].hexdigest()} for split in counts}
 
 
-def encoded_parts(config, tokenizer):
+def encoded_parts(config, tokenizer, documents):
     """Yields (split, text, token ids, whether it is the document's last) of the parts of each document."""
-    for batch in batches_of_parts(config):
+    for batch in batches_of_parts(config, documents):
         texts = [text for _, text, _ in batch]
         for (split, text, is_last), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
             yield split, text, ids, is_last
 
 
-def batches_of_parts(config):
+def batches_of_parts(config, documents):
     """Yields lists of (split, part of a document, whether it is the last), each of about BATCH_CHARS
     characters."""
     batch, size = [], 0
-    for text, split in split_documents(config):
+    for text, split in documents:
         parts = parts_of(text, config)
         for i, part in enumerate(parts, start=1):
             batch.append((split, part, i == len(parts)))
@@ -344,9 +346,9 @@ def hash_fraction(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
 
-def split_documents(config):
-    """Yields (document, "train" or "val"). Where the text has few documents, and their hashes leave a split
-    without any, the end of each is held out. Raises UserError at the end when a split got nothing."""
+def open_documents(config):
+    """(the documents of config's data set, whether the end of each is held out), as is done where there are
+    few and their hashes would leave a split without any. Raises UserError."""
     stream = documents(config)
     first, splits = [], set()
     for text in itertools.islice(stream, FEW_DOCUMENTS):
@@ -354,11 +356,16 @@ def split_documents(config):
         splits.add(split_of(text, config))
         if len(splits) == 2:
             break
-    few = len(splits) < 2 and len(first) < FEW_DOCUMENTS
+    return itertools.chain(first, stream), len(splits) < 2 and len(first) < FEW_DOCUMENTS
+
+
+def split_documents(config, texts, ends):
+    """Yields (document, "train" or "val"). texts, ends: what open_documents() returns. Raises UserError, at
+    the end, when a split got nothing."""
     count, found = 0, set()
-    for text in itertools.chain(first, stream):
+    for text in texts:
         count += 1
-        parts = cut_end(text, config.val_fraction) if few else [(text, split_of(text, config))]
+        parts = cut_end(text, config.val_fraction) if ends else [(text, split_of(text, config))]
         found |= {split for _, split in parts}
         yield from parts
     if count == 0:
@@ -386,7 +393,7 @@ def cut_end(text, val_fraction):
 def tokenizer_training_texts(config, room):
     """The first `room` characters of the training split, as a list of str."""
     texts = []
-    for text, split in split_documents(config):
+    for text, split in split_documents(config, *open_documents(config)):
         if split == "train":
             texts.append(text[:room])
             room -= len(texts[-1])

@@ -110,8 +110,12 @@ def test_a_damaged_checkpoint_of_the_source_is_named_and_the_next_one_is_used(
 
 def test_weights_are_not_validated_on_text_that_they_were_trained_on(corpus, pretrained, other_text):
     more = "--steps=0", "--val_fraction=0.4"
-    with pytest.raises(UserError, match="^val_fraction must be at most 0.2 .*best.pt"):
-        train.train(configure(start_words(corpus, pretrained[0], corpus["dataset"], *more)), quiet=True)
+    for dataset in (corpus["dataset"], f"{other_text}:0.5,{corpus['dataset']}:0.5"):
+        with pytest.raises(UserError, match="^val_fraction must be at most 0.2 .*best.pt"):
+            train.train(configure(start_words(corpus, pretrained[0], dataset, *more)), quiet=True)
+    few = "--steps=0", "--val_fraction=0.01"  # so few that the end of each document is held out
+    with pytest.raises(UserError, match="^val_fraction must be .*best.pt"):
+        train.train(configure(start_words(corpus, pretrained[0], corpus["dataset"], *few)), quiet=True)
     train.train(configure(start_words(corpus, pretrained[0], other_text, *more)), quiet=True)
 
 

@@ -20,6 +20,7 @@ from configure import (
     names_in,
     run_of,
 )
+from data.datasets import parse_mixture
 from data.loader import TokenDataset
 from data.prepare import find_prepared
 from data.tokenizer import build_tokenizer, check_tokenizer_name, has_tokenizer, load_tokenizer
@@ -143,10 +144,14 @@ def check_held_out(config, dataset, pretrained):
     out by a hash below val_fraction, so those of a larger fraction are not all held out by a smaller one."""
     if pretrained.checkpoint is None:
         return
-    now = dataset.meta["settings"]
-    is_same_text = pretrained.settings["dataset"] in (config.dataset, now["dataset"])
+    now, before = dataset.meta["settings"], pretrained.settings["dataset"]
+    names = [name for name, _ in parse_mixture(before)] or [before]
+    parts = [part["dataset"] for part in dataset.meta.get("parts", [])]
+    is_same_text = any(name in (config.dataset, now["dataset"], *parts) for name in names)
     largest = pretrained.settings["val_fraction"]
-    if is_same_text and now["val_fraction"] > largest:
+    # Of few documents the ends are held out, which a larger fraction may not have done
+    is_other_rule = dataset.meta.get("held_out") == "ends" and now["val_fraction"] != largest
+    if is_same_text and (now["val_fraction"] > largest or is_other_rule):
         raise UserError(f"val_fraction must be at most {largest} on the text that {pretrained.source} was "
                         f"trained on, got {now['val_fraction']}: the weights have seen the rest of the text")
 
