@@ -24,7 +24,7 @@ from scaling.cli import parse_options
 from scaling.sweep import torchrun_rank
 from training.distributed import torchrun_variables
 from training.sample import sampling_config
-from training.schedule import decay_start, lr_factor
+from training.schedule import decay_start, describe_more_steps, lr_factor
 
 # Help and slips
 
@@ -143,18 +143,29 @@ def test_more_steps_say_that_the_schedule_is_stretched_and_what_the_lr_becomes(c
     assert float(re.search(r"to ([\d.]+) at step 7", line)[1]) == pytest.approx(column(result, "lr")[6], 1e-2)
 
 
-def test_more_steps_under_wsd_go_on_as_if_they_had_been_there_from_the_start(corpus, tmp_path, monkeypatch):
-    settings = corpus | {"schedule": "wsd", "decay_fraction": 0.5, "warmup": 0.0, "sample_tokens": 0}
+@pytest.mark.parametrize("schedule", ["wsd", "wsd_sqrt"])
+def test_more_steps_after_a_decay_continue_as_if_they_had_been_there_from_the_start(corpus, tmp_path,
+                                                                                    monkeypatch, schedule):
+    settings = corpus | {"schedule": schedule, "decay_fraction": 0.5, "warmup": 0.0, "sample_tokens": 0}
     run(settings, steps=6, out=str(tmp_path / "run"))
     said = []
     monkeypatch.setattr(train.tqdm, "write", said.append)
     more = train.train(Config(**settings | {"steps": 12, "out": str(tmp_path / "run")}))
     straight = run(settings, steps=12)
     assert column(more) == column(straight) and more.val_loss == straight.val_loss
-    assert "steps: 12 after 6; the wsd schedule goes on, with the lr at 0.00195" in said
+    assert f"steps: 12 after 6; the {schedule} schedule goes on, with the lr at 0.00195" in said
     os.remove(tmp_path / "run" / "stable.pt")  # then the decayed model goes on, and that is said
     train.train(Config(**settings | {"steps": 30, "out": str(tmp_path / "run")}))
     assert any("stretched, so the lr goes from 0.000195 at step 12 to 0.00195" in line for line in said)
+
+
+@pytest.mark.parametrize(("settings", "goes_on"), [
+    ({"schedule": "inverse_sqrt", "warmup": 0.0}, True), ({"schedule": "inverse_sqrt", "warmup": 0.5}, False),
+    ({"schedule": "constant"}, True), ({"schedule": "linear"}, False),
+    ({"schedule": "linear", "decay_tokens": 8192 * 90, "warmup": 0.0}, True)])
+def test_more_steps_stretch_a_schedule_only_where_one_long_run_would_have_had_another_past(settings, goes_on):
+    line = describe_more_steps(Config(**settings, steps=60), 30, 30)
+    assert ("goes on" in line, "is stretched" in line) == (goes_on, not goes_on)
 
 
 @pytest.mark.parametrize("settings", [{}, {"decay_fraction": 0.0}, {"decay_fraction": 1.0, "warmup": 0.25}])

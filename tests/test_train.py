@@ -176,16 +176,6 @@ def test_wsd_does_not_depend_on_the_number_of_steps_up_to_the_decay():
     assert set(factors[0][9:80]) == {1}
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "wsd_sqrt"])
-def test_a_finished_run_with_a_stable_phase_is_lengthened_from_before_its_decay(corpus, tmp_path, schedule):
-    settings = corpus | {"schedule": schedule, "warmup": 0.0, "steps": 10}
-    run(settings, out=str(tmp_path / "run"))
-    longer = run(settings, steps=20, out=str(tmp_path / "run"))
-    straight = run(settings, steps=20)
-    assert longer.history[-1]["val_loss"] == straight.val_loss and column(longer) == column(straight)
-    assert same_weights(longer, straight)
-
-
 def test_more_steps_that_end_worse_leave_best_pt_as_it_is(corpus, tmp_path, monkeypatch):
     settings = corpus | {"schedule": "wsd", "warmup": 0.0, "out": str(tmp_path / "run")}
     numbers = {"val_error": 0.1, "val_bits_per_byte": 1.0}

@@ -20,7 +20,7 @@ GIB = 2**30
 LONG_RUN = 5e12  # FLOPs in blocks: a minute on two cores, where compiling takes half of one the first time
 
 CPU_QUOTAS = "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"  # us in each 100,000 us
-SMALL_PASS = 1e9  # FLOPs in blocks, forward and backward: below it one thread is about as fast as two
+SMALL_PASS = 3e8  # FLOPs in blocks, forward and backward: below it a second thread gains little
 TORCHS_THREADS = torch.get_num_threads()  # before anybody has set them
 
 
