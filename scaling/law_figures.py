@@ -45,7 +45,7 @@ def draw_frontier(report, pyplot):
     figure, ax = pyplot.subplots(figsize=(8, 5))
     law, count = report["fits"][report["chosen"]]["law"], report["chosen"][1]
     models, lowest = models_of(report), []
-    top_flops = max([report["flops"][1], *(forecast["flops"] for forecast in report["forecasts"])])
+    top_flops = max([report["flops"][1], *(float(forecast["flops"]) for forecast in report["forecasts"])])
     budgets = np.geomspace(report["flops"][0], top_flops, 200)
     for (name, points), color in zip(models.items(), shades(len(models)), strict=True):
         N, per_token = points[0]["parameters"][count], points[0]["flops"] / points[0]["tokens"]
@@ -57,7 +57,7 @@ def draw_frontier(report, pyplot):
     ax.plot(budgets, law_frontier(law, lowest, budgets), "--", color=COLORS[3], label="frontier of the law")
     for i, forecast in enumerate(report["forecasts"]):
         ends = np.abs(np.array(forecast["interval"])[:, None] - forecast["loss"])
-        ax.errorbar(forecast["flops"], forecast["loss"], ends, fmt="D", color=COLORS[1], capsize=4,
+        ax.errorbar(float(forecast["flops"]), forecast["loss"], ends, fmt="D", color=COLORS[1], capsize=4,
                     label="" if i else "forecast, 95%")
         if "measured" in forecast:
             ax.plot(forecast["flops"], forecast["measured"], "*", color=COLORS[3], markersize=13,

@@ -19,10 +19,10 @@ def cell_means(keys, losses):
     return {key: float(np.mean(found[key])) for key in sorted(found)}
 
 
-def noisy(loss, sigma):
+def noisy(loss, sigma, seed=2):
     """Draws of `loss`, each number with relative noise `sigma`: what is fitted to them shows its own
     noise."""
-    random = np.random.default_rng(2)
+    random = np.random.default_rng(seed)
     return [loss * np.exp(random.normal(0, sigma, len(loss))) for _ in range(DRAWS)]
 
 

@@ -16,20 +16,13 @@ fitted to a tenth of the FLOPs misses of the others. --to=DIR is where laws.json
 must not repeat: the laws are of fresh text.
 """
 
-import functools
-import json
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
 
-from configure import SETTINGS, Config, UserError, configure
-from data.files import write_text
-from model import GPT
-from parametrization import role_of
-from scaling import law_figures
-from scaling.cli import command, make_folder, parse_options, reject_unused
+from configure import SETTINGS, UserError, configure
+from scaling import law_figures, transfer
+from scaling.cli import command, parse_options, reject_unused
 from scaling.law_fits import (
     FORMS,
     all_tested,
@@ -42,69 +35,14 @@ from scaling.law_fits import (
 )
 from scaling.law_report import format_laws
 from scaling.law_slices import frontier_law, isoflop, largest_horizon_law
-from scaling.report import rows_of
-from scaling.sweep import shape_of
-from scaling.trials import settings_of
-from training.model_size import model_size
+from scaling.law_trials import COUNTS, best_settings, columns, count_parameters, finished_trials
+from scaling.rows import write_report
 
-COUNTS = {"all": "N with embedding and readout", "body": "N without embedding and readout"}
-FEWEST_STEPS = 100  # of a model that is recommended
+FEWEST_STEPS, MOST_STEPS = 100, 2**31 - 1  # of a model that is recommended
 # Settings that a forecast depends on, besides SAME
 USED = set("""width depth head_dim window position norm qk_norm mlp mlp_ratio tied bias vocab_size batch
     batch_start batch_ramp_tokens steps""".split())
 SAME = ("dataset", "tokenizer", "val_fraction", "context", "init_from")  # of all rows: others change the loss
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What the laws need of a row. `group`: the settings that are not of size, horizon or seed."""
-    config: Config
-    group: str
-    parameters: dict  # {count: number}, one for each of COUNTS
-    tokens: int
-    flops: float
-    loss: float  # nats a token
-
-
-def count_parameters(config):
-    """{count: parameters} of a config whose vocab_size is known, and its training FLOPs a token."""
-    size = size_of_shape(shape_of(config))
-    body = size.parameters - outer_parameters(shape_of(replace(config, depth=1)))
-    return {"all": size.parameters, "body": body}, size.flops_per_token
-
-
-size_of_shape = functools.cache(model_size)
-
-
-@functools.cache
-def outer_parameters(config):
-    """Parameters in the embedding and the readout, which no depth changes."""
-    with torch.device("meta"):
-        model = GPT(config)
-    return sum(p.numel() for name, p in model.named_parameters() if role_of(name) in ("embedding", "readout"))
-
-
-def vocab_size_of(config, parameters):
-    """Rows of the embedding of a model with this number of parameters."""
-    if config.vocab_size is not None:
-        return config.vocab_size
-    one, two = (size_of_shape(shape_of(replace(config, vocab_size=size))).parameters for size in (1, 2))
-    return round(1 + (parameters - one) / (two - one))
-
-
-def read_trial(row):
-    config = Config(**settings_of(row["config"]))
-    sized = replace(config, vocab_size=vocab_size_of(config, row["parameters"]))
-    numbers, _ = count_parameters(sized)
-    free = dict.fromkeys(("width", "depth", "steps", "batch", "seed"))
-    group = json.dumps(asdict(config) | free, sort_keys=True)
-    return Trial(sized, group, numbers, config.tokens_before(config.steps), row["flops"], row["val_loss"])
-
-
-def finished_trials(folders):
-    """The Trials of all rows that have a loss."""
-    rows = [row for folder in folders for row in rows_of(folder)]
-    return [read_trial(row) for row in rows if not row["diverged"] and row["flops"] > 0]
 
 
 def read_folders(folders):
@@ -112,31 +50,17 @@ def read_folders(folders):
     data."""
     trials = finished_trials(folders)
     if not trials:
-        raise UserError(f"laws: every trial of {', '.join(folders)} diverged or failed; takes finished ones")
-    for name in SAME:
-        values = sorted({str(getattr(trial.config, name)) for trial in trials})
-        if len(values) > 1:
-            raise UserError(f"laws: got rows with {name} {' and '.join(values[:3])}; takes one for all")
+        raise UserError(f"laws: every trial of {', '.join(folders)} diverged or failed: there is no loss")
+    check_same([trial.config for trial in trials], "rows")
     return best_settings(trials)
 
 
-def best_settings(trials):
-    """Of each pair of model and tokens, the trials of the setting with the lowest mean loss over its
-    seeds."""
-    pairs = {}
-    for trial in trials:
-        pairs.setdefault((trial.config.width, trial.config.depth, trial.tokens), {}).setdefault(
-            trial.group, []).append(trial)
-    found = []
-    for _, groups in sorted(pairs.items()):
-        found += min(groups.values(), key=lambda group: np.mean([trial.loss for trial in group]))
-    return found
-
-
-def columns(trials, count):
-    """Arrays (N, D, FLOPs, loss), a number for each trial."""
-    numbers = [(trial.parameters[count], trial.tokens, trial.flops, trial.loss) for trial in trials]
-    return np.array(numbers, dtype=float).T
+def check_same(configs, what):
+    """Raises UserError where `configs` differ in what changes the loss whatever the size."""
+    for name in SAME:
+        values = list(dict.fromkeys(str(getattr(config, name)) for config in configs))
+        if len(values) > 1:
+            raise UserError(f"{name} must be the same in all {what} of a law, got {' and '.join(values[:3])}")
 
 
 def fit_all(trials):
@@ -145,7 +69,7 @@ def fit_all(trials):
     pairs, needed = len({*zip(N, D, strict=True)}), len(FORMS["chinchilla"].starts) + 2
     if pairs < needed or len(set(N)) < 3 or len(set(D)) < 3:
         raise UserError(f"laws: got {len(set(N))} sizes and {len(set(D))} numbers of tokens, {pairs} pairs; "
-                        f"takes 3 of each and {needed} pairs at least, such as a sweep over "
+                        f"a law needs 3 of each and {needed} pairs at least, such as from a sweep over "
                         "width,depth=64x2,128x4,256x8 steps=100..1600")
     fits = {}
     for form in FORMS:
@@ -219,11 +143,12 @@ def allocate(report, trials, flops):
         steps = base.steps_for(flops / flops_per_token)
         if steps < FEWEST_STEPS:
             break
-        loss = float(law.loss(numbers[count], base.tokens_before(steps)))
-        candidates.append((loss, replace(config, steps=steps)))
+        if steps <= MOST_STEPS:
+            loss = float(law.loss(numbers[count], base.tokens_before(steps)))
+            candidates.append((loss, replace(config, steps=steps)))
         heads = max(heads + 1, round(1.1 * heads))
     if not candidates:
-        raise UserError(f"flops: got {flops:g}, takes enough for {FEWEST_STEPS} steps of the smallest model")
+        raise UserError(f"flops must be enough for {FEWEST_STEPS} steps of the smallest model, got {flops:g}")
     return forecast(report, min(candidates, key=lambda pair: pair[0])[1])
 
 
@@ -239,11 +164,7 @@ def target_config(words, trials):
     """The Config that is to be predicted, with the vocabulary of the rows. Raises UserError."""
     reject_unused(words, SETTINGS.keys() - USED - {*SAME}, "a forecast")
     target, known = configure(words), trials[-1].config
-    for name in SAME:
-        wanted, actual = getattr(target, name), getattr(known, name)
-        if wanted != actual:
-            raise UserError(f"{name}: got {wanted}, but the laws are of rows with {actual}; "
-                            f"takes --{name}={actual}")
+    check_same([known, target], "rows and targets")
     return replace(target, vocab_size=target.vocab_size or known.vocab_size)
 
 
@@ -256,63 +177,35 @@ def measured_rows(report, trials):
             for config, losses in pairs.items()]
 
 
-def parse_flops(text):
-    """Raises UserError."""
-    try:
-        flops = float(text)
-    except ValueError:
-        flops = -1.0
-    if not 0 < flops < np.inf:
-        raise UserError(f"flops: got {text}, takes a number above 0, such as 1e18")
-    return flops
-
-
-def read_questions(options, words, trials):
-    """What the command line asks for: a list of functions of the report that return a list of forecasts. Read
-    before the fit, which takes a while. Raises UserError."""
-    questions = []
-    if options["flops"]:
-        flops = parse_flops(options["flops"])
-        questions.append(lambda report: [allocate(report, trials, flops)])
-    if options["target"]:
-        target = target_config([options["target"], *words], trials)
-        questions.append(lambda report: [forecast(report, target)])
-    if options["measured"]:
-        unseen = read_folders([options["measured"]])
-        for name in SAME:
-            wanted, actual = getattr(unseen[0].config, name), getattr(trials[0].config, name)
-            if wanted != actual:
-                raise UserError(f"measured: got rows with {name}={wanted}, takes {name}={actual}")
-        questions.append(lambda report: measured_rows(report, unseen))
-    return questions
-
-
 def to_json(report):
-    """`report` as text: the fits by name, without the bootstrap's laws."""
+    """`report` with the fits by name, without the bootstrap's laws."""
     fits = {f"{form}, {count}": {"constants": fit["constants"], "sigma_cell": fit["law"].sigma_cell,
                                  "sigma_seed": fit["law"].sigma_seed, "backtest": fit["backtest"]}
             for (form, count), fit in report["fits"].items()}
-    return json.dumps(report | {"fits": fits, "chosen": ", ".join(report["chosen"])}, indent=1,
-                      default=lambda value: np.asarray(value).tolist())
+    return report | {"fits": fits, "chosen": ", ".join(report["chosen"])}
 
 
 @command
 def main(argv):
-    words_of_transfer = [word for word in argv if word != "--transfer"]
-    if words_of_transfer != argv:
-        from scaling.transfer import main_of_rows
-        return main_of_rows(words_of_transfer)
-    options, _, words = parse_options(argv, {"to": "", "flops": "", "target": "", "measured": ""}, __doc__)
+    if "--transfer" in argv:
+        return transfer.main_of_rows([word for word in argv if word != "--transfer"])
+    options, _, words = parse_options(argv, {"to": "", "flops": 0.0, "target": "", "measured": ""}, __doc__)
     folders = [word for word in words if not word.startswith("-")]
     settings = [word for word in words if word.startswith("-")]
     if not folders or settings and not options["target"]:
-        raise UserError("laws: takes folders of trials.csv, --flops, --target, --measured, --to, --transfer")
-    trials = read_folders(folders)
-    questions = read_questions(options, settings, trials)
+        raise UserError("laws: give folders of trials; options are --flops, --target, --measured, --to and "
+                        "--transfer")
+    trials, targets, unseen = read_folders(folders), [], []
+    if options["target"]:
+        targets = [target_config([options["target"], *settings], trials)]
+    if options["measured"]:
+        unseen = read_folders([options["measured"]])
+        check_same([trials[0].config, unseen[0].config], "rows")
     report = analyze(trials)
-    report["forecasts"] = [its for ask in questions for its in ask(report)]
-    folder = options["to"] or folders[0]
-    make_folder(folder)
-    write_text(os.path.join(folder, "laws.json"), to_json(report))
-    print(format_laws(report, COUNTS), *law_figures.draw_laws(report, folder), sep="\n")
+    report["forecasts"] = [allocate(report, trials, options["flops"])] if options["flops"] else []
+    report["forecasts"] += [forecast(report, config) for config in targets]
+    report["forecasts"] += measured_rows(report, unseen)
+    to = options["to"] or folders[0]
+    write_report(to_json(report), to, "laws.json", default=lambda value: np.asarray(value).tolist())
+    print(format_laws(report, COUNTS), *law_figures.draw_laws(report, to), sep="\n")
     return 0

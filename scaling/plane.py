@@ -15,10 +15,9 @@ import os
 import numpy as np
 
 from configure import UserError
-from data.files import write_text
-from scaling.cli import command, make_folder, parse_options
+from scaling.cli import command
 from scaling.figures import load_pyplot, save
-from scaling.report import rows_of
+from scaling.rows import loss_of, parse_folders, read_rows, write_report
 
 
 def analyze(rows):
@@ -33,9 +32,8 @@ def analyze(rows):
                         "a sweep over mup_init, mup_lr, lr and seed alone")
     losses = {}
     for row, config in zip(rows, configs, strict=True):
-        loss = np.inf if row["diverged"] else row["val_loss"]
         by_lr = losses.setdefault((config["mup_init"], config["mup_lr"]), {})
-        by_lr.setdefault(config["lr"], []).append(loss)
+        by_lr.setdefault(config["lr"], []).append(loss_of(row))
     return {"width": configs[0]["width"], "base_width": configs[0]["base_width"],
             "points": [best_point(*point, by_lr) for point, by_lr in sorted(losses.items())]}
 
@@ -99,15 +97,10 @@ def format_plane(report):
 
 @command
 def main(argv):
-    options, _, folders = parse_options(argv, {"to": ""}, __doc__, takes_settings=False)
-    if not folders or any(word.startswith("-") for word in folders):
-        raise UserError("plane: takes folders of trials.csv, and --to")
-    report = analyze([row for folder in folders for row in rows_of(folder)])
+    _, folders, to = parse_folders(argv, {}, __doc__)
+    report = analyze(read_rows(folders))
     if not any(np.isfinite(point["loss"]) for point in report["points"]):
-        raise UserError(f"plane: every trial of {', '.join(folders)} diverged or failed; takes one that "
-                        "has a loss")
-    folder = options["to"] or folders[0]
-    make_folder(folder)
-    write_text(os.path.join(folder, "plane.json"), json.dumps(report, indent=1))
-    print(format_plane(report), draw_plane(report, folder), sep="\n")
+        raise UserError(f"plane: every trial of {', '.join(folders)} diverged or failed: there is no loss")
+    write_report(report, to, "plane.json")
+    print(format_plane(report), draw_plane(report, to), sep="\n")
     return 0

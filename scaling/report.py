@@ -15,19 +15,28 @@ best), size (the best loss against parameters and compute, with a power law wher
 
 import functools
 import json
-import os
 from statistics import mode
 
 import numpy as np
 
 from configure import UserError
-from data.files import write_text
 from scaling import figures
-from scaling.cli import command, make_folder, parse_options
+from scaling.cli import command
 from scaling.fits import interval, mean_losses, optimum, rank_correlation, regret, slope
-from scaling.trials import FACTS, HASHES, has_failed, read_trials
+from scaling.rows import (
+    AXES,
+    axes_beside,
+    choose_base,
+    decide,
+    loss_of,
+    parse_folders,
+    read_rows,
+    settings_and_facts,
+    values_of,
+    write_report,
+)
+from scaling.trials import FACTS, HASHES, has_failed, swept_axes
 
-AXES = ("width", "depth", "context", "batch", "steps")
 BOOTSTRAP_DRAWS = 1000
 TRUSTED_SEEDS = 5  # of fewer a bootstrap shows too little of their noise
 STARS = {True: "lowest point of the fit", False: "the best"}  # what they are in the figures
@@ -39,7 +48,7 @@ def analyze(rows, swept="", base=None, axis=""):
     if swept:
         rows = rows_of_one_setting(rows, swept)
     configs = settings_and_facts(rows)
-    axis, swept, others = choose_axes(configs, swept, axis)
+    axis, swept, others = choose_axes(rows, configs, swept, axis)
     rows_by_ladder = {}
     for row, config in zip(rows, configs, strict=True):
         name = ", ".join([row["parametrization"], *(f"{other}={config[other]}" for other in others)])
@@ -51,26 +60,6 @@ def analyze(rows, swept="", base=None, axis=""):
     return {"axis": axis, "swept": swept, "numeric": numeric, "star": STARS[numeric], "ladders": ladders}
 
 
-def is_number(value):
-    return type(value) in (int, float) and value > 0  # 0 has no logarithm
-
-
-def settings_and_facts(rows):
-    """{name: value} of each row: its settings, and how it was measured (FACTS). A row that does not say, as
-    those of older versions, is taken for what the others say, where these agree."""
-    configs = [json.loads(row["config"]) for row in rows]
-    for name in FACTS:
-        known = [config[name] for config in configs if name in config]
-        agreed = known[0] if known and known.count(known[0]) == len(known) else None
-        for config in configs if known else ():
-            config.setdefault(name, agreed)
-    for config in configs:
-        for name in HASHES:
-            if name in config:
-                config[name] = str(config[name])[:8]  # so much of a hash tells few texts apart
-    return configs
-
-
 def rows_of_one_setting(rows, swept):
     """The rows whose settings are the most common ones, but for axes, seed and `swept`. Raises UserError."""
     configs = settings_and_facts(rows)
@@ -78,29 +67,28 @@ def rows_of_one_setting(rows, swept):
     usual = {name: mode(config[name] for config in configs) for name in fixed}
     found = [row for row, config in zip(rows, configs, strict=True) if usual.items() <= config.items()]
     if not found:
-        raise UserError(f"swept: got {swept}, but no trial has the most common value of each other setting; "
-                        "takes folders of one setting each")
+        raise UserError(f"swept={swept}: no trial has the most common value of each other setting; give "
+                        "folders in which one setting was swept")
     return found
 
 
-def choose_axes(configs, swept, axis=""):
+def choose_axes(rows, configs, swept, axis=""):
     """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary. The axis
     is `axis`, or the one with the most values: further axes tell ladders apart. The swept setting is `swept`,
-    or lr, or the one other number, or the one other setting, that varies. Raises UserError."""
+    or lr, or the one that the sweeps say (swept_axes), or infer_swept(). Raises UserError."""
     varied = [name for name in configs[0] if len(values_of(configs, name)) > 1]
     axes = [name for name in AXES if name in varied]
     others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
-    settings = [name for name in others if name not in FACTS]
-    numbers = [name for name in settings if all(type(config[name]) in (int, float) for config in configs)]
-    candidates = numbers or settings
+    recorded = [name for names in swept_axes(rows) for name in names.split(",")]
+    candidates = [name for name in recorded if name in others] or infer_swept(configs, others)
     for preferred in ("lr", swept):
         if preferred in others:
             candidates = [preferred]
     if len(candidates) != 1 or swept not in ("", *candidates):
-        raise UserError(f"report: got rows that vary {', '.join(varied) or 'nothing'}; takes "
-                        f"{swept or 'lr or one other setting'}, and any of {', '.join(AXES)}")
+        raise UserError(f"report: the rows must vary {swept or 'lr or one other setting'}, and any of "
+                        f"{', '.join(AXES)}; these vary {', '.join(varied) or 'nothing'}")
     if axis and axis not in axes:
-        raise UserError(f"axis: got {axis}, takes one that varies: {', '.join(axes) or 'none does'}")
+        raise UserError(f"axis must be one that varies ({', '.join(axes) or 'none does'}), got {axis}")
     found = candidates[0]
     axis = axis or max(axes, key=lambda name: len(values_of(configs, name)), default="width")
     others = [name for name in others if name != found]
@@ -110,25 +98,11 @@ def choose_axes(configs, swept, axis=""):
     return axis, found, [*axes_beside(axis, axes, configs), *others]
 
 
-def axes_beside(axis, axes, configs):
-    """Those of `axes` that tell trials of one size of `axis` apart. One that follows from the others, as the
-    steps of a sweep with --hold, does not."""
-    told_apart = [axis]
-    for name in axes:
-        if len(values_of(configs, *told_apart, name)) > len(values_of(configs, *told_apart)):
-            told_apart.append(name)
-    return told_apart[1:]
-
-
-def values_of(configs, *names):
-    """The different values, or combinations of values, of these settings."""
-    return {json.dumps([config[name] for name in names]) for config in configs}
-
-
-def decide(names, name, configs):
-    """Whether `name` is one of the settings `names`, and the others among them decide its value."""
-    rest = [other for other in names if other != name]
-    return name in names and len(values_of(configs, *names)) == len(values_of(configs, *rest))
+def infer_swept(configs, varied):
+    """What older rows, which do not say, may be a sweep of: the numbers among `varied`, or all settings."""
+    settings = [name for name in varied if name not in FACTS]
+    numbers = [name for name in settings if all(type(config[name]) in (int, float) for config in configs)]
+    return numbers or settings
 
 
 def analyze_ladder(axis, swept, rows, base):
@@ -186,6 +160,10 @@ def describe_size(axis, size, rows, losses):
             "flops": lowest["flops"], "curve": lowest["curve"], "losses": with_text_keys(losses)}
 
 
+def is_number(value):
+    return type(value) in (int, float) and value > 0  # 0 has no logarithm
+
+
 def losses_by_size(axis, swept, rows):
     """{size: {value of the swept setting: {seed: loss}}}, sizes in order; inf for what diverged."""
     losses = {size: {} for size in sorted({row[axis] for row in rows})}
@@ -195,19 +173,8 @@ def losses_by_size(axis, swept, rows):
             value = float(f"{value:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
         else:
             value = str(value)
-        loss = np.inf if row["diverged"] else row["val_loss"]
-        losses[row[axis]].setdefault(value, {})[row["seed"]] = loss
+        losses[row[axis]].setdefault(value, {})[row["seed"]] = loss_of(row)
     return losses
-
-
-def choose_base(axis, rows, sizes, base):
-    """The proxy's size: `base` if given, or the size at the base shape, or the smallest. Raises UserError."""
-    if not base:
-        base_shape = json.loads(rows[0]["config"]).get(f"base_{axis}")
-        return base_shape if base_shape in sizes else sizes[0]
-    if base not in sizes:
-        raise UserError(f"base: got {base}, takes one of {', '.join(f'{size:g}' for size in sizes)}")
-    return base
 
 
 def bootstrap(losses, seeds):
@@ -268,28 +235,26 @@ def format_report(report):
 def judge_drift(ladder, report):
     """What the ladder says of transfer, in plain words, and what it cannot say."""
     axis, swept, sizes = report["axis"], report["swept"], ladder["rungs"]
-    at_edge = [f"{size[axis]:g}" for size in sizes if size["edge"]]
-    text = ""
+    text, at_edge = "", [f"{size[axis]:g}" for size in sizes if size["edge"]]
     if at_edge:
         text = (f"The best {swept} of {axis} {', '.join(at_edge)} is at the edge of the values tried, so it "
                 "is not in the drift; try values beyond. ")
     if len(sizes) - len(at_edge) < 2:
         return f"{text}No drift can be told: fewer than two sizes have a best {swept} between those tried."
-    costs = [size["regret"] for size in sizes if size["regret"] is not None]
-    costs = f"at the best {swept} of {axis} {ladder['base']:g} a size loses up to {max(costs):.4f} nats"
+    low, high = ladder["drift_interval"]
     few = min(size["seeds"] for size in sizes)
     if few == 1:
-        return (f"{text}With one seed, nothing says whether this drift is noise; {costs}. More seeds would "
-                "tell, such as seed=0,1,2 in the sweep.")
-    low, high = ladder["drift_interval"]
-    if not np.isfinite((low, high)).all():
-        return f"{text}Too few draws have a best {swept} at two sizes for an interval; {costs}."
-    said = f"The drift is larger than its noise: the best {swept} moves with {axis}"
-    if low <= 0 <= high:
-        said = f"The drift is within its noise: as far as these rows tell, one {swept} serves every {axis}"
-    if few < TRUSTED_SEEDS:
-        costs += f". With {few} seeds such an interval is too narrow, by about half"
-    return f"{text}{said}; {costs}."
+        text += "With one seed, nothing says whether this drift is noise; seed=0,1,2 in the sweep would tell"
+    elif low <= 0 <= high:
+        text += f"The drift is within its noise: as far as these rows tell, one {swept} serves every {axis}"
+    else:
+        text += f"The drift is larger than its noise: the best {swept} moves with {axis}"
+    costs = [size["regret"] for size in sizes if size["regret"] is not None]
+    if costs:
+        text += f". At the best {swept} of {axis} {ladder['base']:g} a size loses up to {max(costs):.4f} nats"
+    if 1 < few < TRUSTED_SEEDS:
+        text += f". The interval, of {few} seeds, is too narrow by about half"
+    return f"{text}."
 
 
 def judge_choice(ladder, report):
@@ -328,30 +293,17 @@ def format_size(axis, size):
             f"{format_interval(size['interval']):>18}{size['loss']:>9.4f}{cost:>9}")
 
 
-def rows_of(folder):
-    """The trials in `folder`. Raises UserError where there are none."""
-    rows = read_trials(folder)
-    if not rows:
-        raise UserError(f"report: {folder} has no trials; takes a folder that scaling.sweep wrote")
-    return rows
-
-
 @command
 def main(argv):
-    defaults = {"to": "", "swept": "", "base": 0, "axis": ""}
-    options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
-    if not folders or any(word.startswith("-") for word in folders):
-        raise UserError("report: takes folders of trials.csv, --to, --swept, --base, --axis")
-    rows = [row for folder in folders for row in rows_of(folder)]
+    options, folders, to = parse_folders(argv, {"swept": "", "base": 0, "axis": ""}, __doc__)
+    rows = read_rows(folders)
     if all(row["diverged"] for row in rows):
         reasons = sorted({row["failure"] for row in rows} - {""})
         raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed "
-                        f"({reasons[0] if reasons else 'none failed'}); takes one with a loss at least")
+                        f"({reasons[0] if reasons else 'none failed'}), so there is no loss to report")
     failed = sum(map(has_failed, rows))
     if failed:
         print(f"{failed} of {len(rows)} trials failed, and count as diverged; their sweep tries them again")
     report = analyze(rows, options["swept"], options["base"], options["axis"])
-    folder = options["to"] or folders[0]
-    make_folder(folder)
-    write_text(os.path.join(folder, "report.json"), json.dumps(report, indent=1, default=float))
-    print(format_report(report), *figures.draw_report(report, folder), sep="\n")
+    write_report(report, to, "report.json")
+    print(format_report(report), *figures.draw_report(report, to), sep="\n")

@@ -15,15 +15,17 @@ import numpy as np
 
 from configure import UserError, names_in
 from scaling import figures
-from scaling.cli import command, make_folder, parse_options
+from scaling.cli import command, make_folder
 from scaling.fits import rank_correlation
-from scaling.report import (
+from scaling.report import format_rank
+from scaling.rows import (
     AXES,
     axes_beside,
     choose_base,
     decide,
-    format_rank,
-    rows_of,
+    loss_of,
+    parse_folders,
+    read_rows,
     settings_and_facts,
     values_of,
 )
@@ -54,8 +56,7 @@ def losses_at(axis, rows):
     by_size = {}
     for row, config in zip(rows, configs, strict=True):
         key = json.dumps({name: value for name, value in config.items() if name not in left_out})
-        loss = np.inf if row["diverged"] else row["val_loss"]
-        by_size.setdefault(config[axis], {}).setdefault(key, []).append(loss)
+        by_size.setdefault(config[axis], {}).setdefault(key, []).append(loss_of(row))
     return {size: {key: float(np.mean(losses)) for key, losses in found.items()}
             for size, found in sorted(by_size.items())}
 
@@ -120,13 +121,9 @@ def format_pairs(axis, pairs):
 
 @command
 def main(argv):
-    defaults = {"to": "", "axis": "", "base": 0}
-    options, _, folders = parse_options(argv, defaults, __doc__, takes_settings=False)
-    if not folders:
-        raise UserError("scatter: give one or more folders of trials.csv; options are --to, --axis, --base")
-    rows = [row for folder in folders for row in rows_of(folder)]
+    options, folders, to = parse_folders(argv, {"axis": "", "base": 0}, __doc__)
+    rows = read_rows(folders)
     axis = choose_axis(rows, options["axis"])
     pairs = pair_clouds(axis, rows, options["base"])
-    folder = options["to"] or folders[0]
-    make_folder(folder)
-    print(format_pairs(axis, pairs), figures.draw_scatter(axis, pairs, folder), sep="\n")
+    make_folder(to)
+    print(format_pairs(axis, pairs), figures.draw_scatter(axis, pairs, to), sep="\n")

@@ -9,18 +9,17 @@ right. --seeds=1, --stack=1 as in a sweep. --finetune=DATASET then trains each s
 another text, for --finetune_steps. Rows go to --out=DIR, which resumes; so do shapes.json and shapes.png.
 """
 
-import json
 import os
 from dataclasses import asdict, replace
 
 import numpy as np
 
 from configure import UserError, configure
-from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.figures import line_style, load_pyplot, save
+from scaling.rows import loss_of, write_report
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
 from scaling.transfer import UNUSED, finetuned, pretrain, reject_failures
 from train import train
@@ -79,7 +78,7 @@ def compare(shapes, rows, speeds, tuned):
         own = [row for row in rows if (row["width"], row["depth"]) == (shape.width, shape.depth)]
         by_lr = {}
         for row in own:
-            by_lr.setdefault(row["lr"], []).append(np.inf if row["diverged"] else row["val_loss"])
+            by_lr.setdefault(row["lr"], []).append(loss_of(row))
         best = min(by_lr, key=lambda lr: np.mean(by_lr[lr]))
         table.append({"width": shape.width, "depth": shape.depth, "steps": shape.steps, "lr": best,
                       "parameters": own[0]["parameters"], "flops": own[0]["flops"],
@@ -164,7 +163,7 @@ def main(argv):
     except KeyboardInterrupt:
         return say_stopped(folder)
     table = compare(shapes, rows, speeds, tuned)
-    write_text(os.path.join(folder, "shapes.json"), json.dumps(
-        {"equal": options["equal"], "shapes": table, "config": asdict(config)}, indent=1))
+    report = {"equal": options["equal"], "shapes": table, "config": asdict(config)}
+    write_report(report, folder, "shapes.json")
     print(format_table(table), draw_shapes(table, options["equal"], folder), sep="\n")
     return 0

@@ -11,19 +11,20 @@ N^beta, N without embedding and readout; and the loss as Kaplan's law of N and D
 are looked up between their own runs: a pretrained model that is better than the longest of these has no D_T.
 """
 
-import json
 import os
 from dataclasses import replace
 
 import numpy as np
 
 from configure import UserError, configure
-from data.files import write_text
 from data.prepare import prepare
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.figures import BESIDE, load_pyplot, save
 from scaling.law_figures import label_loss, shades
-from scaling.law_fits import DRAWS, fit_law, interval_of
+from scaling.law_fits import fit_law, interval_of
+from scaling.law_slices import noisy
+from scaling.law_trials import best_settings, finished_trials
+from scaling.rows import parse_folders, write_report
 from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
 from train import train
 
@@ -111,18 +112,11 @@ def fit_transfer(points):
     return np.exp(found[0]), found[1], found[2] if several else np.nan
 
 
-def redraw(scratch, tuned, sigma, random):
-    """The points of trials with noise added, as if they had been trained with other seeds."""
-    def noisy(trials):
-        return [replace(trial, loss=trial.loss * np.exp(random.normal(0, sigma))) for trial in trials]
-    return effective_data(noisy(scratch), noisy(tuned))
-
-
 def analyze(scratch, tuned):
     """{points, exponents, law, unified_error}: see format_transfer(). Raises UserError where too little is
     known."""
     if not scratch or not tuned:
-        raise UserError("laws: takes rows with init_from and rows without for --transfer, such as those that "
+        raise UserError("laws: --transfer needs rows with init_from and rows without, such as those that "
                         "scaling.transfer leaves")
     known = [(trial.parameters["body"], trial.tokens, trial.loss) for trial in scratch]
     law = fit_law("kaplan", *np.array(known, dtype=float).T)
@@ -132,9 +126,11 @@ def analyze(scratch, tuned):
               "scratch_error": float(law.sigma_cell), "unified_error": None}
     if fitted is None:
         return report
-    random = np.random.default_rng(0)
     seed_noise = law.sigma_seed or 0.003  # without two seeds: what it is for small models of text
-    drawn = [fit_transfer(redraw(scratch, tuned, seed_noise, random)) for _ in range(DRAWS)]
+    drawn = []
+    for losses in noisy(np.array([trial.loss for trial in (*scratch, *tuned)]), seed_noise, seed=0):
+        again = [replace(trial, loss=loss) for trial, loss in zip((*scratch, *tuned), losses, strict=True)]
+        drawn.append(fit_transfer(effective_data(again[:len(scratch)], again[len(scratch):])))
     drawn = np.array([draw for draw in drawn if draw is not None])
     report["noise"] = float(seed_noise)
     report["exponents"] = {name: (float(value), interval_of(values)) for name, value, values
@@ -202,22 +198,18 @@ def draw_transfer_law(report, folder):
 
 def report_rows(folders, to):
     """Prints and writes the transfer law of the rows in `folders`. Raises UserError."""
-    from scaling.laws import best_settings, finished_trials  # which imports this for --transfer
     trials = finished_trials(folders)
     scratch = best_settings([trial for trial in trials if trial.config.init_from is None])
     tuned = best_settings([trial for trial in trials if trial.config.init_from is not None])
     report = analyze(scratch, tuned)
-    make_folder(to)
-    write_text(os.path.join(to, "transfer.json"), json.dumps(report, indent=1, default=float))
+    write_report(report, to, "transfer.json")
     print(format_transfer(report), draw_transfer_law(report, to), sep="\n")
 
 
 def main_of_rows(argv):
     """scaling.laws --transfer: from rows alone."""
-    options, _, folders = parse_options(argv, {"to": ""}, __doc__)
-    if not folders or any(word.startswith("-") for word in folders):
-        raise UserError("laws: takes folders of trials.csv and --to with --transfer")
-    report_rows(folders, options["to"] or folders[0])
+    _, folders, to = parse_folders(argv, {}, __doc__)
+    report_rows(folders, to)
     return 0
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import tiny
+from processes import lab_words
 
 from configure import Config, UserError
 from model import GPT
-from scaling import law_fits, law_slices, laws, plane, shapes, transfer
+from scaling import law_fits, law_slices, law_trials, laws, plane, shapes, transfer
 from scaling.cli import parse_values
 from scaling.law_fits import FORMS, Law, bootstrap, fit_law, interval_of, predict
 from scaling.law_report import format_forecast
@@ -125,7 +126,8 @@ def simulated_rows(folder, law, shapes=SHAPES, steps=STEPS, seeds=(0, 1), contex
                 loss = law.loss(numbers["all"], tokens) * np.exp(random.normal(0, SEED_NOISE))
                 rows.append({name: getattr(config, name) for name in SETTING_COLUMNS} | {
                     "val_loss": loss, "parameters": numbers["all"], "flops": flops_per_token * tokens,
-                    "seconds": 1, "diverged": False, "failure": "", "curve": "", "config": identity(config)})
+                    "seconds": 1, "diverged": False, "swept": "", "failure": "", "curve": "",
+                    "config": identity(config)})
     folder.mkdir(exist_ok=True)
     append_rows(folder / "trials.csv", rows)
     return str(folder)
@@ -150,6 +152,7 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     assert best["flops"] == pytest.approx(1e15, rel=0.01) and best["width"] % 32 == 0
     assert len(report["points"]) == 50 and max(abs(p["residual"]) for p in report["points"]) < 0.1
     assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
+    assert laws.main([rows, "--flops=1e20", f"--to={tmp_path}/to"]) == 0  # over 2**31 steps of the smallest
     missed = seen | {"measured": seen["interval"][1] + 0.01}
     assert "nats, OUTSIDE the interval" in "\n".join(format_forecast(missed))
 
@@ -182,14 +185,15 @@ def test_what_no_law_can_be_fitted_to_is_rejected_in_a_line(tmp_path, few_draws)
     true = TRUE["chinchilla"]
     few = simulated_rows(tmp_path / "few", true, shapes=SHAPES[:2])
     rows = simulated_rows(tmp_path / "rows", true, shapes=SHAPES[:3], steps=STEPS[:3], seeds=[0])
-    fails([few], "^laws: got 2 sizes and 5 numbers of tokens, 10 pairs; takes 3 of each")
+    fails([few], "^laws: got 2 sizes and 5 numbers of tokens, 10 pairs; a law needs 3 of each")
     other = simulated_rows(tmp_path / "other", true, context=128)
-    fails([rows, other], "^laws: got rows with context 128 and 256; takes one")
-    fails([], "^laws: takes folders")
-    fails([rows, "--flops=x"], "^flops: got x, takes a number above 0")
-    fails([rows, "--flops=1e3"], "^flops: got 1000, takes enough for 100 steps")
-    fails([rows, "--target=config/target.py", "--tokenizer=bytes"], "^tokenizer: got bytes, but the laws")
-    fails([rows, "--transfer"], "^laws: takes rows with init_from and rows without")
+    fails([rows, other], "^context must be the same")
+    fails([], "^laws: give folders")
+    fails([rows, "--flops=x"], "^flops must be")
+    fails([rows, "--flops=1e3"], "^flops must be enough for 100 steps")
+    fails([rows, "--target=config/target.py", "--tokenizer=bytes"], "^tokenizer must be the same")
+    fails([rows, "--target=config/target.py", "--lr=1"], "^lr has no effect on a forecast")
+    fails([rows, "--transfer"], "^laws: --transfer needs rows with init_from")
 
 
 def test_of_settings_tried_at_one_size_a_law_takes_the_best(tmp_path):
@@ -206,7 +210,7 @@ def test_parameters_are_counted_with_and_without_what_the_vocabulary_needs():
     names = "token_embedding.weight", "position_embedding.weight", "readout.weight"
     outside = sum(by_name[name] for name in names)
     assert numbers == {"all": sum(by_name.values()), "body": sum(by_name.values()) - outside}
-    assert laws.vocab_size_of(replace(config, vocab_size=None), numbers["all"]) == 64
+    assert law_trials.vocab_size_of(replace(config, vocab_size=None), numbers["all"]) == 64
 
 
 def test_a_sweep_holds_the_training_flops_by_the_steps(corpus):
@@ -222,7 +226,7 @@ def test_settings_can_move_together_on_one_axis():
     trials = trial_configs(Config(), {"width,depth": [(64, 2), (128, 4)], "lr": [0.1, 0.2]})
     assert [(t.width, t.depth, t.lr) for t in trials] == [
         (64, 2, 0.1), (64, 2, 0.2), (128, 4, 0.1), (128, 4, 0.2)]
-    with pytest.raises(UserError, match="^width,depth: got 64, takes WIDTHxDEPTH"):
+    with pytest.raises(UserError, match="^width,depth"):
         parse_values("width,depth", "64")
 
 
@@ -265,7 +269,7 @@ def other_text(corpus, tmp_path):
 
 
 def test_shapes_are_trained_timed_and_finetuned(corpus, other_text, tmp_path, capsys):
-    words = [f"--{name}={value}" for name, value in corpus.items()]
+    words = lab_words(corpus)
     words += ["--depths=1,2", f"--finetune={other_text}", "--finetune_steps=2", f"--out={tmp_path}"]
     assert shapes.main(words) == 0
     table = json.loads((tmp_path / "shapes.json").read_text())["shapes"]
@@ -280,7 +284,7 @@ def test_the_transfer_law_finds_the_exponents_that_rows_were_made_from():
 
     def trial(body, tokens, data):
         loss = float(law.loss(body, data))
-        return laws.Trial(Config(vocab_size=257), "", {"body": body}, tokens, 1.0, loss)
+        return law_trials.Trial(Config(vocab_size=257), "", {"body": body}, tokens, 1.0, loss)
 
     for body in (1e5, 1e6, 1e7):
         scratch += [trial(body, tokens, tokens) for tokens in np.geomspace(1e4, 1e8, 17)]
@@ -301,7 +305,7 @@ def test_a_model_better_than_any_from_scratch_has_no_effective_data():
 
 
 def test_transfer_pretrains_finetunes_and_fits_by_one_command(corpus, other_text, tmp_path, capsys):
-    words = [f"--{name}={value}" for name, value in corpus.items()] + [
+    words = lab_words(corpus) + [
         "width,depth=16x1,32x1", f"--finetune={other_text}", "--finetune_steps=2,4",
         "--finetune_lrs=2**-8", f"--out={tmp_path}/out"]
     assert transfer.main(words) == 0
