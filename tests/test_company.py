@@ -13,7 +13,7 @@ import time
 
 import pytest
 from children import hold_folder, run_command, run_train, run_train_with
-from conftest import read_rows, run, snapshot
+from conftest import column, read_rows, run, snapshot
 from processes import Fork, lab_words, start_ranks, start_train, to_words, wait_for_rows, wait_until
 
 import train
@@ -30,6 +30,12 @@ ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
 
 def read_steps(folder):
     return [int(row["step"]) for row in read_rows(folder)]
+
+
+def write_documents(folder):
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"document {i} " * 40)
 
 
 def error_line(errors):
@@ -137,8 +143,7 @@ def test_a_folder_of_other_files_is_rejected_and_left_alone(corpus, tmp_path, na
 
 def test_other_files_beside_a_run_stay_and_what_a_kill_left_of_its_own_goes(corpus, tmp_path):
     out = tmp_path / "run"
-    (out / "plots").mkdir(parents=True)
-    (out / "plots").rmdir()
+    out.mkdir()
     (out / "last.pt.tmp").write_text("what a kill left")
     run(corpus, out=str(out))
     assert not (out / "last.pt.tmp").exists()
@@ -152,9 +157,7 @@ def test_other_files_beside_a_run_stay_and_what_a_kill_left_of_its_own_goes(corp
 
 def test_a_run_inside_its_own_text_is_rejected(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.mkdir("text")
-    for i in range(20):
-        (tmp_path / f"text/{i}.txt").write_text(f"document {i} " * 40)
+    write_documents(tmp_path / "text")
     for dataset in ("text", "text/**/*.txt", "text/*/*", str(tmp_path)):
         with pytest.raises(UserError, match="^out .*text/run: .* would be read as text"):
             run(corpus, dataset=dataset, out="text/run")
@@ -166,9 +169,7 @@ def test_a_run_inside_its_own_text_is_rejected(corpus, tmp_path, monkeypatch):
 def test_a_run_that_resumes_while_its_text_is_gone_goes_on_with_its_tokens(corpus, tmp_path, monkeypatch,
                                                                            capsys):
     monkeypatch.chdir(tmp_path)
-    os.mkdir("text")
-    for i in range(20):
-        (tmp_path / f"text/{i}.txt").write_text(f"document {i} " * 40)
+    write_documents(tmp_path / "text")
     settings = corpus | {"dataset": "text", "data_dir": "prepared", "out": str(tmp_path / "run")}
     run(settings)
     (tmp_path / "elsewhere").mkdir()
@@ -185,9 +186,7 @@ def test_a_run_that_resumes_while_its_text_is_gone_goes_on_with_its_tokens(corpu
 
 def test_a_prepared_folder_may_stand_for_the_text_that_a_run_began_with(corpus, tmp_path):
     text, out = tmp_path / "text", str(tmp_path / "run")
-    text.mkdir()
-    for i in range(20):
-        (text / f"{i}.txt").write_text(f"document {i} " * 40)
+    write_documents(text)
     settings = corpus | {"dataset": str(text), "out": out}
     run(settings)
     (text / "0.txt").write_text("other text")
@@ -217,7 +216,7 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_training(corpus, tmp_path,
     assert read_checkpoint(str(out / "previous.pt"))["step"] == 8
     resumed, expected = run(settings, out=str(out)), run(settings)
     for name in ("train_loss", "val_loss"):
-        assert [row.get(name) for row in resumed.history] == [row.get(name) for row in expected.history]
+        assert column(resumed, name) == column(expected, name)
     assert float(read_rows(out)[-1]["val_loss"]) == expected.val_loss
     assert resumed.best_step == expected.best_step
 
@@ -261,9 +260,7 @@ def test_pairs_of_runs_that_are_killed_lose_and_double_nothing(corpus, tmp_path,
             rejected += any(process.returncode == 2 for process in pair)
         for out in [folder / "run", *folder.glob("out/*")]:
             result = run(settings, out=str(out))
-            assert [row["train_loss"] for row in result.history if "train_loss" in row] == [
-                row["train_loss"] for row in expected.history if "train_loss" in row]
-            assert result.val_loss == expected.val_loss
+            assert column(result) == column(expected) and result.val_loss == expected.val_loss
             assert read_steps(out) == list(range(61)) and not list(out.glob("*.tmp"))
     print(f"{rejected} second runs were rejected")
 
@@ -271,23 +268,6 @@ def test_pairs_of_runs_that_are_killed_lose_and_double_nothing(corpus, tmp_path,
 def losses_in(folder):
     """[(what tells a trial apart, its loss)] of the rows in a folder of trials, in an order of their own."""
     return sorted((row["config"], row["val_loss"], row["curve"]) for row in read_trials(folder))
-
-
-def test_pairs_of_sweeps_that_are_killed_share_all_trials_and_lose_and_double_none(corpus, tmp_path, request):
-    words = [*lab_words(corpus | {"steps": 20}), "lr=2**-8..2**-6", "width=32,64"]
-    assert sweep.main([*words, f"--out={tmp_path}/alone"]) == 0
-    expected, choose = losses_in(tmp_path / "alone"), random.Random(0)
-    assert len(expected) == 6
-    long = request.config.getoption("--long")
-    for i in range(17 if long else 1):
-        folder = tmp_path / str(i)
-        for _ in range(3 if long else 1):
-            pair = start_pair(run_command, "scaling.sweep", [*words, f"--out={folder}"], choose=choose,
-                              folder=tmp_path)
-            end_pair(pair, choose, 0.3)
-            assert {process.returncode for process in pair} <= {0, -signal.SIGKILL}
-        assert sweep.main([*words, f"--out={folder}"]) == 0
-        assert losses_in(folder) == expected
 
 
 def finished_keys(folder):
@@ -301,20 +281,29 @@ def finished_keys(folder):
     return sorted(found)
 
 
-def test_pairs_of_searches_that_are_killed_lose_and_double_no_trial(corpus, tmp_path, request):
-    if not request.config.getoption("--long"):
-        pytest.skip("takes --long")
-    words = [*lab_words(corpus | {"steps": 10}), "--trials=8", "--seeds=1", "--sampler=tpe", "--space=lr"]
-    assert search.main([*words, f"--out={tmp_path}/alone"]) == 0
-    expected, choose = losses_in(tmp_path / "alone"), random.Random(0)
-    for i in range(17):
+@pytest.mark.parametrize("name", ["sweep", "search"])
+def test_pairs_in_the_lab_that_are_killed_share_all_trials_and_lose_and_double_none(corpus, tmp_path, request,
+                                                                                    name):
+    long = request.config.getoption("--long")
+    main, longest = sweep.main, 0.3
+    words = [*lab_words(corpus | {"steps": 20}), "lr=2**-8..2**-6", "width=32,64"]
+    if name == "search":
+        if not long:
+            pytest.skip("takes --long")
+        main, longest = search.main, 2.0
+        words = [*lab_words(corpus | {"steps": 10}), "--trials=8", "--seeds=1", "--sampler=tpe", "--space=lr"]
+    alone, choose = tmp_path / "alone", random.Random(0)
+    assert main([*words, f"--out={alone}"]) == 0
+    for i in range(17 if long else 1):
         folder = tmp_path / str(i)
-        for _ in range(3):
-            pair = start_pair(run_command, "scaling.search", [*words, f"--out={folder}"], choose=choose,
+        for _ in range(3 if long else 1):
+            pair = start_pair(run_command, f"scaling.{name}", [*words, f"--out={folder}"], choose=choose,
                               folder=tmp_path)
-            end_pair(pair, choose, 2.0)
+            end_pair(pair, choose, longest)
             assert {process.returncode for process in pair} <= {0, -signal.SIGKILL}
-        assert search.main([*words, f"--out={folder}"]) == 0
-        assert losses_in(folder) == expected
-        assert finished_keys(folder) == finished_keys(tmp_path / "alone")
-        assert (folder / "best.py").read_text() == (tmp_path / "alone/best.py").read_text()
+        assert main([*words, f"--out={folder}"]) == 0
+        assert losses_in(folder) == losses_in(alone)
+        if name == "search":
+            assert finished_keys(folder) == finished_keys(alone)
+            assert (folder / "best.py").read_text() == (alone / "best.py").read_text()
+    assert len(losses_in(alone)) >= 6
