@@ -46,7 +46,7 @@ UNGATED = ["gelu", "gelu_tanh", "relu2"]
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", "GPT2Config",
     block={"position": ["learned"], "norm": ["layer"], "qk_norm": [False], "bias": [True, False],
-           "mlp": UNGATED},
+           "mlp": UNGATED, "kv_heads": [None]},
     names={"width": "n_embd", "depth": "n_layer", "heads": "n_head", "context": "n_positions",
            "vocab_size": "vocab_size", "hidden": "n_inner", "mlp": "activation_function",
            "norm_eps": "layer_norm_epsilon", "tied": "tie_word_embeddings"},
@@ -147,7 +147,7 @@ def fields_of(config, family):
     values = {"width": config.width, "depth": config.depth, "heads": heads, "context": config.context,
               "vocab_size": config.vocab_size, "hidden": mlp_width(config), "mlp": activations[config.mlp],
               "norm_eps": config.norm_eps, "tied": config.tied, "head_dim": config.head_dim,
-              "kv_heads": getattr(config, "kv_heads", None) or heads, "bias": config.bias}
+              "kv_heads": config.kv_heads or heads, "bias": config.bias}
     fields = {theirs: values[ours] for ours, theirs in family.names.items()}
     fields |= family.constants | dict.fromkeys(family.dropouts, config.dropout)
     fields |= {"model_type": family.model_type, "architectures": [family.model_class], "use_cache": True,
@@ -213,7 +213,7 @@ def read_settings(family, fields):
     settings |= {"head_dim": width // heads, "mlp": ACTIVATIONS[activation], "bias": values.get("bias", True),
                  "mlp_ratio": (values["hidden"] or 4 * width) / width, "base_width": width,
                  "base_depth": values["depth"], "base_head_dim": width // heads}
-    if "kv_heads" in settings and values.get("kv_heads") == heads:
+    if values.get("kv_heads") == heads:
         settings["kv_heads"] = None
     if rope := fields.get("rope_parameters"):
         if rope.get("partial_rotary_factor") == 1.0:

@@ -91,8 +91,10 @@ def fold(config, weights):
             value[:config.width] *= attention
         elif name.startswith("final_norm" if config.tied else "readout"):
             value *= readout
-    folded = replace(config, base_width=config.width, base_depth=config.depth, base_head_dim=config.head_dim,
-                     parametrization="mup", embedding_mult=1.0, logit_mult=1.0, attention_mult=1.0,
+    kv_heads = None if config.kv_heads == config.width // config.head_dim else config.kv_heads
+    folded = replace(config, kv_heads=kv_heads, base_width=config.width, base_depth=config.depth,
+                     base_head_dim=config.head_dim, parametrization="mup", embedding_mult=1.0,
+                     logit_mult=1.0, attention_mult=1.0,
                      norm_eps=config.norm_eps or (1e-5 if config.norm == "layer" else 1e-6))
     return folded, weights
 
@@ -125,7 +127,7 @@ def row_counts(config, name, parts, rows):
     counts = [rows // parts] * parts
     if ".qkv." in name and parts == 3:
         heads = config.width // config.head_dim
-        kv_rows = config.head_dim * (getattr(config, "kv_heads", None) or heads)
+        kv_rows = config.head_dim * (config.kv_heads or heads)
         counts = [config.width, kv_rows, kv_rows]
     if sum(counts) != rows:
         raise UserError(f"{name}: has {rows} rows, but its {parts} parts would have {sum(counts)}")

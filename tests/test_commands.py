@@ -28,7 +28,7 @@ from training.schedule import decay_start, describe_more_steps, lr_factor
 
 # Help and slips
 
-COMMANDS = ["data.prepare",
+COMMANDS = ["data.prepare", "interop.export",
             *(f"scaling.{module}" for module, _ in scaling_commands.commands().values())]
 
 

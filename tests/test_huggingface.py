@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -75,7 +76,10 @@ EXPORTED = [
     (BLOCKS["no qk_norm"], {"bias": True}), (GPT2_BLOCK, MULTIPLIERS | {"bias": True, "tied": True}),
     ({}, {"embedding_std": 0.003}),  # where what is added to the variance matters
     (BLOCKS["gelu"] | {"qk_norm": False}, MULTIPLIERS),
-    ({}, {"width": 64, "head_dim": 8}), ({}, {"depth": 5}), (GPT2_BLOCK, {"mlp": "gelu_tanh"}),
+    ({}, MULTIPLIERS | {"kv_heads": 1}), (BLOCKS["no qk_norm"], MULTIPLIERS | {"kv_heads": 2, "head_dim": 8}),
+    (BLOCKS["no qk_norm"], {"kv_heads": 1, "bias": True}), (BLOCKS["relu2"], {"kv_heads": 1}),
+    (GPT2_BLOCK, {"kv_heads": 2}), ({}, {"width": 64, "head_dim": 8}), ({}, {"depth": 5}),
+    (GPT2_BLOCK, {"mlp": "gelu_tanh"}),
     ({}, {"rotary_base": 500.0, "mlp_ratio": 1.25, "norm_eps": 1e-3})]
 
 
@@ -102,6 +106,7 @@ def test_an_exported_model_computes_the_same_in_transformers_and_comes_back(tran
 
 @pytest.mark.parametrize(("block", "setting"), [
     *[(BLOCKS[name], setting) for name, setting in NOT_HELD.items()], ({"bias": True}, "bias"),
+    (GPT2_BLOCK | {"kv_heads": 1}, "kv_heads"),
     ({"window": 5}, "window")])
 def test_what_no_class_computes_is_refused_by_the_setting_that_stands_in_the_way(tmp_path, block, setting):
     with pytest.raises(UserError, match=f"^{setting} must be .* for an export"):
@@ -118,6 +123,12 @@ def test_a_parameter_or_a_number_of_rows_that_no_class_has_is_refused_by_its_nam
     model.blocks[1].attention.qkv.weight = torch.nn.Parameter(torch.zeros(64, 32))
     with pytest.raises(UserError, match="^blocks.1.attention.qkv.weight: has 64 rows"):
         write(model, str(tmp_path / "rows"))
+    write(GPT(tiny()), str(tmp_path / "in"))  # rows of queries and keys that fit only together
+    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+    change_tensors(lambda tensors: tensors.update(
+        {q: torch.zeros(24, 32), k: torch.zeros(40, 32)}))(tmp_path / "in")
+    with pytest.raises(UserError, match="^init_from: .*mismatched keys: .*self_attn.k_proj.weight"):
+        read_huggingface(str(tmp_path / "in"))
 
 
 def test_a_function_setting_that_no_one_taught_the_export_is_refused(monkeypatch):
@@ -195,6 +206,8 @@ def start(source, corpus, *more):
 @pytest.mark.parametrize(("kind", "changes"), [
     ("gpt2", {}), ("gpt2", {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 48}),
     ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})], ids=str)
 def test_their_weights_come_back_from_a_run_of_ours_bit_for_bit(
         transformers, corpus, tmp_path, kind, changes):
@@ -240,6 +253,7 @@ LLAMA_FIELDS = {"head_dim": [32, 10**20], "num_key_value_heads": [3], "hidden_ac
                 "sliding_window": [4], "pretraining_tp": [2], "rms_norm_eps": [0, None],
                 "tie_word_embeddings": ["yes"]}
 NAMED = {"layer_norm_epsilon": "norm_eps", "rms_norm_eps": "norm_eps", "rope_scaling": "rope_parameters",
+         "num_key_value_heads": "kv_heads",
          "rope_parameters": "rope_parameters|rotary_base", "n_layer": "n_layer|depth"}
 
 
@@ -463,6 +477,14 @@ def test_without_the_optional_package_a_line_says_what_to_install(proxy, tmp_pat
         export(str(proxy / "run"), str(tmp_path / "out"))
     with pytest.raises(UserError, match="pip install transformers"):
         load(str(proxy / "hf"))
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_former_name_of_the_command_runs_it(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["export.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("training.export", run_name="__main__")
+    assert "python -m interop.export" in capfd.readouterr().out
 
 
 TASK = """
