@@ -84,17 +84,13 @@ class Config:
         help="heads of keys and values (grouped-query attention), a divisor of width / head_dim; None: all")
     window: Count | None = setting(None, "function", "latest tokens that every other block sees; None: all")
     position: one_of("learned", "rotary") = setting("rotary", "function", "how a token knows its position")
-    norm: one_of("layer", "rms") = setting("rms", "function", before="layer",
-        help="LayerNorm, or RMSNorm, which neither centers nor has a bias")
+    norm: one_of("layer", "rms") = setting("rms", "function", "LayerNorm, or RMSNorm", before="layer")
     qk_norm: Flag = setting(True, "function", "RMS-normalize queries and keys, with gains", before=False)
     mlp: one_of("gelu", "gelu_tanh", "relu2", "swiglu") = setting("swiglu", "function", before="gelu",
         help="of nearly equal numbers of parameters")
-    mlp_ratio: Positive | None = setting(None, "function",
-        help="hidden units of the MLP / width; None: 4, for swiglu near 8/3")
-    rotary_base: Positive = setting(10000.0, "function",
-        help="tokens, / 2 pi, in a turn of the slowest channels, with position=rotary")
-    norm_eps: Positive | None = setting(None, "function",
-        help="added to variances; None: 1e-5 for norm=layer, 1e-6 for rms")
+    mlp_ratio: Positive | None = setting(None, "function", "MLP units / width; None: 4, near 8/3 for swiglu")
+    rotary_base: Positive = setting(10000.0, "function", "tokens / 2 pi in a turn of the slowest channels")
+    norm_eps: Positive | None = setting(None, "function", "added to variances; None: 1e-5, for rms 1e-6")
     tied: Flag = setting(False, "function", "one matrix for embedding and readout, by the embedding's rules")
     bias: Flag = setting(False, "function", "biases in the blocks' linear layers and in every LayerNorm")
     vocab_size: Count | None = setting(None, "function",
@@ -122,8 +118,7 @@ class Config:
     init_from: Text | None = setting(None, "init",
         help="weights to start from: a run, its checkpoint, or a Hugging Face model")
 
-    optimizer: one_of("adamw", "muon") = setting("adamw", "optimizer",
-        help="of the hidden matrices; all else is stepped by AdamW")
+    optimizer: one_of("adamw", "muon") = setting("adamw", "optimizer", "of hidden matrices; AdamW elsewhere")
     lr: Positive = setting(2**-9, "optimizer", "peak rate of hidden matrices at the base shape", tuned=True)
     embedding_lr_mult: Positive = setting(1.0, "optimizer", "x lr, embedding", tuned=True)
     readout_lr_mult: Positive = setting(1.0, "optimizer", "x lr, readout", tuned=True)
@@ -145,11 +140,9 @@ class Config:
         help="sequences of the first step, and of each rise; a divisor of batch")
     batch_ramp_tokens: Count | None = setting(None, "training",
         help="tokens over which batch_start rises to batch; None: fixed")
-    dropout: Fraction = setting(0.0, "training",
-        help="probability; draws differ with the number of devices, passes, train() threads")
+    dropout: Fraction = setting(0.0, "training", "probability; draws depend on devices, passes and threads")
     warmup: Fraction = setting(0.1, "training", "fraction of the steps, linear rise", tuned=True)
-    warmup_tokens: Count | None = setting(None, "training", tuned=True,
-        help="length of the warmup in tokens; None: by warmup")
+    warmup_tokens: Count | None = setting(None, "training", "tokens of warmup; None: by warmup", tuned=True)
     schedule: one_of("cosine", "linear", "constant", "wsd", "wsd_sqrt", "inverse_sqrt", "step") = setting(
         "cosine", "training", tuned=True,
         help="of the learning rate, after warmup; wsd: stable, then a linear decay, of wsd_sqrt by 1 - sqrt")
@@ -169,8 +162,7 @@ class Config:
     split: Text = setting("train", "data", "split of a hub data set")
     text_field: Text = setting("text", "data", "column of .csv, .jsonl, .parquet and hub rows with the text")
     max_tokens: Count | None = setting(None, "data", "tokens to prepare, validation text too; None: all")
-    val_fraction: Fraction = setting(0.05, "data",
-        help="fraction of the documents held out, chosen by a fixed hash of their text")
+    val_fraction: Fraction = setting(0.05, "data", "fraction of documents held out, by a hash of their text")
 
     steps: Whole = setting(1000, "run", "optimizer steps")
     micro_batch: Count | None = setting(None, "run", "sequences per pass, a divisor of batch; None: all")
@@ -185,19 +177,14 @@ class Config:
         help="of matrix products; auto: bf16 where it is fast")
     compile: one_of("auto", "blocks", "model", False) = setting("auto", "run", fact=True,
         help="torch.compile; auto: blocks, for bf16")
-    graph: one_of("auto", True, False) = setting("auto", "run",
-        help="each step as one CUDA graph; auto: on one GPU")
-    shard: Flag = setting(False, "run",
-        help="split model and optimizer over torchrun's processes (FSDP2), not a copy each (DDP)")
-    log_roles: Flag = setting(False, "run",
-        help="per role: gradient norm, weight RMS, update RMS / weight RMS in metrics.csv")
+    graph: one_of("auto", True, False) = setting("auto", "run", "a step as one CUDA graph; auto: on one GPU")
+    shard: Flag = setting(False, "run", "split model and optimizer over processes (FSDP2); else copies (DDP)")
+    log_roles: Flag = setting(False, "run", "each role's gradient norm, weight RMS and relative update")
     wandb: Flag = setting(False, "run", "log to Weights & Biases too, offline without a login")
-    prompt: AnyText = setting("", "run",
-        help="what the sample continues; of a RUN_DIR, -: each line of standard input")
+    prompt: AnyText = setting("", "run", "what samples continue; of a RUN_DIR, -: lines of standard input")
     samples: Count = setting(1, "run", "how many texts to sample")
     sample_tokens: Whole = setting(200, "run", "tokens in a sample, at most: it ends at an end of text")
-    temperature: NotNegative = setting(0.8, "run",
-        help="x 1/temperature on the logits; 0: always the likeliest token")
+    temperature: NotNegative = setting(0.8, "run", "x 1/temperature on the logits; 0: the likeliest token")
     top_k: Count | None = setting(50, "run", "tokens to choose among; None: all")
 
     def __post_init__(self):
