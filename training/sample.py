@@ -73,7 +73,7 @@ def sample(source, config):
     try:
         model, tokenizer = load(source, device)
     except UserError as error:
-        raise UserError(str(error).removeprefix("init_from: ")) from None
+        raise UserError(str(error).replace("init_from", source, 1)) from None
     graphed = faster_on_gpu(device)
     with autocast:
         if config.prompt != "-":
