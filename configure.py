@@ -339,6 +339,7 @@ OTHER_NAMES = {
     "batch": "batch_size train_batch_size global_batch_size total_batch_size",
     "context": "block_size seq_len seq_length sequence_length max_seq_len context_length n_ctx",
     "head_dim": "n_head n_heads num_heads num_attention_heads heads head_size",
+    "kv_heads": "n_kv_head n_kv_heads num_kv_heads num_key_value_heads num_query_groups gqa",
     "position": "rope rotary pos_emb",
     "mlp": "activation act hidden_act swiglu gelu",
     "tied": "tie_embeddings tie_word_embeddings weight_tying",
