@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -271,18 +272,13 @@ def would_read(name, path):
 
 def find_matches(pattern):
     """The paths that a glob matches; ** stands for any folders, in which walk() looks. Raises OSError."""
-    parts = pattern.split(os.sep)
+    parts = os.path.normpath(pattern).split(os.sep)
     if "**" not in parts:
         return glob.glob(pattern)
-    prefix = os.sep.join(parts[:parts.index("**")])
-    if prefix:
-        roots = glob.glob(prefix)
-    else:
-        roots = [os.sep] if pattern.startswith(os.sep) else [os.curdir]
-    with_hidden = any(part.startswith(".") for part in parts[parts.index("**"):])
-    paths = [path for root in filter(os.path.isdir, roots) for path in walk(root, with_hidden)]
-    if roots == [os.curdir] and parts[0] != os.curdir:
-        paths = [os.path.relpath(path) for path in paths]
+    fixed = [*itertools.takewhile(lambda part: not glob.has_magic(part), parts)]
+    root = os.path.join(os.sep, *fixed) if os.path.isabs(pattern) else os.path.join(os.curdir, *fixed)
+    with_hidden = any(part.startswith(".") for part in parts[len(fixed):])
+    paths = map(os.path.normpath, walk(root, with_hidden) if os.path.isdir(root) else [])
     return [path for path in paths if is_match(path.split(os.sep), parts)]
 
 
