@@ -44,6 +44,10 @@ def one_of(*choices):
     return Annotated[object, lambda x: repr(x) in spelled, ", ".join(map(str, choices))]
 
 
+# A parametrization: mup, sp or a point between them of scaling/plane.py, such as plane_0.5_1
+Table = Annotated[object, lambda x: re.fullmatch(r"mup|sp|plane(_[01]|_0\.\d+){2}", str(x)), "mup, sp"]
+
+
 class UserError(ValueError):
     """Something the user can put right; its text is the one line they read."""
 
@@ -98,17 +102,14 @@ class Config:
     base_width: Count = setting(128, "function", "residual channels of the tuned proxy", tuned=True)
     base_depth: Count = setting(4, "function", "blocks of the tuned proxy", tuned=True)
     base_head_dim: Count = setting(64, "function", "channels per head of the tuned proxy", tuned=True)
-    parametrization: one_of("mup", "sp") = setting("mup", "function", tuned=True,
+    parametrization: Table = setting("mup", "function", tuned=True,
         help="mup transfers; sp, the control, is the standard one")
-    mup_lr: Share = setting(1.0, "function", tuned=True,
-        help="mup: exponents of lr, decay, eps and the forward pass, from sp's at 0 to mup's at 1")
     depth_alpha: Share = setting(1.0, "function", tuned=True,
         help="mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP")
     embedding_mult: Positive = setting(1.0, "function", "x the embeddings", tuned=True)
     logit_mult: Positive = setting(1.0, "function", "x logits", tuned=True)
     attention_mult: Positive = setting(1.0, "function", "x attention logits", tuned=True)
 
-    mup_init: Share = setting(1.0, "init", "mup: exponents of init, from sp's at 0 to mup's at 1", tuned=True)
     embedding_std: Positive = setting(0.02, "init", "standard deviation of all embeddings", tuned=True)
     hidden_std: Positive = setting(1.0, "init", "hidden matrices, in units of 1/sqrt(fan_in)", tuned=True)
     readout_std: NotNegative = setting(1.0, "init", "readout, in units of 1/sqrt(base_width)", tuned=True)
@@ -196,7 +197,6 @@ class Config:
                 raise UserError(f"{name} must be a multiple of {unit} ({divisor}), got {value}; "
                                 f"try {value + divisor - value % divisor}")
         self.check_combinations()
-        self.check_plane()
 
     def check_combinations(self):
         """Raises UserError for a setting that contradicts another, or would do nothing beside it."""
@@ -221,13 +221,6 @@ class Config:
         if self.decay_tokens is not None and self.decay_tokens <= (self.warmup_tokens or 0):
             raise UserError(f"decay_tokens must be more than warmup_tokens ({self.warmup_tokens}), got "
                             f"{self.decay_tokens}: both count from the first token")
-
-    def check_plane(self):
-        """Raises UserError for a place between sp and mup without mup."""
-        for name in ("mup_init", "mup_lr"):
-            value = getattr(self, name)
-            if self.parametrization != "mup" and value != 1:
-                raise UserError(f"{name} must be 1 with parametrization={self.parametrization}, got {value}")
 
     @property
     def width_mult(self):
@@ -326,7 +319,11 @@ TUNED = tuple(name for name in SETTINGS if SETTINGS[name].tuned)
 
 def complete_saved(settings):
     """All settings, from those that this or an older version saved. A setting that did not exist yet gets its
-    default, or what versions without it did."""
+    default, or what versions without it did; mup_init and mup_lr, which there were, a table of their own."""
+    settings = dict(settings)
+    point = settings.pop("mup_init", 1), settings.pop("mup_lr", 1)
+    if point != (1, 1):
+        settings["parametrization"] = "plane_{:g}_{:g}".format(*point)
     missing = {name: declared.default if declared.before is None else declared.before
                for name, declared in SETTINGS.items() if name not in settings}
     return missing | settings
@@ -343,7 +340,7 @@ OTHER_NAMES = {
     "position": "rope rotary pos_emb",
     "mlp": "activation act hidden_act swiglu gelu",
     "tied": "tie_embeddings tie_word_embeddings weight_tying",
-    "parametrization": "mup use_mup sp",
+    "parametrization": "mup use_mup sp mup_init mup_lr",
     "optimizer": "optim muon adamw",
     "lr": "learning_rate max_lr peak_lr base_lr",
     "embedding_std": "init_std initializer_range",

@@ -59,45 +59,12 @@ def sp(a):
 TABLES = {"mup": mup, "sp": sp}
 
 
-def mix(start, end, share):
-    """The pair of exponents from `start`, at share 0, to `end`, at 1; both are met exactly."""
-    if end is None:
-        return None
-    return tuple((1 - share) * a + share * b for a, b in zip(start, end, strict=True))
-
-
-def between(start, end, init, lr):
-    """The table between two. `init` and `lr`, from 0 to 1, say how far it is from `start` to `end` in the
-    initial weights and in their updates: a point of the plane of Tensor Programs V (arXiv 2203.03466).
-
-    That plane is of widths and of weights with their multipliers in them. A forward multiplier acts on
-    initial weights and updates alike. So it goes with `lr`, and the readout's std makes up for that at
-    initialization. Attention's 1/d goes with `lr`, as it is there for queries and keys that have learned to
-    agree; so does the branch multiplier, which is a rule of depth.
-    """
-    (start_roles, start_factors), (end_roles, end_factors) = start, end
-    if unpaired := start_roles.keys() ^ end_roles.keys():
-        raise UserError(f"parametrization.py: role {', '.join(sorted(unpaired))} has a row in one table and "
-                        "none in the other; takes one in mup() and one in sp()")
-    roles = {}
-    for role, its_end in end_roles.items():
-        its_start = start_roles[role]._asdict()
-        mixed = {name: mix(its_start[name], exponents, init if name == "std" else lr)
-                 for name, exponents in its_end._asdict().items()}
-        roles[role] = Exponents(**mixed)
-    logits = zip(start_factors["logits"], end_factors["logits"], strict=True)
-    made_up = [(init - lr) * (b - a) for a, b in logits]
-    std = tuple(a + b for a, b in zip(roles["readout"].std, made_up, strict=True))
-    roles["readout"] = roles["readout"]._replace(std=std)
-    factors = {name: mix(start_factors[name], end_factors[name], lr) for name in ("branch", "logits")}
-    [factors["attention"]] = mix([start_factors["attention"]], [end_factors["attention"]], lr)
-    return roles, factors
-
-
 def table_of(config):
-    """(roles, factors of the forward pass) of `config`: its table, or one on the way to it from sp's."""
-    a = config.depth_alpha
-    return between(sp(a), TABLES[config.parametrization](a), config.mup_init, config.mup_lr)
+    """(roles, exponents of the forward pass's factors) of `config`'s parametrization."""
+    if config.parametrization not in TABLES:
+        raise UserError(f"parametrization must be one of {', '.join(TABLES)} here, got "
+                        f"{config.parametrization}; `python -m scaling.plane` trains points between these")
+    return TABLES[config.parametrization](config.depth_alpha)
 
 
 # Role: the names of its parameters. Nothing is attached to tensors, where DDP or compile could lose it.

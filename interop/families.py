@@ -109,7 +109,7 @@ NO_EFFECT = frozenset("""model_type architectures dtype torch_dtype transformers
     max_window_layers""".split())
 # The function settings that fields_of() writes, or that weights.fold() puts into the weights
 KNOWN_SETTINGS = frozenset("""width depth context head_dim kv_heads window position norm qk_norm mlp mlp_ratio
-    rotary_base norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization mup_lr
+    rotary_base norm_eps tied bias vocab_size base_width base_depth base_head_dim parametrization
     depth_alpha embedding_mult logit_mult attention_mult""".split())
 # What a config.json may hold at most: more would take the memory of the machine before anything is checked
 LARGEST = {"n_layer": 10_000, "num_hidden_layers": 10_000, "n_positions": 2**24,

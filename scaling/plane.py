@@ -1,23 +1,79 @@
 """The map between SP and μP: python -m scaling.plane DIR...
 
-    python -m scaling.sweep CONFIG mup_init=0,0.5,1 mup_lr=0,0.5,1 lr=2**-10..2**-6 --width=512 --out=DIR
+    python -m scaling.plane CONFIG init=0,0.5,1 updates=0,0.5,1 lr=2**-10..2**-6 --width=512 --out=DIR
 
-mup_init and mup_lr say how far the exponents of the initial weights and of their updates are from the
-standard parametrization's, at 0, to μP's, at 1 (parametrization.py: between()). The map shows, for each
-point of this plane, the loss at the best lr of the sweep, as Tensor Programs V (arXiv 2203.03466) does. At
-the base width all points are one model: the plane opens with the width. --to=DIR is where plane.json and
-plane.png go.
+trains it first, as a sweep: --stack=K and what was trained before are as in scaling.sweep. `init` and
+`updates` say how far the exponents of the initial weights and of their updates are from the standard
+parametrization's, at 0, to μP's, at 1 (mup_init and mup_lr in plane.json). The map shows, for each point of
+this plane, the loss at the best lr of the sweep, as Tensor Programs V (arXiv 2203.03466) does. At the base
+width all points are one model: the plane opens with the width. --to=DIR is where plane.json and plane.png go.
 """
 
 import json
 import os
+from itertools import product
 
 import numpy as np
 
-from configure import UserError
-from scaling.cli import command
+import parametrization
+from configure import UserError, configure
+from parametrization import Exponents, mup, sp
+from scaling.cli import command, parse_options, parse_values
 from scaling.figures import load_pyplot, save
 from scaling.rows import loss_of, parse_folders, read_rows, write_report
+from scaling.sweep import run_trials, trial_configs
+
+
+def mix(start, end, share):
+    """The pair of exponents from `start`, at share 0, to `end`, at 1; both are met exactly."""
+    if end is None:
+        return None
+    return tuple((1 - share) * a + share * b for a, b in zip(start, end, strict=True))
+
+
+def between(start, end, init, updates):
+    """The table between two. `init` and `updates`, from 0 to 1, say how far it is from `start` to `end` in
+    the initial weights and in their updates: a point of the plane of Tensor Programs V (arXiv 2203.03466).
+
+    That plane is of widths and of weights with their multipliers in them. A forward multiplier acts on
+    initial weights and updates alike. So it goes with `updates`, and the readout's std makes up for that at
+    initialization. Attention's 1/d goes with `updates`, as it is there for queries and keys that have learned
+    to agree; so does the branch multiplier, which is a rule of depth.
+    """
+    (start_roles, start_factors), (end_roles, end_factors) = start, end
+    if unpaired := start_roles.keys() ^ end_roles.keys():
+        raise UserError(f"parametrization.py: role {', '.join(sorted(unpaired))} must have a row in both "
+                        "tables, mup() and sp()")
+    roles = {}
+    for role, its_end in end_roles.items():
+        its_start = start_roles[role]._asdict()
+        mixed = {name: mix(its_start[name], exponents, init if name == "std" else updates)
+                 for name, exponents in its_end._asdict().items()}
+        roles[role] = Exponents(**mixed)
+    logits = zip(start_factors["logits"], end_factors["logits"], strict=True)
+    made_up = [(init - updates) * (b - a) for a, b in logits]
+    std = tuple(a + b for a, b in zip(roles["readout"].std, made_up, strict=True))
+    roles["readout"] = roles["readout"]._replace(std=std)
+    factors = {name: mix(start_factors[name], end_factors[name], updates) for name in ("branch", "logits")}
+    [factors["attention"]] = mix([start_factors["attention"]], [end_factors["attention"]], updates)
+    return roles, factors
+
+
+def register(init, updates):
+    """The name, as a value of the setting `parametrization`, of a point between sp and mup: from now on its
+    table is there."""
+    if (init, updates) == (1, 1):
+        return "mup"
+    name = f"plane_{init:g}_{updates:g}"
+    parametrization.TABLES[name] = lambda alpha: between(sp(alpha), mup(alpha), init, updates)
+    return name
+
+
+def point_of(config):
+    """(init, updates) of a trial's settings."""
+    name = config["parametrization"]
+    corners = {"sp": (0.0, 0.0), "mup": (1.0, 1.0)}
+    return corners[name] if name in corners else tuple(map(float, name.split("_")[1:]))
 
 
 def analyze(rows):
@@ -26,13 +82,13 @@ def analyze(rows):
     than these."""
     configs = [json.loads(row["config"]) for row in rows]
     varied = {name for name in configs[0] if len({json.dumps(config[name]) for config in configs}) > 1}
-    other = sorted(varied - {"mup_init", "mup_lr", "lr", "seed"})
-    if other or not {"mup_init", "mup_lr"} & varied or configs[0]["parametrization"] != "mup":
-        raise UserError(f"plane: got rows that vary {', '.join(sorted(varied)) or 'nothing'}; takes those of "
-                        "a sweep over mup_init, mup_lr, lr and seed alone")
+    other = sorted(varied - {"parametrization", "lr", "seed"})
+    if other or "parametrization" not in varied:
+        raise UserError("plane: the rows must be of a sweep over init, updates, lr, seed alone; these vary "
+                        f"{', '.join(sorted(varied)) or 'nothing'}")
     losses = {}
     for row, config in zip(rows, configs, strict=True):
-        by_lr = losses.setdefault((config["mup_init"], config["mup_lr"]), {})
+        by_lr = losses.setdefault(point_of(config), {})
         by_lr.setdefault(config["lr"], []).append(loss_of(row))
     return {"width": configs[0]["width"], "base_width": configs[0]["base_width"],
             "points": [best_point(*point, by_lr) for point, by_lr in sorted(losses.items())]}
@@ -95,8 +151,32 @@ def format_plane(report):
     return "\n".join(lines)
 
 
+def parse_shares(name, text):
+    try:
+        shares = [float(item) for item in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or min(shares) < 0 or max(shares) > 1:
+        raise UserError(f"{name} must be numbers from 0 to 1, such as 0,0.5,1, got {text}")
+    return shares
+
+
+def train_plane(config, axes, options):
+    """Trains a sweep over the points of `init` and `updates` and over the other axes. Raises UserError."""
+    shares = [parse_shares(name, axes.pop(name, "0,1")) for name in ("init", "updates")]
+    axes = {name: parse_values(name, text) for name, text in axes.items()}
+    points = [register(*point) for point in product(*shares)]
+    configs = trial_configs(config, {"parametrization": points} | axes)
+    run_trials(configs, options["out"], options["stack"], ("parametrization", *axes))
+
+
 @command
 def main(argv):
+    if any("=" in word and not word.startswith("-") for word in argv):
+        options, axes, words = parse_options(argv, {"to": "", "out": "out/plane", "stack": 1}, __doc__,
+                                             takes_axes=True)
+        train_plane(configure(words), axes, options)
+        argv = [options["out"], f"--to={options['to'] or options['out']}"]
     _, folders, to = parse_folders(argv, {}, __doc__)
     report = analyze(read_rows(folders))
     if not any(np.isfinite(point["loss"]) for point in report["points"]):

@@ -16,7 +16,7 @@ from conftest import BLOCKS, GPT2_BLOCK, in_double, plain_logits, tiny, tokens
 import model as model_module
 import parametrization
 import train
-from configure import Config, UserError
+from configure import Config, UserError, complete_saved
 from data.loader import TokenDataset, prefetch_batches
 from data.prepare import prepare
 from model import GPT, mlp_width
@@ -29,10 +29,18 @@ from parametrization import (
     param_groups,
     role_of,
 )
+from scaling.plane import register
 from training import optimizer as optimizer_module
 from training.device import batches_on_device, select_device
 from training.optimizer import build_optimizer
 from training.schedule import LearningRate, lr_factor
+
+
+@pytest.fixture
+def own_tables(monkeypatch):
+    """Points of the plane between sp and mup that a test registers are forgotten after it."""
+    monkeypatch.setattr(parametrization, "TABLES", dict(parametrization.TABLES))
+
 
 # Width x 4 and depth x 8 from a base of width 16, 4 channels a head and 1 block; heads x 4.
 SHAPE = {"width": 64, "depth": 8, "head_dim": 16, "base_width": 16, "base_depth": 1, "base_head_dim": 4}
@@ -352,24 +360,24 @@ def test_at_the_base_shape_mup_and_sp_are_the_same_run_to_the_last_bit(settings)
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True, "bias": True, "weight_decay": 0.1},
                                       {"optimizer": "muon"}, GPT2_BLOCK | {"depth_alpha": 0.3}])
-def test_the_corners_of_the_plane_between_sp_and_mup_are_sp_and_mup_to_the_last_bit(settings):
-    corner = observe_steps(tiny(**settings, mup_init=0, mup_lr=0))
+def test_the_corners_of_the_plane_between_sp_and_mup_are_sp_and_mup_to_the_last_bit(settings, own_tables):
+    corner = observe_steps(tiny(**settings, parametrization=register(0, 0)))
     control = observe_steps(tiny(**settings, parametrization="sp"))
     other = observe_steps(tiny(**settings))
     assert corner[:3] == control[:3] and torch.equal(corner[3], control[3])
     assert other[2] != control[2] and not torch.equal(other[3], control[3])
 
 
-def test_between_sp_and_mup_init_and_updates_have_exponents_of_their_own():
+def test_between_sp_and_mup_init_and_updates_have_exponents_of_their_own(own_tables):
     """Typed by hand from Tensor Programs V, Table 3 (no multipliers: those of the logits are in the numbers
     here): over width the readout starts as m^-1/2 in SP and m^-1 in μP, and takes steps of 1 and of m^-1."""
     m = 4
-    expected = {  # (mup_init, mup_lr): powers of m: readout at the start, its steps, steps of hidden matrices
+    expected = {  # (init, updates): powers of m: readout at the start, its steps, steps of hidden matrices
         (0, 0): (-0.5, 0, 0), (1, 1): (-1, -1, -1), (1, 0): (-1, 0, 0),
         (0, 1): (-0.5, -1, -1), (0.5, 0.25): (-0.75, -0.25, -0.25)}
     for (init, lr), powers in expected.items():
-        config = tiny(width=m * 16, base_width=16, base_depth=2, depth=2, mup_init=init, mup_lr=lr, lr=1.0,
-                      readout_std=4.0, hidden_std=1.0)
+        config = tiny(width=m * 16, base_width=16, base_depth=2, depth=2, lr=1.0,
+                      parametrization=register(init, lr), readout_std=4.0, hidden_std=1.0)
         logits = forward_multipliers(config)["logits"]
         readout, hidden = hyperparameters(config, "readout"), hyperparameters(config, "hidden")
         got = logits * readout["std"], logits * readout["lr"], hidden["lr"]
@@ -377,9 +385,14 @@ def test_between_sp_and_mup_init_and_updates_have_exponents_of_their_own():
         assert hidden["std"] == pytest.approx(1 / 8) and hyperparameters(config, "embedding")["lr"] == 1
 
 
-def test_the_plane_between_sp_and_mup_is_no_setting_of_sp():
-    with pytest.raises(UserError, match="^mup_lr .*sp"):
-        tiny(parametrization="sp", mup_lr=0.5)
+def test_a_point_of_the_plane_has_a_table_once_it_is_registered_and_is_read_from_older_settings(own_tables):
+    older = {"parametrization": "mup", "mup_init": 0.25, "mup_lr": 1.0}
+    assert complete_saved(older)["parametrization"] == "plane_0.25_1"
+    config = tiny(parametrization="plane_0.25_1")
+    with pytest.raises(UserError, match="^parametrization must be .* scaling.plane"):
+        hyperparameters(config, "hidden")
+    assert register(0.25, 1.0) == "plane_0.25_1" and hyperparameters(config, "hidden")
+    assert complete_saved(older | {"mup_init": 1})["parametrization"] == register(1, 1) == "mup"
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
