@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import os
 import re
 import shutil
@@ -89,6 +90,17 @@ def check_arrows(sources):
             assert is_below or (module, other) == READS_FOREIGN, f"{module} imports {name}"
 
 
+def check_circles(sources):
+    """Among modules, within a part too. An arrow upward would be one of check_arrows()."""
+    graph = {module: {name for name in imports_of(source) | {i.rpartition(".")[0] for i in imports_of(source)}
+                      if name in sources and part_of(name) == part_of(module)} - {module}
+             for module, source in sources.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"a circle: {' imports '.join(reversed(error.args[1]))}") from None
+
+
 def check_libraries(sources):
     for module, source in sources.items():
         forbidden = {name for part, names in MUST_NOT_IMPORT.items() if is_in(module, part) for name in names}
@@ -115,7 +127,8 @@ def check_packages(sources):
         assert sources[package] == "", f"{package}/__init__.py is not empty"
 
 
-CHECKS = [check_arrows, check_libraries, check_function_lengths, check_line_lengths, check_packages]
+CHECKS = [check_arrows, check_circles, check_libraries, check_function_lengths, check_line_lengths,
+          check_packages]
 
 
 def sources_now():
@@ -136,6 +149,7 @@ def test_the_house_is_in_order(check):
     (check_arrows, "training.metrics", "import train", "training.metrics imports train"),
     (check_arrows, "train", "from scaling.trials import identity", "train imports scaling.trials.identity"),
     (check_arrows, "training.sample", "def f():\n    import interop", "training.sample imports interop"),
+    (check_circles, "training.device", "from training import sample", "a circle: training.* imports"),
     (check_libraries, "configure", "import torch", "configure imports torch"),
     (check_libraries, "parametrization", "from torch.nn import Linear", "parametrization imports torch.nn"),
     (check_libraries, "data.loader", "import torch.distributed as dist", "data.loader imports torch.distrib"),
