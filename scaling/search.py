@@ -450,7 +450,8 @@ def run_search(config, space, options):
                 search.draw()
                 search.confirm()
             except KeyboardInterrupt:
-                search.report()
+                if torchrun_rank()[0] == 0:
+                    search.report()
                 raise
             search.copy_rows()
             return search, *search.report()

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 from children import claim_draws, hold_trial, run_command
-from processes import Fork, lab_words, wait_until
+from processes import TIMEOUT, Fork, lab_words, wait_until
 
 from configure import Config, UserError, configure
 from scaling import search, space, study, sweep
@@ -366,7 +366,7 @@ def test_the_workers_of_a_search_that_is_ended_end_too(corpus, tmp_path, request
     start = time.monotonic()
     with Worker(str(tmp_path)) as worker:
         while not worker._lock(1):  # the other worker has ended when its lock is free
-            assert time.monotonic() < start + 30, "an orphan trains on"
+            assert time.monotonic() < start + TIMEOUT, "an orphan trains on"
             time.sleep(0.05)
 
 
