@@ -78,16 +78,14 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        return torch._foreach_lerp(grads, buffers, group["momentum"])
+            self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        # One by one: sharded tensors have no _foreach_lerp in torch 2.11
+        return [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in params]
 
     def apply(self, group, updates):
-        params = group["params"]
-        updates = [as_sharded(update.to(p.dtype), p) for p, update in zip(params, updates, strict=True)]
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_mul_(updates, group["lr"])
-        torch._foreach_sub_(params, updates)
+        for p, update in zip(group["params"], updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(as_sharded(update.to(p.dtype), p) * group["lr"])
 
 
 def as_sharded(tensor, like):
