@@ -317,16 +317,21 @@ def names_in(*groups):
 TUNED = tuple(name for name in SETTINGS if SETTINGS[name].tuned)
 
 
-def complete_saved(settings):
-    """All settings, from those that this or an older version saved. A setting that did not exist yet gets its
-    default, or what versions without it did; mup_init and mup_lr, which there were, a table of their own."""
-    settings = dict(settings)
+def replace_old(settings):
+    """`settings` in today's names: a point between SP and μP is a name of `parametrization` now."""
+    settings = {**settings}
     point = settings.pop("mup_init", 1), settings.pop("mup_lr", 1)
     if point != (1, 1):
         settings["parametrization"] = "plane_{:g}_{:g}".format(*point)
-    missing = {name: declared.default if declared.before is None else declared.before
-               for name, declared in SETTINGS.items() if name not in settings}
-    return missing | settings
+    return settings
+
+
+def complete_saved(settings):
+    """All settings, from those that this or an older version saved. A setting that did not exist yet gets its
+    default, or what versions without it did."""
+    before = {name: declared.default if declared.before is None else declared.before
+              for name, declared in SETTINGS.items()}
+    return before | replace_old(settings)
 
 
 # What other programs call a setting, for the answer to one that does not exist
@@ -492,7 +497,7 @@ def read_settings(source):
         with forget_imports():
             assigned = {"__name__": "config", "__file__": path}
             exec(compile(Path(path).read_bytes(), path, "exec"), assigned)
-        return {name: value for name, value in assigned.items() if is_assignment(name, value)}
+        return replace_old({name: value for name, value in assigned.items() if is_assignment(name, value)})
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # a config file may raise anything

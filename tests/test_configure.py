@@ -56,6 +56,13 @@ def test_a_file_can_build_on_another_and_compute(tmp_path, monkeypatch):
     assert config == dataclasses.replace(proxy, width=512, lr=2 * proxy.lr)
 
 
+def test_the_best_py_of_an_older_search_is_read(tmp_path):
+    written = "parametrization = 'mup'\nmup_init = 1.0\nmup_lr = 1.0\ndepth_alpha = 0.8\nlr = 0.25\n"
+    assert configure([write(tmp_path / "best.py", written)]) == Config(depth_alpha=0.8, lr=0.25)
+    between = configure([write(tmp_path / "best.py", written.replace("mup_lr = 1.0", "mup_lr = 0.5"))])
+    assert between.parametrization == "plane_1_0.5"
+
+
 def test_a_file_that_another_builds_on_is_read_anew_each_time(tmp_path, monkeypatch):
     (tmp_path / "my_presets").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
