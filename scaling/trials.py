@@ -110,11 +110,11 @@ def read_trials(folder):
             text = file.read()
         complete = text[:text.rfind("\n") + 1]  # another process may be writing the last line
         reader = csv.DictReader(io.StringIO(complete))
-        if missing := {*OLD_COLUMNS} - {*(reader.fieldnames or OLD_COLUMNS)}:
-            columns = COLUMNS if len(reader.fieldnames) == len(COLUMNS) else OLD_COLUMNS
-            raise UserError(f"{path}: line 1 is not the header of a table of trials, as it has no column "
-                            f"{min(missing)}; put this line before it: {','.join(columns)}")
         try:
+            if missing := {*OLD_COLUMNS} - {*(reader.fieldnames or OLD_COLUMNS)}:
+                columns = COLUMNS if len(reader.fieldnames) == len(COLUMNS) else OLD_COLUMNS
+                raise UserError(f"{path}: line 1 is not the header of a table of trials, as it has no column "
+                                f"{min(missing)}; put this line before it: {','.join(columns)}")
             rows += [parse_row(row, path) for row in reader]
         except UserError:
             raise

