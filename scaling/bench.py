@@ -24,7 +24,7 @@ from configure import SETTINGS, UserError, configure, is_from_run
 from interop.weights import write_model
 from scaling.cli import command, parse_options, reject_unused
 from train import train
-from training.device import GIB, peak_flops, precision_name, select_device
+from training.device import GIB, peak_flops, precision_name, select_device, use_sensible_threads
 from training.distributed import init_distributed, rank, world_size
 from training.pretrained import load
 from training.sample import faster_on_gpu
@@ -158,6 +158,7 @@ def main(argv):
         return
     reject_unused(words, UNUSED_FOR_LOSS if options["loss"] else UNUSED_FOR_SPEED, "this benchmark")
     config = configure(words)
+    use_sensible_threads(config)
     init_distributed()
     numbers = cost_of_loss(config, options["loss"]) if options["loss"] else bench(config)
     if rank() == 0:

@@ -44,7 +44,7 @@ from scaling import figures
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.fits import power_law
 from train import train_step
-from training.device import select_device
+from training.device import select_device, use_sensible_threads
 from training.optimizer import build_optimizer
 from training.schedule import LearningRate
 
@@ -315,6 +315,8 @@ def main(argv):
     config = configure(words)
     axis, sizes = check_sizes(config, options)
     make_folder(options["out"])
+    threads = use_sensible_threads(short_run(replace(config, **{axis: max(sizes)}), options["steps"]))
+    print(f"{len(sizes)} sizes x {options['seeds']} seeds, {threads} threads on a CPU")
     checked = {}
     for name in dict.fromkeys((config.parametrization, "mup", "sp")):  # sp: the control
         checked[name] = coordinate_check(replace(config, parametrization=name), axis, sizes, options["steps"],

@@ -30,7 +30,7 @@ from configure import SETTINGS, UserError, configure, names_in
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from scaling.cli import command, parse_option, parse_options, reject_unused
-from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device
+from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device, use_sensible_threads
 from training.evaluate import evaluate
 
 RATES = {"nanogpt": "lr", "nanochat": "factor"}
@@ -224,6 +224,7 @@ def main(argv):
     reject_unused(words, SETTINGS.keys() - USED - NOT_HERE.keys(), f"a training of {peer}")
     config = configure(words)
     check_comparable(config)
+    use_sensible_threads(config)
     print(f"{RATES[peer]:>12}{'loss':>10}{'error':>9}{'seconds':>10}{'tokens/s':>12}{'GiB':>7}"
           f"{'parameters':>14}")
     for rate in rates:

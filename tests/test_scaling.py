@@ -860,7 +860,8 @@ def test_the_seeds_of_the_coordinate_check_go_on_from_the_configured_one(corpus)
 # do nothing here is right
 CHANGED = {"seed": 1, "head_dim": 32, "position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu",
            "mlp_ratio": 2.0, "rotary_base": 10.0, "norm_eps": 0.1, "tied": True, "bias": True, "depth": 3,
-           "vocab_size": 300, "base_width": 32, "base_depth": 1, "base_head_dim": 8, "parametrization": "sp",
+           "vocab_size": 300, "kv_heads": 1, "base_width": 32, "base_depth": 1, "base_head_dim": 8,
+           "parametrization": "sp",
            "depth_alpha": 0.5, "embedding_mult": 2.0, "logit_mult": 2.0, "attention_mult": 9.0,
            "embedding_std": 0.5, "hidden_std": 0.5, "readout_std": 0.3, "zero_residual_out": False,
            "zero_query": True, "optimizer": "muon", "lr": 2**-6, "embedding_lr_mult": 2.0,
