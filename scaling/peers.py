@@ -30,7 +30,14 @@ from configure import SETTINGS, UserError, configure, names_in
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from scaling.cli import command, parse_option, parse_options, reject_unused
-from training.device import GIB, batches_on_device, is_compiled, peak_memory, select_device, use_sensible_threads
+from training.device import (
+    GIB,
+    batches_on_device,
+    is_compiled,
+    peak_memory,
+    select_device,
+    use_sensible_threads,
+)
 from training.evaluate import evaluate
 
 RATES = {"nanogpt": "lr", "nanochat": "factor"}
