@@ -442,7 +442,7 @@ def test_a_new_parameter_without_a_role_is_rejected_by_name(monkeypatch, part, a
 
 def test_a_parameter_with_two_roles_is_rejected_by_name(monkeypatch):
     monkeypatch.setitem(ROLES, "norm", r".*norm\.weight")
-    with pytest.raises(UserError, match="parameter final_norm.weight must have one role.* norm and final_norm"):
+    with pytest.raises(UserError, match="parameter final_norm.weight must .* norm and final_norm"):
         GPT(tiny())
 
 
