@@ -168,8 +168,8 @@ class TokenDataset:
                     if hashlib.file_digest(file, "sha256").hexdigest() != saved["file_sha256"]:
                         raise ValueError(f"{TOKENIZER_FILE} does not match its sha256")
                 tokenizer = read_tokenizer_json(self.folder)
-            if tokenizer.vocab_size > self.vocab_size:
-                raise ValueError(f"token {tokenizer.vocab_size - 1} in a vocabulary of {self.vocab_size}")
+            if tokenizer.vocab_size != self.vocab_size:
+                raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for {self.vocab_size}")
             return tokenizer
 
     @property

@@ -69,21 +69,14 @@ def prepare(config):
     settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS}
     settings["tokenizer"] = tokenizer_identity(config.tokenizer)
     folder = os.path.join(config.data_dir, folder_name(settings, source))
-    if is_older(folder, changed):
+    meta = os.path.join(folder, "meta.json")
+    if os.path.exists(meta) and os.stat(meta).st_mtime_ns < changed:
         # The same names, sizes and times of modification, but written to since then: maybe another text
         source["changed"] = changed
         folder = os.path.join(config.data_dir, folder_name(settings, source))
     if not os.path.isdir(folder):
         write_folder(config, folder, parts, {"format": FORMAT, "settings": settings, "source": source})
     return folder
-
-
-def is_older(folder, time):
-    """Whether there is a prepared `folder` from before `time`, in ns."""
-    try:
-        return os.stat(os.path.join(folder, "meta.json")).st_mtime_ns < time
-    except OSError:
-        return False
 
 
 def is_prepared(folder):
@@ -225,8 +218,7 @@ def write_mixture(config, folder, parts):
                   "folder": os.path.relpath(dataset.folder, folder)}
                  for (part, weight), dataset in zip(parts, datasets, strict=True)]
     counts = {split: mixed_counts(split, described, datasets) for split in ("train", "val")}
-    return {"tokenizer": saved, "vocab_size": tokenizer.vocab_size, "parts": described,
-            "bytes_per_token": bytes_per_token(counts), **counts}
+    return {"tokenizer": saved, "vocab_size": tokenizer.vocab_size, "parts": described, **counts}
 
 
 def mixed_counts(split, parts, datasets):
@@ -254,7 +246,7 @@ def write_tokens(config, folder):
     stamps = {name: stamp(os.path.join(folder, name)) for name in ("train.bin", "val.bin")}
     write_text(os.path.join(folder, CHECKED), json.dumps(stamps))
     return {"tokenizer": saved, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str[1:],
-            "held_out": "ends" if ends else "documents", "bytes_per_token": bytes_per_token(splits), **splits}
+            "held_out": "ends" if ends else "documents", **splits}
 
 
 def save_tokenizer(tokenizer, folder, name):
@@ -264,11 +256,6 @@ def save_tokenizer(tokenizer, folder, name):
         file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": name, "special_tokens": {END_OF_TEXT: tokenizer.eot}, "sha256": tokenizer.sha256,
             "file_sha256": file_sha256}
-
-
-def bytes_per_token(splits):
-    return round(sum(counts["bytes"] for counts in splits.values())
-                 / sum(counts["tokens"] for counts in splits.values()), 4)
 
 
 def write_splits(config, folder, tokenizer, dtype, documents):
@@ -407,12 +394,12 @@ def main(argv):
     config = configure(words, usage=__doc__, names=(*IDENTITY_SETTINGS, "data_dir"))
     dataset = TokenDataset(prepare(config), verify=words != argv)
     print(dataset.folder)
-    for split in ("train", "val"):
-        counts = dataset.meta[split]
+    both = [dataset.meta[split] for split in ("train", "val")]
+    for split, counts in zip(("train", "val"), both, strict=True):
         print(f"{split:5}  {counts['documents']:>10,} documents  {counts['tokens']:>13,} tokens  "
               f"{counts['bytes']:>13,} bytes")
-    print(f"{dataset.meta['bytes_per_token']:.2f} bytes per token, "
-          f"{dataset.vocab_size:,} tokens in the vocabulary")
+    ratio = sum(counts["bytes"] for counts in both) / sum(counts["tokens"] for counts in both)
+    print(f"{ratio:.2f} bytes per token, {dataset.vocab_size:,} tokens in the vocabulary")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiktoken
+import tiktoken_ext.openai_public
 import torch
 from children import prepare_endless_text, run_command
 from conftest import column, run
@@ -256,6 +257,18 @@ def test_bpe_has_exactly_the_requested_size_and_splits_text_as_its_trainer_does(
     for text in [*texts, ODD_TEXT, SAMPLE, " \n \n\n", "I'VE 1000000", "a" * 50,
                  "\t\tnew = 'x'  # no\x1c\x85\xa0\n\n"]:
         assert tokenizer.encode(text) == bpe.encode(text).ids == by_tiktoken.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_a_name_of_tiktokens_gives_tiktokens_tokens(monkeypatch, name):
+    ranks = build_tokenizer("bpe:450", lambda: [make_text(i) + SAMPLE for i in range(200)]).ranks
+    monkeypatch.setattr("tiktoken_ext.openai_public.load_tiktoken_bpe", lambda *args, **kwargs: ranks)
+    encoding = tiktoken.Encoding(**getattr(tiktoken_ext.openai_public, name)())
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
+    tokenizer = build_tokenizer(name)
+    assert tokenizer.vocab_size == encoding.n_vocab > 10**5 and tokenizer.eot == encoding.eot_token
+    for text in (SAMPLE, ODD_TEXT, "I'VE 1000000\r\n\r\n  a//b\n/*\n*/  ", "HTTPServer's camelCase a" * 50):
+        assert tokenizer.encode(text) == encoding.encode_ordinary(text)
 
 
 def test_a_long_text_is_encoded_in_parts_that_give_the_tokens_of_the_whole(tmp_path, monkeypatch):
@@ -870,7 +883,8 @@ DAMAGES = [
     *(("meta.json", crafted(change)) for change in (
         lambda meta: meta["train"].pop("tokens"), lambda meta: meta["train"].pop("sha256"),
         lambda meta: meta.update(vocab_size="257"), lambda meta: meta.update(vocab_size=257.0),
-        lambda meta: meta.update(vocab_size=200), lambda meta: meta.update(tokenizer=3),
+        lambda meta: meta.update(vocab_size=200), lambda meta: meta.update(vocab_size=300),
+        lambda meta: meta.update(tokenizer=3),
         lambda meta: meta["tokenizer"].update(special_tokens={"<|endoftext|>": 300}),
         lambda meta: meta["tokenizer"].update(special_tokens={"<|endoftext|>": -1})))]
 
