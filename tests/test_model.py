@@ -190,7 +190,7 @@ def test_dropout_reaches_the_embeddings_the_attention_and_both_branches(part):
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True}, GPT2_BLOCK, {"mlp": "relu2"},
-                                      {"bias": True, "depth": 3}])
+                                      {"bias": True, "depth": 3}, VARIANTS["kv_heads"]])
 def test_flops_per_token_are_those_that_torch_counts(settings):
     model = GPT(tiny(**{"context": 64, **settings}))
     x_BT, y_BT = tokens(model.config, batch=2)
@@ -228,7 +228,7 @@ def test_sizes_that_no_tensor_can_have_are_rejected_in_a_line(settings):
     (GPT2_BLOCK, 2 * (96 + 32 + 128 + 128) + 64),
     (GPT2_BLOCK | {"vocab_size": 100, "depth": 1}, 384 + 100),
     # gates and units: 2 x 88 out of gate_up, 88 into down
-    ({}, 2 * (96 + 32 + 176 + 88) + 64)])
+    ({}, 2 * (96 + 32 + 176 + 88) + 64), ({"head_dim": 8, "kv_heads": 1}, 2 * (48 + 32 + 176 + 88) + 64)])
 def test_activations_per_token_are_the_wider_side_of_each_matrix_product_and_the_logits(settings, expected):
     assert GPT(tiny(**settings)).activations_per_token() == expected
 

@@ -55,8 +55,9 @@ def losses(result):
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))])
 @pytest.mark.parametrize(("block", "seeds"), [
-    ({}, None), ({"window": 5}, 3), (GPT2_BLOCK | {"position": "rotary"}, None), ({"optimizer": "muon"}, 3)],
-    ids=["own texts", "one text, a window", "gpt2 rotary", "muon"])
+    ({}, None), ({"window": 5}, 3), (GPT2_BLOCK | {"position": "rotary"}, None),
+    ({"optimizer": "muon", "head_dim": 8, "kv_heads": 2}, 3)],
+    ids=["own texts", "one text, a window", "gpt2 rotary", "muon, kv_heads"])
 def test_stacked_models_are_those_trained_alone(corpus, block, seeds, where):
     shared = corpus | block | {"steps": 20, "bias": True, "device": where, "precision": "fp32",
                                "compile": False}  # in bf16 rounding grows to 0.05 in 20 steps
