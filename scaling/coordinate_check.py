@@ -7,11 +7,11 @@ in the figure, fails. Exit code 0 for PASS, 1 for FAIL and for UNDECIDED. Also -
 --seed on), --out=DIR. It trains on 2 sequences of at most 64 tokens at a constant, low rate: a setting of the
 batch, the schedule or the evaluation is rejected.
 
-The rows, in the order of the forward pass: the logits, first; by how much the readout's own learning, apart
-from its random start, changes the logits of the targets; what owns a matrix, by the change of its output; the logits of attention; the residual stream after each
-block; and each vector, such as a norm's gain, by the length of its own steps. Layers of all blocks are one
-row. A new layer is found by itself; a parameter that lies in GPT or Block directly, and is no vector, shows
-in the logits or the residual stream only.
+The rows, in the order of the forward pass: the logits, first; what the readout's own learning, apart from its
+random start, changes in the logits of the targets; what owns a matrix, by the change of its output; the
+logits of attention; the residual stream after each block; and each vector, such as a norm's gain, by the
+length of its own steps. Layers of all blocks are one row. A new layer is found by itself; a parameter that
+lies in GPT or Block directly, and is no vector, shows in the logits or the residual stream only.
 
 How to read a FAIL: the cause is the first row from the top that is off, logits left out, as what follows it
 inherits its error. Above what is expected: it moves more at each larger size, so its lr or its initial size
