@@ -107,14 +107,16 @@ class Search:
 
     def __init__(self, config, space, options, worker, storage, dataset):
         self.space, self.options, self.worker, self.dataset = space, options, worker, dataset
-        self.storage = storage
         self.config = trial_configs(config, {})[0]
         self.facts = facts_of(self.config, dataset)
         self.domains = distributions(space)
-        settings = self.key_of(self.config)
-        self.draws = SharedStudy(storage, options["study"], worker, settings, self.domains)
-        self.others = SharedStudy(storage, f"{options['study']}, seeds and lr", worker, settings)
+        self.open_studies(storage)
         self.reported, self.leaders, self.best = time.monotonic(), [], None
+
+    def open_studies(self, storage):
+        self.storage, name, settings = storage, self.options["study"], self.key_of(self.config)
+        self.draws = SharedStudy(storage, name, self.worker, settings, self.domains)
+        self.others = SharedStudy(storage, f"{name}, seeds and lr", self.worker, settings)
 
     def key_of(self, config):
         """The identity() of a trial of this search."""
@@ -451,6 +453,7 @@ def run_search(config, space, options):
                 search.confirm()
             except KeyboardInterrupt:
                 if torchrun_rank()[0] == 0:
+                    search.open_studies(open_storage(where))  # the signal may have come while it was read
                     search.report()
                 raise
             search.copy_rows()
