@@ -19,17 +19,34 @@ from model import GPT
 
 # The lr of a run that starts from such a model and gives none: usual for GPT-2's size, low for a small model
 LR = 5e-5
+HUB_TIMEOUT = 10  # seconds
 # Models without an owner, from the first days of the hub; their tokenizer is tiktoken's gpt2
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 
 
 @functools.cache
-def download(repository, pattern, commit=None):
-    """The local folder of a model of the hub, named after its commit, with those of its files that match.
-    Without a network it is what was downloaded before. Raises UserError."""
+def hub_commit(repository):
+    """The commit that a model of the hub is at; None where the hub does not answer. Asked first, and once, as
+    a download would be tried for minutes. Raises HfHubHTTPError where it answers that there is none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        return HfApi().model_info(repository, timeout=HUB_TIMEOUT).sha
+    except HfHubHTTPError:
+        raise
+    except Exception:  # of the network, of many types
+        return None
+
+
+@functools.cache
+def download(repository, pattern):
+    """The local folder of a model of the hub, with those of its files that match. Without a network it is
+    what was downloaded before. Raises UserError."""
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(repository, revision=commit, allow_patterns=pattern)
+        commit = hub_commit(repository)
+        return snapshot_download(repository, revision=commit, allow_patterns=pattern,
+                                 local_files_only=commit is None)
     except Exception as error:  # of many types
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"there is no folder {repository}, and it cannot be downloaded from the Hugging Face "
@@ -45,7 +62,7 @@ def folder_of(source, with_weights=False):
         raise UserError("must be a run directory, a checkpoint in one, the folder of a Hugging Face model, "
                         f"owner/name on the hub, or one of {', '.join(SHORT_NAMES)}; got {source}")
     folder = download(source, "*.json")
-    return download(source, "model*.safetensors", os.path.basename(folder)) if with_weights else folder
+    return download(source, "model*.safetensors") if with_weights else folder
 
 
 def read_family(folder):

@@ -10,8 +10,10 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,6 +402,35 @@ def test_weights_in_several_files_and_without_their_first_names_are_read(tmp_pat
     _, weights = read_huggingface(str(tmp_path / "in"))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_of_the_hub_the_settings_come_first_and_then_the_weights_of_the_same_commit(tmp_path, monkeypatch):
+    asked, folder = [], str(tmp_path / "snapshot")
+    write(lively(**GPT2_BLOCK), folder)
+
+    def snapshot_download(repository, revision, allow_patterns, local_files_only):
+        asked.append((repository, revision, allow_patterns, local_files_only))
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, timeout: SimpleNamespace(sha="c0ffee"))
+    assert configure(["--init_from=someone/model"]).width == 32
+    assert asked == [("someone/model", "c0ffee", "*.json", False)], "no weights before the settings fit"
+    read_huggingface("someone/model")
+    assert asked[1:] == [("someone/model", "c0ffee", "model*.safetensors", False)], "no pickles"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and is silent
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("interop.huggingface.HUB_TIMEOUT", 0.2)
+        with pytest.raises(UserError, match="^init_from: there is no folder no-one/nothing, .* downloaded"):
+            configure(["--init_from=no-one/nothing"])
+        server.setblocking(False)
+        server.accept()
+        with pytest.raises(BlockingIOError):  # no second connection: a download would be tried for minutes
+            server.accept()
 
 
 def test_what_a_trial_starts_from_is_told_by_the_content_of_its_files(tmp_path):
