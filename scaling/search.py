@@ -83,7 +83,7 @@ MOST = {"trials": 100_000, "seeds": 1_000, "workers": 1_000}  # more is a typing
 LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a draw may be stopped
 REPORT_SECONDS = 20  # between two updates of best.py and the figure, at the least
 # What best.py leaves to the target: its size, its batches, and how much of the text it reads
-TARGETS_OWN = {"width", "depth", "head_dim", "context", "vocab_size", "batch", "batch_start",
+TARGETS_OWN = {"width", "depth", "head_dim", "kv_heads", "context", "vocab_size", "batch", "batch_start",
                "batch_ramp_tokens", "max_tokens", "init_from", "seed"}
 
 
