@@ -428,9 +428,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         with pytest.raises(UserError, match="^init_from: there is no folder no-one/nothing, .* downloaded"):
             configure(["--init_from=no-one/nothing"])
         server.setblocking(False)
-        server.accept()
-        with pytest.raises(BlockingIOError):  # no second connection: a download would be tried for minutes
-            server.accept()
+        connections = 0
+        with contextlib.suppress(BlockingIOError):
+            while server.accept():
+                connections += 1
+    assert 1 <= connections <= 2, "a download would be tried for minutes"
 
 
 def test_what_a_trial_starts_from_is_told_by_the_content_of_its_files(tmp_path):
