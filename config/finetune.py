@@ -8,7 +8,6 @@ import config  # tells who runs this file itself to run train.py with it
 
 init_from = "out/proxy"  # what config/proxy.py trained; or another run, gpt2, a Hugging Face model
 batch = 16  # sequences
-base_batch = None  # not the rule for lr that the weights bring: the factors on lr above were tried without it
 steps = 300  # a few passes over a book
 warmup = 0.05
 eval_every = 100  # the first time before the first step: what the weights know of the new text

@@ -6,6 +6,7 @@ Tensors of all models carry a leading dimension K.
 """
 
 import contextlib
+import functools
 import math
 import warnings
 
@@ -21,6 +22,7 @@ from train import Result
 from training.compile import CudaGraphed, allow_recompiling, fall_back_or_raise, use_cuda_graph
 from training.device import batches_on_device, is_compiled, select_device
 from training.evaluate import evaluate
+from training.muon import MuonWithAdamW
 from training.optimizer import build_optimizer, clip_gradients
 from training.schedule import lr_factor
 
@@ -74,6 +76,7 @@ def run_steps(models, dataset, device, autocast):
     graph = use_cuda_graph(first, device)
     params, buffers = stack_models(models)
     optimizer = build_optimizer(*models, capturable=graph)
+    update = functools.partial(clip_and_step, models, optimizer, StreamPerModel(K, device))
     grads_of = losses_and_grads
     if is_compiled(first, device):
         allow_recompiling()
@@ -82,14 +85,7 @@ def run_steps(models, dataset, device, autocast):
     def step(batch):
         with autocast:
             grads, losses_K = grads_of(models[0], params, buffers, batch)
-        norms = []
-        for k, model in enumerate(models):
-            for name, p in model.named_parameters():
-                p.grad = grads[name][k]
-            norms.append(clip_gradients(model, model.config.grad_clip)[0])
-        optimizer.step()
-        optimizer.zero_grad()
-        return torch.stack((losses_K, torch.stack(norms)))
+        return torch.stack((losses_K, update(grads)))
 
     take_step = CudaGraphed(step, graph, lambda error: fall_back_or_raise("graph", first, error, print))
     batches, numbers = stacked_batches(configs, dataset, device), [torch.zeros(0, 2, K, device=device)]
@@ -99,6 +95,52 @@ def run_steps(models, dataset, device, autocast):
             next(rates)
             numbers.append(take_step(next(batches))[None])
     return torch.cat(numbers).cpu()
+
+
+class StreamPerModel:
+    """A CUDA stream for each of K models: the kernels that clip or step one small model fill few of a GPU's
+    processors, so those of all models run side by side. Elsewhere one model comes after the other."""
+
+    def __init__(self, K, device):
+        self.K = K
+        self.streams = [torch.cuda.Stream(device) for _ in range(K)] if device.type == "cuda" else []
+
+    def call(self, function):
+        """[function(k) for each model], each on its own stream; what follows waits for all."""
+        if not self.streams:
+            return [function(k) for k in range(self.K)]
+        current, results = torch.cuda.current_stream(), []
+        for k, stream in enumerate(self.streams):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                results.append(function(k))
+        for stream in self.streams:
+            current.wait_stream(stream)
+        return results
+
+
+def clip_and_step(models, optimizer, per_model, grads):
+    """Clip each model's gradients, {parameter name: (K, ...)}, and step them all. Returns the norms before
+    clipping, (K,)."""
+    for k, model in enumerate(models):
+        for name, p in model.named_parameters():
+            p.grad = grads[name][k]
+    norms = per_model.call(lambda k: clip_gradients(models[k], models[k].config.grad_clip)[0])
+    adamw = optimizer
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.muon.step()  # the matrices of all models at once
+        adamw = optimizer.adamw
+    groups = adamw.param_groups
+    owner = {p: k for k, model in enumerate(models) for p in model.parameters()}
+
+    def step_one(k):
+        adamw.param_groups = [group for group in groups if owner[group["params"][0]] == k]
+        adamw.step()
+
+    per_model.call(step_one)
+    adamw.param_groups = groups
+    optimizer.zero_grad()
+    return torch.stack(norms)
 
 
 def stack_models(models):
