@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 import pytest
 import torch
 
+import parametrization
 import train
 from configure import Config
 from model import GPT
@@ -152,6 +153,19 @@ def plain_logits(model, tokens_BT, branch, logits, attention):
         x = x + branch * mlp(weight, f"{block}.mlp", norm(weight, f"{block}.mlp_norm", x))
     readout = weight["token_embedding.weight" if config.tied else "readout.weight"]
     return logits * norm(weight, "final_norm", x) @ readout.T
+
+
+def change_table(monkeypatch, name, exponents):
+    """Give the role `name` of the mup table these exponents, or the forward factor of that name."""
+    original = parametrization.TABLES["mup"]
+
+    def changed(alpha):
+        rows, forward = original(alpha)
+        if name in rows:
+            return rows | {name: rows[name]._replace(**exponents)}, forward
+        return rows, forward | {name: exponents}
+
+    monkeypatch.setitem(parametrization.TABLES, "mup", changed)
 
 
 def run(settings, **changes):

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import CHECKED, ROOT, column, run, tokens
+from conftest import CHECKED, ROOT, change_table, column, run, tokens
 from processes import Fork, finish, start_ranks
 
 import model
@@ -328,13 +328,7 @@ def test_the_coordinate_check_passes_the_hacking_example_and_fails_its_wrong_exp
 
     verdicts = check()
     assert "smear" in verdicts and {*verdicts.values()} == {"PASS"}
-    original = parametrization.TABLES["mup"]
-
-    def wrong(alpha):
-        rows, forward = original(alpha)
-        return rows | {"embedding": rows["embedding"]._replace(lr=(-1, 0))}, forward
-
-    monkeypatch.setitem(parametrization.TABLES, "mup", wrong)
+    change_table(monkeypatch, "embedding", {"lr": (-1, 0)})
     assert check()["smear"] == "FAIL"
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import run_command
-from conftest import BLOCKS, CHECKED, GPT2_BLOCK, ROOT
+from conftest import BLOCKS, CHECKED, GPT2_BLOCK, ROOT, change_table
 from processes import Fork, lab_words, wait_until
 
 import model
@@ -918,28 +918,14 @@ def test_a_large_random_readout_hides_neither_a_right_table_nor_a_wrong_one(corp
     powers = {row["layer"]: row["change"] for row in rows}
     assert powers["logits"] < -0.3 and abs(powers["readout"]) < 0.2
     assert {row["verdict"] for row in rows} == {"PASS"}
-    original = parametrization.TABLES["mup"]
-
-    def mutant(alpha):
-        rows, forward = original(alpha)
-        return rows | {"readout": rows["readout"]._replace(lr=(-1, 0))}, forward
-
-    monkeypatch.setitem(parametrization.TABLES, "mup", mutant)
+    change_table(monkeypatch, "readout", {"lr": (-1, 0)})
     assert failing(config, "width", (64, 256), seeds=1).keys() >= {"logits", "readout"}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
     key, wrong, axis = MUTANTS[name]
-    original = parametrization.TABLES["mup"]
-
-    def mutant(alpha):
-        rows, forward = original(alpha)
-        if key in rows:
-            return rows | {key: rows[key]._replace(**wrong)}, forward
-        return rows, forward | {key: wrong}
-
-    monkeypatch.setitem(parametrization.TABLES, "mup", mutant)
+    change_table(monkeypatch, key, wrong)
     optimizer = "muon" if "Muon" in name else "adamw"
     sizes = {"width": FEW_SIZES[optimizer], "depth": (4, 16)}[axis]
     assert failing(Config(**corpus | CHECKED | OPTIMIZERS[optimizer]), axis, sizes, seeds=1)
