@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import importlib
 import json
 import os
@@ -877,6 +878,7 @@ NAMES = {"dataset", "tokenizer", "subset", "split", "text_field", "data_dir", "d
 def test_every_setting_changes_the_coordinate_check_or_is_rejected_by_it(corpus):
     plain = Config(**corpus | CHECKED | {"width": 32, "depth": 4})  # not the base shape, where mup is sp
 
+    @functools.cache
     def measured(**changes):
         run = dataclasses.replace(plain, **changes)
         return str(coordinate_check_module.measure_run(short_run(run, 2), TokenDataset(prepare(run)), 2))
