@@ -420,12 +420,24 @@ def worker_processes(argv, count):
     try:
         yield
     except BaseException:
-        for process in processes:
-            process.terminate()
+        end_workers(processes)
         raise
     finally:
         for process in processes:
             process.wait()
+
+
+def end_workers(processes, patience=10.0):
+    """Sends SIGTERM every `patience` seconds until each has ended. It raises KeyboardInterrupt there, which
+    Python drops where it falls into a finalizer."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+                break
+            process.terminate()
 
 
 def storage_place(options):

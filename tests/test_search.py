@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -368,6 +369,17 @@ def test_the_workers_of_a_search_that_is_ended_end_too(corpus, tmp_path, request
         while not worker._lock(1):  # the other worker has ended when its lock is free
             assert time.monotonic() < start + TIMEOUT, "an orphan trains on"
             time.sleep(0.05)
+
+
+def test_a_worker_that_loses_the_first_signal_gets_another():
+    ignores_one = ("import signal, sys, time; seen = [];"
+                   "signal.signal(signal.SIGTERM, lambda *_: sys.exit() if seen else seen.append(1));"
+                   "print('ready', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", ignores_one], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    search.end_workers([process], patience=0.2)
+    assert process.returncode == 0
+    process.stdout.close()
 
 
 def check_database(corpus, tmp_path, url):
