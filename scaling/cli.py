@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+import threading
 
 from configure import (
     SETTINGS,
@@ -21,12 +22,20 @@ MAX_VALUES = 10_000  # of one range: more is a typing error
 ROUNDING = 1e-6  # of a doubling: so that the logarithms of a range's ends do not lose its last value
 
 
+stop_requested = threading.Event()  # a SIGTERM came
+
+
+def stop(number, frame):
+    stop_requested.set()
+    raise KeyboardInterrupt
+
+
 def command(main):
     """Decorates the main(argv) of a command, the last function of its module: runs it when the module is
     run as a program. main returns the exit code. SIGTERM, which Slurm and `kill` send, ends a command as
     Ctrl-C does."""
     if main.__module__ == "__main__":
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        signal.signal(signal.SIGTERM, stop)
         run_cli(main)
     return main
 

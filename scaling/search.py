@@ -39,7 +39,7 @@ from configure import Config, UserError, check_setting, configure, names_in, rea
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, parse_options, reject_unused
+from scaling.cli import command, parse_options, reject_unused, stop_requested
 from scaling.fits import optimum
 from scaling.space import SPACE, Range, at_edge, distributions, parse_space, to_config, to_params
 from scaling.stack import check_stackable
@@ -500,6 +500,10 @@ def main(argv):
             use_sensible_threads(config)
             found = run_search(config, space, options)
     except KeyboardInterrupt:
+        return say_stopped(options["out"])
+    except Exception:
+        if not stop_requested.is_set():  # else a library made an error of the interrupt
+            raise
         return say_stopped(options["out"])
     if rank > 0:
         return 0
