@@ -1,7 +1,8 @@
 """Tokenizers: built by name, kept in a folder as tokenizer.json, and loaded again.
 
-All are byte-level BPEs, run by the library `tokenizers`: text -> pieces (by a pattern) -> tokens of bytes.
-tiktoken gives the vocabularies of the names that it knows. Older versions kept its format; that is read too.
+All are byte-level BPEs: text -> pieces (by a pattern) -> tokens of bytes. The library `tokenizers` trains
+them, and reads and writes their files; tiktoken gives the vocabularies of the names that it knows, and
+encodes large texts in a fraction of the time. Older versions kept tiktoken's format; that is read too.
 """
 
 import base64
@@ -30,6 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split into pieces, without possessive quantifiers, which `tokenizers` reads differently
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+EVERYTHING = r"[\s\S]+"  # the pattern by which all of a text is one piece
 MIN_BPE_SIZE, MAX_BPE_SIZE = 258, 1_000_000  # tokens; at least 256 bytes, 1 merge and the end of text
 ENCODED_CHARS = 2**16  # characters encoded at once, which bounds memory
 TRAINING_CHARS = 2**10  # characters trained on at once: the time of BPE training grows with their square
@@ -127,12 +129,31 @@ class Tokenizer:
             tokens[token_id] = token.content.encode()
         return tokens
 
+    @functools.cached_property
+    def encoding(self):
+        """A tiktoken.Encoding of the same tokens; None where tiktoken could give others, as for some files of
+        other programs."""
+        written = self.bpe.to_str()
+        match json.loads(written)["pre_tokenizer"]:
+            case {"pretokenizers": [{"pattern": {"Regex": pattern}}, _]}:
+                pass
+            case _:
+                pattern = EVERYTHING
+        special_tokens = {token.content: token_id for token_id, token in self.added_tokens.items()}
+        if merge_by_rank(self.ranks, pattern, special_tokens).to_str() != written:
+            return None
+        encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
+        return encoding if encoding.encode_ordinary(SAMPLE) == self.encode(SAMPLE) else None
+
     def encode(self, text):
         """Token ids of `text`, a list of int; what looks like a special token in it is encoded as text."""
-        return [token_id for ids in self.encode_batch(cut(text, ENCODED_CHARS)) for token_id in ids]
+        parts = self.bpe.encode_batch_fast(cut(text, ENCODED_CHARS), add_special_tokens=False)
+        return [token_id for part in parts for token_id in part.ids]
 
     def encode_batch(self, parts):
-        """[token ids] of each of `parts`, str, by several threads."""
+        """[token ids] of each of `parts`, str, by several threads: the fast way to encode much text."""
+        if self.encoding is not None:
+            return self.encoding.encode_ordinary_batch(parts)
         return [found.ids for found in self.bpe.encode_batch_fast(parts, add_special_tokens=False)]
 
     def decode(self, ids):
@@ -186,7 +207,7 @@ def build_tokenizer(name, load_texts=None):
     if os.path.isdir(name):
         return load_tokenizer(name)
     if name == "bytes":
-        return from_ranks({bytes([byte]): byte for byte in range(256)}, None, {END_OF_TEXT: 256})
+        return from_ranks({bytes([byte]): byte for byte in range(256)}, EVERYTHING, {END_OF_TEXT: 256})
     if name.startswith("bpe:"):
         vocab_size = int(name.removeprefix("bpe:"))
         trained = train_bpe(vocab_size - 1, load_texts())  # the last id is the end of text
@@ -232,8 +253,13 @@ def split_by(pattern):
 
 
 def from_ranks(ranks, pattern, special_tokens):
-    """The Tokenizer that merges as tiktoken does: of all pairs in a piece, first the one that makes the token
-    of the lowest rank. ranks: {token's bytes: id}; special_tokens: {text: id}."""
+    """The Tokenizer of {token's bytes: id} and {special token: id}, which merges as tiktoken does."""
+    return Tokenizer(merge_by_rank(ranks, pattern, special_tokens), special_tokens[END_OF_TEXT])
+
+
+def merge_by_rank(ranks, pattern, special_tokens):
+    """The tokenizers.Tokenizer that merges as tiktoken does: of all pairs in a piece, first the one that
+    makes the token of the lowest rank."""
     halves = [halves_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     merges = [tuple(map(spell, pair)) for pair in halves if pair]  # the others are whole pieces only
     vocab = {spell(token): rank for token, rank in ranks.items()} | special_tokens
@@ -244,7 +270,7 @@ def from_ranks(ranks, pattern, special_tokens):
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special_tokens])
-    return Tokenizer(bpe, special_tokens[END_OF_TEXT])
+    return bpe
 
 
 def halves_of(token, ranks):

@@ -40,7 +40,7 @@ from data.datasets import MAX_CHARS, describe, documents, find_matches, stdlib_d
 from data.files import atomic_file, write_text
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import hash_fraction, prepare, remove_stale_folders, tokenizer_training_texts
-from data.tokenizer import PATTERN, SAMPLE, build_tokenizer, cut, train_bpe
+from data.tokenizer import PATTERN, SAMPLE, build_tokenizer, cut, keep_tokenizer, load_tokenizer, train_bpe
 
 ODD_TEXT = "naïve 数 🙂 <|endoftext|> don't\r\n\t x=1234567\n\n\u2028e\u0301 \x00"
 WORDS = "the of model width depth loss token batch step lr attention rotary café 数据 🙂 == != 12 345".split()
@@ -158,6 +158,13 @@ def test_validation_windows_are_fixed_evenly_spread_parts_of_the_validation_text
     assert numbered.validation_windows(10, 300)[:, 0].tolist() == [100 * i // 30 * 10 for i in range(30)]
 
 
+def test_text_cut_at_max_tokens_says_that_its_validation_windows_are_others(tmp_path):
+    every, cut_short = open_corpus(tmp_path), open_corpus(tmp_path, max_tokens=30_000)
+    windows = {part.validation_windows(16, 400).tobytes() for part in (every, cut_short)}
+    assert len(windows) == 2
+    assert "max_tokens=30,000: " in cut_short.describe() and "max_tokens=" not in every.describe()
+
+
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, None), (1, 3), (2, 2), (3, None)])
 def test_prefetched_chunks_are_the_batches_of_each_step_for_every_rank(dataset, monkeypatch, world_size,
                                                                        micro_batch):
@@ -248,27 +255,48 @@ def test_text_is_restored_from_its_tokens_and_never_contains_a_special_one(tmp_p
     assert tokenizer.decode([dataset.vocab_size + 5, *tokenizer.encode("né"), 10**6]) == "né"
 
 
+ODD_TEXTS = [ODD_TEXT, SAMPLE, "", " \n \n\n", "I'VE 1000000", "\t\tnew = 'x'  # no\x1c\x85\xa0\n\n",
+             "a//b\n/*\n*/  ", "HTTPServer's camelCase", "<|fim_prefix|><|endoftext|", "\U0001f468\u200d",
+             *[character * 5000 for character in " \n\ta\xe9!1"], "\r\n" * 5000]
+
+
 def test_bpe_has_exactly_the_requested_size_and_splits_text_as_its_trainer_does():
-    texts = [*itertools.islice(stdlib_documents(), 20), *[make_text(i) + ODD_TEXT for i in range(50)]]
-    bpe = train_bpe(1999, texts)
-    tokenizer = build_tokenizer("bpe:2000", lambda: texts)
-    assert tokenizer.vocab_size == 2000 == len(tokenizer.ranks) + 1 and tokenizer.eot == 1999
-    by_tiktoken = tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
-    for text in [*texts, ODD_TEXT, SAMPLE, " \n \n\n", "I'VE 1000000", "a" * 50,
-                 "\t\tnew = 'x'  # no\x1c\x85\xa0\n\n"]:
-        assert tokenizer.encode(text) == bpe.encode(text).ids == by_tiktoken.encode_ordinary(text)
+    texts = [*itertools.islice(stdlib_documents(), 4), *[make_text(i) + ODD_TEXT for i in range(50)]]
+    bpe = train_bpe(699, texts)
+    tokenizer = build_tokenizer("bpe:700", lambda: texts)
+    assert tokenizer.vocab_size == 700 == len(tokenizer.ranks) + 1 and tokenizer.eot == 699
+    for text in [*texts, *ODD_TEXTS]:
+        assert tokenizer.encode(text) == bpe.encode(text).ids
 
 
-@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def train_ranks(vocab_size):
+    texts = [*itertools.islice(stdlib_documents(), 4), *[make_text(i) + SAMPLE for i in range(50)]]
+    return build_tokenizer(f"bpe:{vocab_size}", lambda: texts).ranks
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_a_name_of_tiktokens_gives_tiktokens_tokens(monkeypatch, name):
-    ranks = build_tokenizer("bpe:450", lambda: [make_text(i) + SAMPLE for i in range(200)]).ranks
-    monkeypatch.setattr("tiktoken_ext.openai_public.load_tiktoken_bpe", lambda *args, **kwargs: ranks)
-    encoding = tiktoken.Encoding(**getattr(tiktoken_ext.openai_public, name)())
+    for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(tiktoken_ext.openai_public, loader, lambda *args, **kwargs: train_ranks(450))
+    description = getattr(tiktoken_ext.openai_public, name)()
+    description.pop("explicit_n_vocab", None)  # of the vocabulary that would be downloaded
+    encoding = tiktoken.Encoding(**description)
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
     tokenizer = build_tokenizer(name)
-    assert tokenizer.vocab_size == encoding.n_vocab > 10**5 and tokenizer.eot == encoding.eot_token
-    for text in (SAMPLE, ODD_TEXT, "I'VE 1000000\r\n\r\n  a//b\n/*\n*/  ", "HTTPServer's camelCase a" * 50):
+    assert tokenizer.vocab_size == encoding.n_vocab and tokenizer.eot == encoding.eot_token
+    assert tokenizer.encoding is not None
+    for text in ODD_TEXTS:
         assert tokenizer.encode(text) == encoding.encode_ordinary(text)
+        assert tokenizer.encode_batch([text, "a"]) == [encoding.encode_ordinary(text), tokenizer.encode("a")]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe:450"])
+def test_much_text_is_encoded_by_tiktoken_to_the_same_tokens(tmp_path, name):
+    built = build_tokenizer(name, lambda: [make_text(i) + SAMPLE for i in range(50)])
+    keep_tokenizer(built, tmp_path)
+    for tokenizer in built, load_tokenizer(str(tmp_path)):
+        assert tokenizer.encoding is not None, "encodes slowly"
+        assert tokenizer.encode_batch(ODD_TEXTS) == [tokenizer.encode(text) for text in ODD_TEXTS]
 
 
 def test_a_long_text_is_encoded_in_parts_that_give_the_tokens_of_the_whole(tmp_path, monkeypatch):

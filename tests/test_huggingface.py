@@ -597,6 +597,7 @@ def test_a_tokenizer_of_another_program_gives_the_tokens_that_it_gives_there(tmp
     theirs = Tokenizer.from_file(str(tmp_path / "in/tokenizer.json"))
     theirs.no_truncation()
     assert tokenizer.encode(SAMPLE) == theirs.encode(SAMPLE).ids and tokenizer.eot == 279
+    assert tokenizer.encode_batch([SAMPLE]) == [theirs.encode(SAMPLE).ids]
     assert unicodedata.normalize("NFC", tokenizer.decode(tokenizer.encode(SAMPLE))) == \
         unicodedata.normalize("NFC", SAMPLE)
 
