@@ -1,0 +1,153 @@
+"""What a search found, tried between the proxy and the target: scaling/verify.py and scaling/forecast.py."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configure import Config, UserError
+from scaling.forecast import forecast
+from scaling.verify import count_trainings, size_below, sizes_between, verify
+
+PROXY = Config(width=128, depth=4, context=64, batch=8, steps=40, vocab_size=256)
+TARGET = replace(PROXY, width=1024, depth=12)
+
+
+class FakeSearch:
+    """Trains nothing: a loss that is `quality` of the Config above a power law, and seed noise."""
+
+    def __init__(self, quality=lambda config: 10 * config.weight_decay, noise=0.003, seeds=3):
+        self.options, self.dataset = {"seeds": seeds}, SimpleNamespace(vocab_size=256)
+        self.quality, self.noise, self.trained = quality, noise, []
+
+    def rows_of(self, configs, what):
+        return [self.row_of(config) for config in configs]
+
+    def row_of(self, config):
+        self.trained.append(config)
+        rng = np.random.default_rng(config.seed + config.width + round(1e6 * config.weight_decay))
+        loss = law(config) + self.quality(config) + np.log2(config.lr / PROXY.lr)**2 / 5
+        return {"val_loss": loss + self.noise * rng.standard_normal(), "diverged": not np.isfinite(loss),
+                "parameters": 12 * config.depth * config.width**2}
+
+
+def law(config):
+    return 2.5 + 40 * (config.depth * config.width**2) ** -0.35
+
+
+def candidates_of(*decays):
+    """Named like their weight decay, by which FakeSearch tells them apart."""
+    return [(f"decay {decay}", replace(PROXY, weight_decay=decay)) for decay in decays]
+
+
+def verified(search, target=TARGET, decays=(0.0, 0.01, 0.02, 0.03, 0.04)):
+    return verify(search, candidates_of(*decays), target, sizes_between(PROXY, target))
+
+
+@pytest.mark.parametrize(("target", "head_dim", "sizes"), [
+    ((768, 12), 128, [(256, 6), (384, 8)]), ((8192, 4), 64, [(512, 4), (3648, 4)]),
+    ((384, 4), 64, [(256, 4)]),
+    ((256, 4), 64, []), ((256, 32), 64, []), ((128, 4), 64, [])])
+def test_sizes_lie_between_the_proxy_and_the_target(target, head_dim, sizes):
+    target = replace(TARGET, width=target[0], depth=target[1], head_dim=head_dim)
+    assert sizes_between(replace(PROXY, head_dim=head_dim), target) == sizes
+
+
+@pytest.mark.parametrize("width", [128, 1024, 2048, 200])
+def test_a_width_that_does_not_lie_between_is_an_error(width):
+    with pytest.raises(UserError, match="verify_width"):
+        sizes_between(PROXY, TARGET, width)
+    assert sizes_between(PROXY, TARGET, 512)[0][0] == 512
+
+
+def test_the_order_at_the_larger_size_chooses():
+    """The proxy likes decay, and wider models do not."""
+    search = FakeSearch(lambda config: config.weight_decay * (10 if config.width > 128 else -10))
+    found = verified(search)
+    assert found.best == replace(PROXY, weight_decay=0.0)
+    assert not found.holds
+    assert found.rank < -0.9
+    assert "proxy_width" in found.text
+
+
+def test_an_order_that_holds_is_said_to():
+    found = verified(FakeSearch())
+    assert found.holds
+    assert found.rank > 0.9
+    assert found.loss == pytest.approx(law(replace(PROXY, width=256, depth=6)), abs=3 * found.error)
+
+
+def test_a_favourite_that_ties_at_the_proxy_and_loses_is_noticed():
+    search = FakeSearch(lambda config: config.weight_decay * (10 if config.width > 128 else 0), noise=0.0)
+    assert not verified(search, decays=(0.01, 0.0)).holds
+
+
+def test_differences_within_the_noise_are_no_disorder():
+    assert verified(FakeSearch(lambda config: 0.0, noise=0.01)).holds
+
+
+def test_candidates_are_tried_with_the_targets_context_batch_and_steps():
+    target = replace(TARGET, context=128, batch=16, steps=80)
+    search = FakeSearch(lambda config: config.weight_decay * (10 if config.context > 64 else -10))
+    found = verified(search, target)
+    wide = [config for config in search.trained if config.width > 128]
+    assert {(config.context, config.batch, config.steps) for config in wide} == {(128, 16, 80)}
+    assert found.best.context == 64
+    assert not found.holds
+    assert "context 128" in found.text
+
+
+def test_few_get_many_seeds_and_the_plan_counts_them():
+    """The plan counts an lr beyond those tried, which was not needed here."""
+    search, sizes = FakeSearch(), sizes_between(PROXY, TARGET)
+    found = verified(search)
+    trained = [(config.width, config.depth) for config in dict.fromkeys(search.trained)]
+    first, second = count_trainings(sizes, 5, 3)
+    assert (trained.count(sizes[0]), trained.count(sizes[1])) == (first - 1, second)
+    assert len(found.winner.rows) == 3
+    assert sorted(len(each.rows) for each in found.found) == [1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("moved", [-0.3, 0.0, 0.4])
+def test_the_shift_of_the_best_lr_is_stated(moved):
+    def quality(config):
+        x = np.log2(config.lr / PROXY.lr)
+        return ((x - moved)**2 - x**2) / 5 if config.width > 128 else 0.0
+    assert f"{moved:+.2f} octaves" in verified(FakeSearch(quality, noise=0.0), decays=(0.0, 0.01)).text
+
+
+def test_what_diverges_or_fails_is_not_chosen():
+    search = FakeSearch(lambda config: np.inf if config.weight_decay == 0.0 else config.weight_decay)
+    assert verified(search).best.weight_decay == 0.01
+    search.row_of = lambda config: None
+    assert verified(search).forecast is None
+
+
+def test_the_forecast_holds_a_target_on_the_law():
+    found = verified(FakeSearch())
+    low, middle, high = found.forecast
+    assert low < law(TARGET) < high
+    assert high - low < 0.15
+    assert len(found.points) == 4
+
+
+def test_a_forecast_is_wider_of_fewer_sizes_and_of_more_noise():
+    points = [(width, 4, 0, law(replace(PROXY, width=width)), 0.005) for width in (64, 128, 256)]
+    def size(points, noise):
+        low, _, high = forecast(points, (1024, 4), noise, 5)
+        return high - low
+    assert size(points[1:], 0.005) > size(points, 0.005)
+    assert size(points, 0.05) > size(points, 0.005)
+
+
+@pytest.mark.parametrize(("head_dim", "depth", "below"),
+                         [(64, 4, (64, 4)), (128, 4, (128, 2)), (128, 1, None)])
+def test_the_size_below_the_proxy_has_whole_heads(head_dim, depth, below):
+    proxy, target = replace(PROXY, depth=depth, head_dim=head_dim), replace(TARGET, head_dim=head_dim)
+    assert size_below(proxy, target) == below
+
+
+def test_the_figure_is_drawn(tmp_path):
+    verified(FakeSearch()).draw(tmp_path)
+    assert (tmp_path / "verify.png").stat().st_size > 10_000
