@@ -92,3 +92,13 @@ def rank_correlation(x, y):
     if len(x) < 3 or min(np.ptp(values) for values in ranks) == 0:
         return np.nan
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def rank_interval(rank, count):
+    """[low, high], 95%, of a rank_correlation() of so many pairs, by Fisher's transform with the error of
+    Bonett and Wright (2000); nan for fewer than four pairs."""
+    if count < 4 or np.isnan(rank):
+        return [np.nan, np.nan]
+    error = np.sqrt((1 + rank**2 / 2) / (count - 3))
+    middle = np.arctanh(np.clip(rank, -1 + 1e-9, 1 - 1e-9))
+    return list(np.tanh([middle - 1.96 * error, middle + 1.96 * error]))

@@ -3,10 +3,11 @@
 Pairs the trials of the same settings at two sizes, proxy and target: rows of trials.csv, mean over seeds. The
 sizes are those of the axis that varies (--axis=NAME where several do: a grid's other axes are settings like
 any); the proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. Prints
-Spearman's rank correlation, over all pairs and over the better half by the proxy, and what the proxy's
-favourite costs on the target: its loss there less the lowest. Trials whose losses do not compare, as those of
-two parametrizations or of two texts, are pairs of their own. Draws scatter.png and scatter.svg into DIR, or
---to=DIR. The trials may be a sweep over width and other settings, or searches at several widths.
+Spearman's rank correlation with its 95% interval, over all pairs and over the better half by the proxy, and
+what the proxy's favourite costs on the target: its loss there less the lowest. Trials whose losses do not
+compare, as those of two parametrizations or of two texts, are pairs of their own. Draws scatter.png and
+scatter.svg into DIR, or --to=DIR. The trials may be a sweep over width, or width and depth together, and
+other settings, or searches at several widths.
 """
 
 import json
@@ -16,7 +17,7 @@ import numpy as np
 from configure import UserError, names_in
 from scaling import figures
 from scaling.cli import command, make_folder
-from scaling.fits import rank_correlation
+from scaling.fits import rank_correlation, rank_interval
 from scaling.report import format_rank
 from scaling.rows import (
     AXES,
@@ -75,6 +76,7 @@ def pair_losses(losses, base):
         better = proxy <= np.median(proxy)
         pairs.append({"base": base, "size": size, "proxy": proxy, "target": target,
                       "rank": rank_correlation(proxy, target),
+                      "better_half": better.sum(),
                       "rank_of_better_half": rank_correlation(proxy[better], target[better]),
                       "cost": target[np.argmin(proxy)] - target.min()})
     return pairs
@@ -106,16 +108,24 @@ def choose_axis(rows, axis):
     return varied[0]
 
 
+def format_interval(rank, count):
+    """A rank correlation of so many pairs and, where there are enough of them, its interval."""
+    low, high = rank_interval(rank, count)
+    return format_rank(rank) if np.isnan(low) else f"{format_rank(rank)}[{low:+.2f},{high:+.2f}]"
+
+
 def format_pairs(axis, pairs):
     """A table for each cloud, under its name where there are several."""
     lines, several = [], len({pair["cloud"] for pair in pairs}) > 1
     for cloud in dict.fromkeys(pair["cloud"] for pair in pairs):
         own = [pair for pair in pairs if pair["cloud"] == cloud]
         lines += [cloud] * several
-        lines.append(f"{axis} {own[0]['base']:g} and   pairs   rank correlation   of the better half   "
+        lines.append(f"{axis} {own[0]['base']:g} and   pairs      rank correlation    of the better half   "
                      "cost of its favourite")
-        lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}{format_rank(pair['rank']):>19}"
-                  f"{format_rank(pair['rank_of_better_half']):>21}{pair['cost']:>24.4f}" for pair in own]
+        lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}"
+                  f"{format_interval(pair['rank'], len(pair['proxy'])):>22}"
+                  f"{format_interval(pair['rank_of_better_half'], pair['better_half']):>22}"
+                  f"{pair['cost']:>24.4f}" for pair in own]
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ from configure import SETTINGS, Config, UserError, run_cli
 from data.loader import TokenDataset
 from data.prepare import prepare
 from parametrization import param_groups
-from scaling import figures, scatter, stack, sweep
+from scaling import figures, fits, scatter, stack, sweep
 from scaling.cli import parse_values
 from scaling.coordinate_check import (
     checked_layers,
@@ -688,6 +688,25 @@ def test_a_scatter_of_a_grid_pairs_equal_sizes_of_the_other_axis_and_averages_ov
             for row in rows]
     near, far = scatter.pair_losses(scatter.losses_at("width", held), 64)
     assert len(near["proxy"]) == len(far["proxy"]) == 22, "steps that follow from the size are no setting"
+
+
+def test_a_scatter_of_a_sweep_of_width_and_depth_together_pairs_its_three_sizes():
+    rows = [row | {"config": json.dumps(json.loads(row["config"]) | {"depth": round(row["width"]**0.5)})}
+            for row in ladder([-7.7, -7.5, -5.3])]
+    near, far = scatter.pair_clouds("width", rows, 64)
+    assert (near["size"], far["size"], len(near["proxy"]), len(far["proxy"])) == (128, 256, 11, 11)
+
+
+def test_the_interval_of_a_rank_correlation_holds_it_and_shrinks_with_more_pairs():
+    rng, slope = np.random.default_rng(0), 1.2
+    drawn = [rng.standard_normal((2, 24)) for _ in range(400)]
+    ranks = [fits.rank_correlation(x, slope * x + noise) for x, noise in drawn]
+    x, noise = rng.standard_normal((2, 20_000))
+    true = fits.rank_correlation(x, slope * x + noise)
+    held = [low < true < high for low, high in (fits.rank_interval(rank, 24) for rank in ranks)]
+    assert 0.92 < np.mean(held) < 0.98
+    assert np.ptp(fits.rank_interval(0.8, 100)) < np.ptp(fits.rank_interval(0.8, 10))
+    assert np.isnan(fits.rank_interval(0.8, 3)).all()
 
 
 def test_one_seed_has_no_interval():
