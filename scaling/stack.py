@@ -6,7 +6,6 @@ Tensors of all models carry a leading dimension K.
 """
 
 import contextlib
-import functools
 import math
 import warnings
 
@@ -18,16 +17,18 @@ from configure import TUNED, UserError
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import prepare
 from model import GPT
+from parametrization import rows_of_matrices
 from train import Result
 from training.compile import CudaGraphed, allow_recompiling, fall_back_or_raise, use_cuda_graph
 from training.device import batches_on_device, is_compiled, select_device
 from training.evaluate import evaluate
-from training.muon import MuonWithAdamW
-from training.optimizer import build_optimizer, clip_gradients
+from training.muon import MuonWithAdamW, decay_and_move, nesterov, orthogonal_update
+from training.optimizer import adamw_update, build_optimizer
 from training.schedule import lr_factor
 
 # Settings in which stacked models may differ. All others are sizes, or do not change the numbers.
 MAY_DIFFER = frozenset([*TUNED, "seed"])
+LEAST = 1e-300  # in place of a beta of 0, whose logarithm is infinite
 
 
 def check_stackable(configs):
@@ -73,101 +74,112 @@ def run_steps(models, dataset, device, autocast):
     """Train `models`. Returns losses and gradient norms before clipping, on the CPU, (steps, 2, K)."""
     configs = [model.config for model in models]
     first, K = configs[0], len(models)
-    graph = use_cuda_graph(first, device)
     params, buffers = stack_models(models)
-    optimizer = build_optimizer(*models, capturable=graph)
-    update = functools.partial(clip_and_step, models, optimizer, StreamPerModel(K, device))
+    compiled = is_compiled(first, device)
+    optimizer = StackedOptimizer(models, params, compiled)
     grads_of = losses_and_grads
-    if is_compiled(first, device):
+    if compiled:
         allow_recompiling()
         grads_of = torch.compile(losses_and_grads, dynamic=False)
+    lr_factor_K = torch.zeros(K, device=device)  # one tensor for all steps: a CUDA graph reads it
 
     def step(batch):
         with autocast:
             grads, losses_K = grads_of(models[0], params, buffers, batch)
-        return torch.stack((losses_K, update(grads)))
+        return torch.stack((losses_K, optimizer.step(grads, lr_factor_K)))
 
-    take_step = CudaGraphed(step, graph, lambda error: fall_back_or_raise("graph", first, error, print))
+    take_step = CudaGraphed(step, use_cuda_graph(first, device),
+                            lambda error: fall_back_or_raise("graph", first, error, print))
     batches, numbers = stacked_batches(configs, dataset, device), [torch.zeros(0, 2, K, device=device)]
-    rates = learning_rates(models, optimizer, device)
+    factors = [[lr_factor(config, step) for config in configs] for step in range(first.steps)]
     with under_vmap(first, device):
-        for _ in range(first.steps):
-            next(rates)
+        for factors_K in torch.tensor(factors, device=device):
+            lr_factor_K.copy_(factors_K)
             numbers.append(take_step(next(batches))[None])
     return torch.cat(numbers).cpu()
 
 
-class StreamPerModel:
-    """A CUDA stream for each of K models: the kernels that clip or step one small model fill few of a GPU's
-    processors, so those of all models run side by side. Elsewhere one model comes after the other."""
+class StackedOptimizer:
+    """Clips and steps the stacked parameters, {name: (K, ...)}, of K models: AdamW or Muon, with the settings
+    that build_optimizer() gives each. One kernel steps a parameter of all models; torch's own AdamW launches
+    one for each role of each model, too small to fill a GPU. Raises UserError for any other optimizer."""
 
-    def __init__(self, K, device):
-        self.K = K
-        self.streams = [torch.cuda.Stream(device) for _ in range(K)] if device.type == "cuda" else []
+    def __init__(self, models, params, compiled):
+        optimizers = [build_optimizer(model) for model in models]
+        if type(optimizers[0]) not in (torch.optim.AdamW, MuonWithAdamW):
+            raise UserError("stack: only AdamW and Muon can be stacked, got "
+                            f"{type(optimizers[0]).__name__}; try --stack=1")
+        self.config, self.params = models[0].config, params
+        self.device = next(iter(params.values())).device
+        self.settings = self.stack_settings(models[0], optimizers)
+        self.max_norm_K = self.tensor([model.config.grad_clip or math.inf for model in models])
+        self.step_count = self.tensor(0.0)
+        self.moments = {name: [torch.zeros_like(p)] if "momentum" in self.settings[name] else
+                        [torch.zeros_like(p), torch.zeros_like(p)] for name, p in params.items()}
+        self.adamw, self.muon = stacked_adamw, stacked_muon
+        if compiled:  # for each shape by itself: all parameters as one piece take the compiler twice as long
+            self.adamw, self.muon = (torch.compile(step, dynamic=False) for step in (self.adamw, self.muon))
 
-    def call(self, function):
-        """[function(k) for each model], each on its own stream; what follows waits for all."""
-        if not self.streams:
-            return [function(k) for k in range(self.K)]
-        current, results = torch.cuda.current_stream(), []
-        for k, stream in enumerate(self.streams):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                results.append(function(k))
-        for stream in self.streams:
-            current.wait_stream(stream)
-        return results
+    def tensor(self, numbers):
+        return torch.tensor(numbers, device=self.device)
+
+    def stack_settings(self, model, optimizers):
+        """{parameter name: {setting: its value for each model, (K, 1, ...)}}; of Muon's, with a momentum."""
+        names, settings = {p: name for name, p in model.named_parameters()}, {}
+        for groups in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
+            numbers = {key: [group[key] for group in groups]
+                       for key in ("lr", "weight_decay", "eps", "momentum") if key in groups[0]}
+            for i, name in enumerate(("beta1", "beta2")):
+                numbers[f"1 - {name}"] = [1 - group["betas"][i] for group in groups]  # fp32 would lose digits
+                numbers[f"log {name}"] = [math.log(group["betas"][i] or LEAST) for group in groups]
+            for p in groups[0]["params"]:
+                settings[names[p]] = {key: self.tensor(values).view(-1, *[1] * p.dim())
+                                      for key, values in numbers.items()}
+        return settings
+
+    @torch.no_grad()
+    def step(self, grads, lr_factor_K):
+        """Clips the gradients of each model by their global norm and steps it at its lr times lr_factor_K.
+        Returns the norms before clipping, (K,)."""
+        self.step_count += 1
+        norm_K = torch.stack([grad.square().flatten(1).sum(1) for grad in grads.values()]).sum(0).sqrt()
+        clip_K = (self.max_norm_K / (norm_K + 1e-6)).clamp(max=1.0)
+        for name, p in self.params.items():
+            settings, moments, shape = self.settings[name], self.moments[name], (-1, *[1] * (p.dim() - 1))
+            clip, factor = clip_K.view(shape), lr_factor_K.view(shape)
+            if "momentum" in settings:
+                rows = rows_of_matrices(self.config, name, p.size(1))
+                self.muon(p, grads[name], clip, factor, *moments, settings, rows)
+            else:
+                self.adamw(p, grads[name], clip, factor, *moments, settings, self.step_count)
+        return norm_K
 
 
-def clip_and_step(models, optimizer, per_model, grads):
-    """Clip each model's gradients, {parameter name: (K, ...)}, and step them all. Returns the norms before
-    clipping, (K,)."""
-    for k, model in enumerate(models):
-        for name, p in model.named_parameters():
-            p.grad = grads[name][k]
-    norms = per_model.call(lambda k: clip_gradients(models[k], models[k].config.grad_clip)[0])
-    adamw = optimizer
-    if isinstance(optimizer, MuonWithAdamW):
-        optimizer.muon.step()  # the matrices of all models at once
-        adamw = optimizer.adamw
-    groups = adamw.param_groups
-    owner = {p: k for k, model in enumerate(models) for p in model.parameters()}
+def stacked_adamw(p, grad, clip, lr_factor, exp_avg, exp_avg_sq, settings, step_count):
+    """AdamW, in place, of one parameter of K models, (K, ...)."""
+    bias_corrections = [-torch.expm1(step_count * settings[f"log {beta}"]) for beta in ("beta1", "beta2")]
+    weights = settings["1 - beta1"], settings["1 - beta2"]
+    adamw_update(p, clip * grad, exp_avg, exp_avg_sq, lr_factor * settings["lr"], settings["weight_decay"],
+                 settings["eps"], weights, bias_corrections)
 
-    def step_one(k):
-        adamw.param_groups = [group for group in groups if owner[group["params"][0]] == k]
-        adamw.step()
 
-    per_model.call(step_one)
-    adamw.param_groups = groups
-    optimizer.zero_grad()
-    return torch.stack(norms)
+def stacked_muon(p, grad, clip, lr_factor, momentum_buffer, settings, rows):
+    """Muon, in place, of one parameter of K models, (K, outputs, inputs), which stacks matrices of so many
+    `rows`."""
+    direction = nesterov(momentum_buffer, clip * grad, settings["momentum"])
+    updates = [orthogonal_update(matrices_KOI) for matrices_KOI in direction.split(rows, dim=1)]
+    decay_and_move(p, torch.cat(updates, 1).to(p.dtype), lr_factor * settings["lr"], settings["weight_decay"])
 
 
 def stack_models(models):
     """(parameters, buffers) of all models, {name: (K, ...)}. The models' own parameters become views of them,
-    so that to step them is to step the stack."""
+    so that to step the stack is to step the models."""
     params, buffers = stack_module_state(models)
     params = {name: p.detach() for name, p in params.items()}
     for k, model in enumerate(models):
         for name, p in model.named_parameters():
             p.data = params[name][k]
     return params, buffers
-
-
-def learning_rates(models, optimizer, device):
-    """Sets the learning rate of every group for the next step each time that it is asked for the next."""
-    owner = {p: model.config for model in models for p in model.parameters()}
-    groups = optimizer.param_groups
-    configs = [owner[group["params"][0]] for group in groups]
-    peaks = [group["lr"] for group in groups]
-    lr_G = torch.zeros(len(groups), device=device)  # one tensor for all steps: a CUDA graph reads it
-    for group, lr in zip(groups, lr_G, strict=True):
-        group["lr"] = lr
-    rates = [[peak * lr_factor(config, step) for peak, config in zip(peaks, configs, strict=True)]
-             for step in range(configs[0].steps)]
-    for rates_G in torch.tensor(rates, device=device):
-        lr_G.copy_(rates_G)
-        yield
 
 
 def losses_and_grads(model, params, buffers, batch):
@@ -181,9 +193,7 @@ def losses_and_grads(model, params, buffers, batch):
 
     batch_dim = 0 if batch.dim() == 4 else None
     in_dims = (0, 0, batch_dim, batch_dim)
-    grads, losses_K = vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
-    # Some come transposed, and AdamW's fused kernels read memory in the order of the parameter
-    return {name: grad.contiguous() for name, grad in grads.items()}, losses_K
+    return vmap(grad_and_value(loss_of), in_dims)(params, buffers, *batch)
 
 
 def stacked_batches(configs, dataset, device):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from model import Linear
 from training.distributed import world_size
-from training.optimizer import check_gradients
+from training.optimizer import adamw_update, check_gradients
 
 
 @contextlib.contextmanager
@@ -52,15 +52,12 @@ def scaled_grad_norm(grad, factor):
     return torch.linalg.vector_norm(grad.float() * factor)
 
 
-def clip_and_update(p, grad, factor, scaled, exp_avg, exp_avg_sq, clip, lr, weight_decay, eps, betas,
+def clip_and_update(p, grad, factor, scaled, exp_avg, exp_avg_sq, clip, lr, weight_decay, eps, weights,
                     bias_corrections):
-    """One parameter's clipping, AdamW update (arXiv 1711.05101) and bf16 copy, in place: compiled, they are
-    one pass over memory. bias_corrections: 1 - beta ** step, for both betas."""
-    grad = grad.float() * (factor * clip)
-    exp_avg.copy_(betas[0] * exp_avg + (1 - betas[0]) * grad)
-    exp_avg_sq.copy_(betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square())
-    denominator = (exp_avg_sq / bias_corrections[1]).sqrt() + eps
-    p.copy_(p - lr * (weight_decay * p + exp_avg / bias_corrections[0] / denominator))
+    """One parameter's clipping, AdamW update and bf16 copy, in place: compiled, they are one pass over
+    memory."""
+    adamw_update(p, grad.float() * (factor * clip), exp_avg, exp_avg_sq, lr, weight_decay, eps, weights,
+                 bias_corrections)
     if scaled is not None:
         scaled.copy_(factor * p)
 
@@ -147,5 +144,5 @@ class FusedStep:
         for p, leaf, factor, state, group, settings in self.parameters:
             scaled = None if leaf.dtype == p.dtype else leaf.detach()
             self.clip_and_update(p, leaf.grad, factor, scaled, state["exp_avg"], state["exp_avg_sq"], clip,
-                                 rates[id(group)], *settings, self.betas, bias_corrections)
+                                 rates[id(group)], *settings, 1 - self.betas, bias_corrections)
             leaf.grad = None

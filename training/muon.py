@@ -43,6 +43,17 @@ def orthogonal_update(directions_NOI):
     return orthogonalize(directions_NOI) * math.sqrt(fan_out / fan_in)
 
 
+def nesterov(momentum_buffer, grad, momentum):
+    """Moves the running average of the gradients on, in place; returns it one step ahead."""
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    return grad.lerp(momentum_buffer, momentum)
+
+
+def decay_and_move(p, update, lr, weight_decay):
+    p.mul_(1 - lr * weight_decay)
+    p.sub_(update * lr)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
@@ -58,7 +69,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         matrices, by_shape = [], {}
         for group in self.param_groups:
-            for p, direction in zip(group["params"], self.nesterov(group), strict=True):
+            for p in group["params"]:
+                direction = self.direction(p, group["momentum"])
                 # A sharded matrix is gathered: every rank orthogonalizes all of it and keeps its part
                 for matrix in full_tensor(direction).split(self.matrix_rows[p]):
                     by_shape.setdefault(matrix.shape, []).append(len(matrices))
@@ -70,22 +82,15 @@ class Muon(torch.optim.Optimizer):
         updates = iter(matrices)
         for group in self.param_groups:
             stacked = [[next(updates) for _ in self.matrix_rows[p]] for p in group["params"]]
-            self.apply(group, [torch.cat(its) if len(its) > 1 else its[0] for its in stacked])
+            for p, its in zip(group["params"], stacked, strict=True):
+                update = torch.cat(its) if len(its) > 1 else its[0]
+                update = as_sharded(update.to(p.dtype), p)
+                decay_and_move(p, update, group["lr"], group["weight_decay"])
 
-    def nesterov(self, group):
-        """The running average of each parameter's gradient, one step ahead."""
-        params = group["params"]
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        # One by one: sharded tensors have no _foreach_lerp in torch 2.11
-        return [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in params]
-
-    def apply(self, group, updates):
-        for p, update in zip(group["params"], updates, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(as_sharded(update.to(p.dtype), p) * group["lr"])
+    def direction(self, p, momentum):
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return nesterov(self.state[p]["momentum_buffer"], p.grad, momentum)
 
 
 def as_sharded(tensor, like):

@@ -10,16 +10,24 @@ from training.distributed import full_tensor
 from training.muon import MuonWithAdamW
 
 
-def build_optimizer(*models, capturable=False):
-    """The optimizer of a model, or of several at once (scaling/stack.py): torch's AdamW, or with Muon for the
-    hidden matrices. A group for each role of each model, in this order. capturable: for use in a CUDA graph.
-    """
-    groups = [group for model in models for group in param_groups(model)]
-    if models[0].config.optimizer != "muon":
+def build_optimizer(model, capturable=False):
+    """The optimizer of a model: torch's AdamW, or with Muon for the hidden matrices. A group for each role.
+    capturable: for use in a CUDA graph."""
+    groups = param_groups(model)
+    if model.config.optimizer != "muon":
         return torch.optim.AdamW(groups, fused=True, capturable=capturable)
-    matrix_rows = {p: rows_of_matrices(model.config, name, len(p))
-                   for model in models for name, p in model.named_parameters()}
+    matrix_rows = {p: rows_of_matrices(model.config, name, len(p)) for name, p in model.named_parameters()}
     return MuonWithAdamW(groups, matrix_rows, capturable)
+
+
+def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, eps, weights, bias_corrections):
+    """AdamW (arXiv 1711.05101), in place, for where torch's is slow: compiled, it is one pass over memory
+    with what stands around it. The others may be tensors too. weights: 1 - beta, and bias_corrections:
+    1 - beta ** step, for both betas."""
+    exp_avg.lerp_(grad, weights[0])
+    exp_avg_sq.lerp_(grad.square(), weights[1])
+    denominator = (exp_avg_sq / bias_corrections[1]).sqrt() + eps
+    p.sub_(lr * (weight_decay * p + exp_avg / bias_corrections[0] / denominator))
 
 
 def clip_gradients(model, max_norm):
