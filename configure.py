@@ -641,28 +641,37 @@ def help_line(name):
                          subsequent_indent=" " * HELP_INDENT, break_on_hyphens=False)
 
 
+stop_signals = []  # that came: a library may turn the KeyboardInterrupt into an error of its own
+
+
+def stop(number, frame):
+    """The handler of a signal that ends a command."""
+    stop_signals.append(number)
+    raise KeyboardInterrupt
+
+
 def run_cli(main):
     """Run main(argv) as a program: it returns the exit code; a UserError is one line and exit code 2, and so
-    is what the machine refuses to read or write. SIGINT is one line and 130."""
+    is what the machine refuses to read or write. A signal that stop() handles is one line and 130."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, by `>&-`
             setattr(sys, name, open(os.devnull, "w"))
     # `| tee log` shows each line when it is printed; what a terminal cannot show is written as \\xb1
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # train.py has it end at once until here
+        signal.signal(signal.SIGINT, stop)  # train.py has it end at once until here
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        end_with(str(error))
     except BrokenPipeError:  # `| head` has closed the pipe: not an error of ours
         os._exit(128 + signal.SIGPIPE)  # at once, as Python's own shutdown would write the rest
-    except OSError as error:
-        if error.strerror is None:
-            raise
-        end_with(describe_os_error(error))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except (KeyboardInterrupt, Exception) as error:
+        if stop_signals:
+            print("\nstopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        if isinstance(error, UserError):
+            end_with(str(error))
+        if isinstance(error, OSError) and error.strerror is not None:
+            end_with(describe_os_error(error))
+        raise
 
 
 def describe_os_error(error, path="a file"):

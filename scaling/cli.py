@@ -1,10 +1,10 @@
 """What the commands of scaling/ have in common: their start, options, lists of values, the output folder."""
 
+import contextlib
 import math
 import os
 import signal
 import sys
-import threading
 
 from configure import (
     SETTINGS,
@@ -15,19 +15,13 @@ from configure import (
     closest,
     parse_value,
     run_cli,
+    stop,
+    stop_signals,
 )
 
 SETTINGS_HELP = "Settings, as --name=value, are those of train.py: `python train.py --help` lists them."
 MAX_VALUES = 10_000  # of one range: more is a typing error
 ROUNDING = 1e-6  # of a doubling: so that the logarithms of a range's ends do not lose its last value
-
-
-stop_requested = threading.Event()  # a SIGTERM came
-
-
-def stop(number, frame):
-    stop_requested.set()
-    raise KeyboardInterrupt
 
 
 def command(main):
@@ -38,6 +32,18 @@ def command(main):
         signal.signal(signal.SIGTERM, stop)
         run_cli(main)
     return main
+
+
+@contextlib.contextmanager
+def resumable(folder):
+    """Within, what a signal stops ends with exit code 130 and a line that says how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        if not stop_signals and not isinstance(error, KeyboardInterrupt):
+            raise
+        print(f"{folder}: stopped; run the same command again to resume")
+        sys.exit(130)
 
 
 def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):

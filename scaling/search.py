@@ -39,7 +39,7 @@ from configure import Config, UserError, check_setting, configure, names_in, rea
 from data.files import write_text
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, parse_options, reject_unused, stop_requested
+from scaling.cli import command, parse_options, reject_unused, resumable
 from scaling.fits import optimum
 from scaling.space import SPACE, Range, at_edge, distributions, parse_space, to_config, to_params
 from scaling.stack import check_stackable
@@ -57,7 +57,6 @@ from scaling.sweep import (
     Trial,
     facts_of,
     say_failed,
-    say_stopped,
     torchrun_rank,
     train_group,
     trial_configs,
@@ -495,16 +494,9 @@ def main(argv):
     rank, _ = torchrun_rank()
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()
-    try:
-        with worker_processes(argv, options["workers"]):
-            use_sensible_threads(config)
-            found = run_search(config, space, options)
-    except KeyboardInterrupt:
-        return say_stopped(options["out"])
-    except Exception:
-        if not stop_requested.is_set():  # else a library made an error of the interrupt
-            raise
-        return say_stopped(options["out"])
+    with resumable(options["out"]), worker_processes(argv, options["workers"]):
+        use_sensible_threads(config)
+        found = run_search(config, space, options)
     if rank > 0:
         return 0
     return print_result(*found, config, target)

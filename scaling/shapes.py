@@ -17,10 +17,10 @@ import numpy as np
 from configure import UserError, configure
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
+from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused, resumable
 from scaling.figures import line_style, load_pyplot, save
 from scaling.rows import loss_of, write_report
-from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
+from scaling.sweep import run_trials, torchrun_rank, trial_configs
 from scaling.transfer import UNUSED, finetuned, pretrain, reject_failures
 from train import train
 from training.model_size import model_size
@@ -152,7 +152,7 @@ def main(argv):
     configs = [trial for shape in shapes for trial in trial_configs(shape, axes)]
     folder, tuned = options["out"], {}
     make_folder(folder)
-    try:
+    with resumable(folder):
         rows = run_trials(configs, folder, options["stack"])
         reject_failures(rows)
         if torchrun_rank()[0] > 0:
@@ -160,8 +160,6 @@ def main(argv):
         if options["finetune"]:
             tuned = finetune_all(shapes, options["finetune"], options["finetune_steps"], folder)
         speeds = {(shape.width, shape.depth): measure_speed(shape) for shape in shapes}
-    except KeyboardInterrupt:
-        return say_stopped(folder)
     table = compare(shapes, rows, speeds, tuned)
     report = {"equal": options["equal"], "shapes": table, "config": asdict(config)}
     write_report(report, folder, "shapes.json")

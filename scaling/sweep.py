@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from configure import Config, UserError, configure, names_in
+from configure import Config, UserError, configure, names_in, stop_signals
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
-from scaling.cli import command, format_value, parse_options, parse_values, reject_unused
+from scaling.cli import command, format_value, parse_options, parse_values, reject_unused, resumable
 from scaling.stack import MAY_DIFFER, check_stackable, train_stacked
 from scaling.trials import (
     FACTS,
@@ -263,17 +263,11 @@ def train_group(trials, pad_to=1, stop_early=None):
             results = [train(configs[0], quiet=True, stop_early=stop_early)]
     except Exception as error:  # of these trials: each gets a row that says so, and the sweep continues
         results = [error] * len(configs)
-    if isinstance(results[0], Result) and results[0].stopped:
-        raise KeyboardInterrupt
+    if stop_signals or isinstance(results[0], Result) and results[0].stopped:
+        raise KeyboardInterrupt  # again, where a library has caught it
     seconds = (time.perf_counter() - start) / len(configs)
     return [trial_row(trial.config, trial.key, result, seconds)
             for trial, result in zip(trials, results, strict=True)]
-
-
-def say_stopped(folder):
-    """What a command prints when a signal stopped it; returns its exit code."""
-    print(f"{folder}: stopped; run the same command again to resume")
-    return 130
 
 
 def say_failed(folder, failed, count):
@@ -313,10 +307,8 @@ def main(argv):
     configs, (rank, _) = trial_configs(configure(words), axes, options["hold"]), torchrun_rank()
     reuse_freed_memory()
     use_sensible_threads(configs[0])
-    try:
+    with resumable(options["out"]):
         rows = run_trials(configs, options["out"], options["stack"], axes)
-    except KeyboardInterrupt:
-        return say_stopped(options["out"])
     if rank > 0:
         return 0
     print_table(axes, rows)

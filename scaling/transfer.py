@@ -18,14 +18,14 @@ import numpy as np
 
 from configure import UserError, configure
 from data.prepare import prepare
-from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
+from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused, resumable
 from scaling.figures import BESIDE, load_pyplot, save
 from scaling.law_figures import label_loss, shades
 from scaling.law_fits import fit_law, interval_of
 from scaling.law_slices import noisy
 from scaling.law_trials import best_settings, finished_trials
 from scaling.rows import parse_folders, write_report
-from scaling.sweep import run_trials, say_stopped, torchrun_rank, trial_configs
+from scaling.sweep import run_trials, torchrun_rank, trial_configs
 from train import train
 
 PAPER = "text to Python in arXiv 2102.01293: k 1.9e4, alpha 0.18, beta 0.38"
@@ -230,10 +230,8 @@ def main(argv):
         lrs = parse_values("lr", options["finetune_lrs"])
     steps = parse_values("steps", options["finetune_steps"])
     make_folder(options["out"])
-    try:
+    with resumable(options["out"]):
         train_all(shapes, options, steps, lrs)
-    except KeyboardInterrupt:
-        return say_stopped(options["out"])
     if torchrun_rank()[0] == 0:
         report_rows([options["out"]], options["out"])
     return 0

@@ -21,7 +21,8 @@ from conftest import ROOT
 from processes import Fork
 
 import train
-from configure import Config, run_cli
+from configure import Config, run_cli, stop_signals
+from scaling.cli import resumable
 from training.checkpoint import write_checkpoint
 
 # case: (words on the command line, what the line says). CORPUS is the tiny corpus; the files are made below.
@@ -297,6 +298,23 @@ def test_a_terminal_that_shows_ascii_alone_gets_escapes(monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run_cli(lambda argv: print("loss 3.0 ± 0.1"))
     assert not caught.value.code and shown.getvalue() == b"loss 3.0 \\xb1 0.1\n"
+
+
+def interrupted_in_a_library(argv):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RuntimeError("a callback failed") from None
+
+
+def test_an_error_that_a_library_makes_of_a_signal_is_answered_as_the_signal(capfd):
+    for main in (interrupted_in_a_library, resumable("out/x")(interrupted_in_a_library)):
+        with pytest.raises(SystemExit) as caught:
+            run_cli(main)
+        assert caught.value.code == 130
+        stop_signals.clear()
+    output, errors = capfd.readouterr()
+    assert errors == "\nstopped\n" and output.startswith("out/x: stopped")
 
 
 def test_there_are_thirty_cases():
