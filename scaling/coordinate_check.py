@@ -7,8 +7,8 @@ in the figure, fails. Exit code 0 for PASS, 1 for FAIL and for UNDECIDED. Also -
 --seed on), --out=DIR. It trains on 2 sequences of at most 64 tokens at a constant, low rate: a setting of the
 batch, the schedule or the evaluation is rejected.
 
-The rows, in the order of the forward pass: the logits, first; what the readout's own learning, apart from its
-random start, changes in the logits of the targets; what owns a matrix, by the change of its output; the
+The rows: the logits; what the readout's own learning, apart from its random start, changes in the logits of
+the targets; then, in the order of the forward pass, what owns a matrix, by the change of its output; the
 logits of attention; the residual stream after each block; and each vector, such as a norm's gain, by the
 length of its own steps. Layers of all blocks are one row. A new layer is found by itself; a parameter that
 lies in GPT or Block directly, and is no vector, shows in the logits or the residual stream only.
@@ -43,6 +43,7 @@ from parametrization import forward_multipliers, hyperparameters, role_of
 from scaling import figures
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused
 from scaling.fits import power_law
+from scaling.rows import group
 from train import train_step
 from training.device import select_device, use_sensible_threads
 from training.optimizer import build_optimizer
@@ -63,28 +64,25 @@ STREAM = "residual stream"
 def checked_layers(model):
     """[(layer, module)]: what owns a parameter of a role not in OTHERWISE_CHECKED, and STREAM for each block,
     whose output is the residual stream. Layers of all blocks go by one name, such as mlp.up."""
-    layers = [(STREAM, block) for block in model.blocks]
-    for module_name, module in model.named_modules():
-        roles = {role_of(f"{module_name}.{name}".lstrip(".")) for name, _ in
-                 module.named_parameters(recurse=False)}
-        if roles - OTHERWISE_CHECKED and module not in (model, *model.blocks):
-            layers.append((short_name(module_name), module))
-    return layers
+    owners = {}
+    for name, _ in model.named_parameters():
+        if role_of(name) not in OTHERWISE_CHECKED:
+            owner = name.rpartition(".")[0]
+            owners[owner] = model.get_submodule(owner)
+    layers = [(short_name(name), module) for name, module in owners.items()
+              if module not in (model, *model.blocks)]
+    return [(STREAM, block) for block in model.blocks] + layers
 
 
 def short_name(name):
     """blocks.3.mlp.up -> mlp.up"""
-    if name.startswith("blocks."):
-        return name.split(".", 2)[2]
-    return name
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
 def vectors(model):
     """{name: the vectors among the parameters that go by it, of all blocks, stacked}, such as gains."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            found.setdefault(short_name(name), []).append(parameter.detach().clone())
+    found = group((short_name(name), parameter.detach().clone())
+                  for name, parameter in model.named_parameters() if parameter.dim() == 1)
     return {name: torch.stack(values) for name, values in found.items()}
 
 
@@ -134,20 +132,18 @@ def measure_run(config, dataset, steps):
     initial = layer_outputs(model, tokens_BT)
     before, moved = vectors(model), defaultdict(float)
     measured = {("logits", 0): 0.0, ("readout", 0): 0.0}  # the first rows of the table
-    for layer, output in (initial | before).items():
-        measured[layer, 0] = output.abs().mean().item()
-    for step in range(steps):
-        learning_rate.set(step)
+    measured |= {(layer, 0): output.abs().mean().item() for layer, output in (initial | before).items()}
+    for step in range(1, steps + 1):
+        learning_rate.set(step - 1)
         train_step(model, optimizer, config, autocast, batch[:, None])
-        outputs = layer_outputs(model, tokens_BT)
+        outputs, now = layer_outputs(model, tokens_BT), vectors(model)
         for layer, output in outputs.items():
-            measured[layer, step + 1] = (output - initial[layer]).abs().mean().item()
+            measured[layer, step] = (output - initial[layer]).abs().mean().item()
         learned_BTV = outputs["logits"][0] - logits_read_by(first_readout, model, tokens_BT)
-        measured["readout", step + 1] = learned_BTV.gather(-1, targets_BT[..., None]).abs().mean().item()
-        now = vectors(model)
+        measured["readout", step] = learned_BTV.gather(-1, targets_BT[..., None]).abs().mean().item()
         for name, values in now.items():
             moved[name] += (values - before[name]).abs().mean().item()
-            measured[name, step + 1] = moved[name]
+            measured[name, step] = moved[name]
         before = now
     return measured
 
@@ -191,10 +187,9 @@ def coordinate_check(config, axis="width", sizes=(64, 128, 256, 512), steps=5, s
                 measured[key][size].append(mean)
     expected, rows = expected_powers(config, axis), []
     for layer in dict.fromkeys(layer for layer, _ in measured):
-        start, _ = fit_power(measured[layer, 0])
         change, error = fit_power(measured[layer, steps])
-        rows.append({"layer": layer, "start": start, "change": change, "interval": 2 * error,
-                     "expected": expected.get(layer, 0.0)})
+        rows.append({"layer": layer, "start": fit_power(measured[layer, 0])[0], "change": change,
+                     "interval": 2 * error, "expected": expected.get(layer, 0.0)})
     for row in rows:
         row["verdict"] = judge(row, lowest_power(row, rows))
     return rows, measured
@@ -204,12 +199,11 @@ def lowest_power(row, rows):
     """The power that the change of a layer must not be below by more than BOUND. That of the logits may fall
     as far as random weights of the readout explain it, while `readout`, which shows what it learns, is right.
     """
-    if row["layer"] != "logits":
-        return row["expected"]
-    [readout] = [other for other in rows if other["layer"] == "readout"]
-    if readout["change"] - readout["expected"] < -BOUND:
-        return row["expected"]
-    return row["expected"] + SHRINKING
+    if row["layer"] == "logits":
+        [readout] = [other for other in rows if other["layer"] == "readout"]
+        if readout["change"] - readout["expected"] >= -BOUND:
+            return row["expected"] + SHRINKING
+    return row["expected"]
 
 
 def judge(row, lowest):
@@ -248,23 +242,21 @@ def expected_powers(config, axis):
     if axis != "depth":
         return {}
     configs = config, replace(config, depth=2 * config.depth)
-    branches = [forward_multipliers(sized)["branch"] for sized in configs]
-    rates = [hyperparameters(sized, "hidden")["lr"] for sized in configs]
+    branch, lr = (math.log2(after / before) for before, after in (
+        [forward_multipliers(sized)["branch"] for sized in configs],
+        [hyperparameters(sized, "hidden")["lr"] for sized in configs]))
     # A layer whose factor differs between depth 1 and 2 has the branch's multiplier in it
     shallow, deep = (GPT(replace(config, depth=depth, vocab_size=1, context=1)) for depth in (1, 2))
-    deep_factors = {layer: module.factor for layer, module in checked_layers(deep)
-                    if hasattr(module, "factor")}
-    of_blocks = [short_name(name) for name, parameter in shallow.named_parameters()
-                 if name.startswith("blocks.") and parameter.dim() == 1]
-    powers = dict.fromkeys(of_blocks, -1 - math.log2(branches[1] / branches[0]))
+    deep_layers = dict(checked_layers(deep))
+    powers = {short_name(name): -1 - branch for name, parameter in shallow.named_parameters()
+              if name.startswith("blocks.") and parameter.dim() == 1}
     for layer, module in checked_layers(shallow):
-        if layer not in deep_factors:
-            continue
-        powers[layer] = 0.0
-        if not torch.equal(module.factor, deep_factors[layer]):
-            powers[layer] += math.log2(branches[1] / branches[0])
-        if not module.weight.any():
-            powers[layer] += math.log2(rates[1] / rates[0])
+        if hasattr(module, "factor"):
+            powers[layer] = 0.0
+            if not torch.equal(module.factor, deep_layers[layer].factor):
+                powers[layer] += branch
+            if not module.weight.any():
+                powers[layer] += lr
     return powers
 
 
@@ -297,14 +289,14 @@ def print_table(parametrization, axis, rows):
 def say_what_decides(axis, sizes, rows, seeds):
     """What to train where rows are undecided."""
     undecided = [row for row in rows if row["verdict"] == "UNDECIDED"]
-    if not undecided:
-        return
-    widest = max(undecided, key=lambda row: row["interval"])
-    more_seeds = math.ceil(seeds * (widest["interval"] / BOUND) ** 2)
-    larger = ",".join(str(size) for size in (*sizes, 2 * max(sizes)))
-    print(f"UNDECIDED: {', '.join(row['layer'] for row in undecided)}. The interval of {widest['layer']}, "
-          f"+-{widest['interval']:.2f}, is wider than the bound of {BOUND}. More seeds decide it, about "
-          f"--seeds={more_seeds} if seeds are all that differs, or larger sizes, --{axis}s={larger}.")
+    if undecided:
+        widest = max(undecided, key=lambda row: row["interval"])
+        more_seeds = math.ceil(seeds * (widest["interval"] / BOUND) ** 2)
+        larger = ",".join(str(size) for size in (*sizes, 2 * max(sizes)))
+        print(f"UNDECIDED: {', '.join(row['layer'] for row in undecided)}. The interval of "
+              f"{widest['layer']}, +-{widest['interval']:.2f}, is wider than the bound of {BOUND}. More "
+              f"seeds decide it, about --seeds={more_seeds} if seeds are all that differs, or larger sizes, "
+              f"--{axis}s={larger}.")
 
 
 @command

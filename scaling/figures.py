@@ -14,6 +14,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#e69f00", "#56b4e9", "#cc
 MARKERS = ("o", "s", "^", "v", "D", "*", "P", "x", "h")
 TITLES = {"mup": "μP", "sp": "standard parametrization"}  # of parametrizations; any other goes by its name
 LABELS = {"lr": "the learning rate"}  # of settings in figures; any other goes by its name
+LOSS = "validation loss, nats per token"
 MOST_COLUMNS = 4  # of panels; more are in rows
 NARROWEST = 0.5  # a panel, of the widest
 SMALLEST_SHARE = 0.4  # of the height that the lines of a panel must fill for it to share its scale
@@ -57,14 +58,19 @@ def line_style(i):
     return {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)]}
 
 
+def shades(count):
+    """Colors of `count` lines in an order; it is in their lightness too, so readable without color."""
+    from matplotlib import colormaps
+    return colormaps["viridis"](np.linspace(0.0, 0.88, count))
+
+
 def make_panels(report, pyplot, widths=None):
     """(figure, [(name, ladder, axes)]): a panel for each ladder, μP first, side by side or in rows.
     widths: how wide each of them is, in any unit, {name: width}; alike by default."""
     ladders = sorted(report["ladders"].items(), key=lambda item: not item[0].startswith("mup"))
     ratios = None
-    if widths is not None and len(ladders) <= MOST_COLUMNS:
-        widest = max(widths.values())
-        ratios = [max(widths[name] / widest, NARROWEST) if widest else 1 for name, _ in ladders]
+    if widths and max(widths.values()) and len(ladders) <= MOST_COLUMNS:
+        ratios = [max(widths[name] / max(widths.values()), NARROWEST) for name, _ in ladders]
     figure, axes = panel_grid(pyplot, len(ladders), ratios)
     return figure, [(name, ladder, ax) for (name, ladder), ax in zip(ladders, axes, strict=True)]
 
@@ -90,11 +96,10 @@ def share_scale(limits):
 
 
 def size_colors(report):
-    """{size: color}, the same in every panel; ordered in lightness, so readable without color."""
-    from matplotlib import colormaps
+    """{size: color}, the same in every panel."""
     axis = report["axis"]
     sizes = sorted({size[axis] for ladder in report["ladders"].values() for size in ladder["rungs"]})
-    return dict(zip(sizes, colormaps["viridis"](np.linspace(0.0, 0.88, len(sizes))), strict=True))
+    return dict(zip(sizes, shades(len(sizes)), strict=True))
 
 
 def add_size_legend(report, figure, marker="o", more=()):
@@ -119,8 +124,8 @@ def draw_transfer(report, pyplot, above_best=False):
     shows where flat curves have theirs."""
     numeric, colors, ranges, limits = report["numeric"], size_colors(report), {}, {}
     for name, ladder in report["ladders"].items():
-        x = [x for size in ladder["rungs"] for x in curve_of(size, numeric)[0]]
-        ranges[name] = max(x) - min(x) if numeric else len(set(x))
+        x = {x for size in ladder["rungs"] for x in curve_of(size, numeric)[0]}
+        ranges[name] = max(x) - min(x) if numeric else len(x)
         limits[name] = excess_limits(ladder) if above_best else loss_limits(ladder)
     figure, panels = make_panels(report, pyplot, ranges)
     label = LABELS.get(report["swept"], report["swept"])
@@ -131,8 +136,7 @@ def draw_transfer(report, pyplot, above_best=False):
                 draw_size_curve(ax, size, numeric, colors[size[report["axis"]]], shift)
         ax.set(title=title(name), xlabel=f"log2 of {label}" if numeric else label,
                ylim=share_scale(limits)[name])
-    what = "validation loss above the size's best, nats" if above_best else "validation loss, nats per token"
-    figure.supylabel(what, fontsize=12)
+    figure.supylabel("validation loss above the size's best, nats" if above_best else LOSS, fontsize=12)
     add_size_legend(report, figure, more=explain_marks(report, above_best))
     return figure
 
@@ -147,29 +151,25 @@ def explain_marks(report, above_best):
 
 
 def draw_size_curve(ax, size, numeric, color, shift):
-    """The losses of one size minus `shift`, and where they are lowest."""
+    """The losses of one size minus `shift`, the parabola as far as it was fitted, and a star where they are
+    lowest."""
     x, losses = curve_of(size, numeric)
     means = np.array([np.mean(seeds) for seeds in losses]) - shift
-    fitted = size["fitted_loss"] is not None
-    line = "-" if numeric else ":"
+    fitted, line = size["fitted_loss"] is not None, "-" if numeric else ":"
     if shift and fitted:
         line = ""  # lines that nearly coincide would hide each other
     ax.plot(x, means, f"o{line}", color=color, markersize=4, linewidth=1)
     if not shift:
         low, high = ([pick(seeds) for seeds in losses] for pick in (min, max))
         ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    star = {"color": color, "markersize": 13, "mec": "k"}
     if fitted:
-        draw_parabola(ax, size, x, color, shift)
+        best, lowest = size["log2_best"], size["fitted_loss"] - shift
+        near = np.linspace(*np.clip((best - 1, best + 1), min(x), max(x)), 50)
+        ax.plot(near, lowest + size["curvature"] * (near - best) ** 2, color=color, linewidth=2.2, alpha=0.6)
+        ax.plot(best, lowest, "*", **star, zorder=4)
     elif not size["edge"]:
-        ax.plot(size["best"], np.nanmin(means), "*", color=color, markersize=13, mec="k")
-
-
-def draw_parabola(ax, size, x, color, shift):
-    """The parabola of one size, as far as it was fitted, and a star at its lowest point."""
-    best, lowest, curvature = size["log2_best"], size["fitted_loss"] - shift, size["curvature"]
-    fitted = np.linspace(*np.clip((best - 1, best + 1), min(x), max(x)), 50)
-    ax.plot(fitted, lowest + curvature * (fitted - best) ** 2, "-", color=color, linewidth=2.2, alpha=0.6)
-    ax.plot(best, lowest, "*", color=color, markersize=13, mec="k", zorder=4)
+        ax.plot(size["best"], np.nanmin(means), "*", **star)
 
 
 def lowest_loss(size):
@@ -323,7 +323,7 @@ def draw_search(draws, others, best, folder):
         ax.step(x, lowest, where="post", color=COLORS[3], label="the best so far")
         ax.axhline(best, linestyle="--", linewidth=1, color=COLORS[2], label="chosen, mean of its seeds")
         ax.set_ylim(min(best, np.nanmin(losses)) - 0.03 * (top - np.nanmin(losses)), top + 0.02)
-    axes[0].set(xlabel="draws", ylabel="validation loss, nats per token")
+    axes[0].set(xlabel="draws", ylabel=LOSS)
     axes[1].set(xlabel=f"training FLOPs of the draws, in {unit:.0e} (with seeds and lr: {total / unit:.2f})")
     axes[1].legend(fontsize=10, **BESIDE)
     return save(figure, os.path.join(folder, "search.png"), pyplot)

@@ -2,8 +2,9 @@
 
 A law gives the logarithm of the loss, in nats a token, for N parameters and D training tokens. It is fitted
 as in Chinchilla (arXiv 2203.15556, appendix D.3) and its replication (arXiv 2404.10102): the Huber loss of
-the residuals in logs, minimized from many starts. By BFGS, where those use L-BFGS: with five constants there
-is no memory to save, it finds the same and, in scipy, takes a twentieth of the time.
+the residuals in logs, minimized from many starts; by BFGS, which finds what their L-BFGS does in a twentieth
+of the time. Beside the laws, simpler looks at the same trials: isoFLOP parabolas (Chinchilla's approach 2),
+the frontier of loss against compute, and the loss of the longest runs against N (Kaplan's L(C) and L(N)).
 """
 
 from itertools import product
@@ -12,11 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from configure import UserError
+from scaling.fits import interval, power_law
+from scaling.rows import group
 
 HUBER = 1e-3  # residuals of log loss above it count linearly: one bad trial moves the fit little
 DRAWS = 200  # of a bootstrap
 BEST_STARTS = 24  # of a grid of them, by the Huber loss there: from the others BFGS finds nothing lower
-MIDDLE = (2.5, 97.5)  # percentiles: an interval of 95%
+BUDGETS = 6  # of parabolas, where the trials do not lie on budgets of their own
+NEAR = np.log(3)  # in log N: further from the best N a curve at equal FLOPs is no parabola
+SAME_BUDGET = 0.05  # FLOPs that differ by less are one budget: steps are whole numbers
 
 
 def log_sum(terms):
@@ -84,7 +89,6 @@ class Law(NamedTuple):
     d0: float
     sigma_cell: float = 0.0
     sigma_seed: float = 0.0
-    objective: float = np.nan
 
     def log_loss(self, N, D):
         return FORMS[self.form].function(self.theta, np.log(N) - self.n0, np.log(D) - self.d0)[0]
@@ -98,8 +102,8 @@ class Law(NamedTuple):
 
 
 def minimize_huber(function, starts, log_loss, *logs):
-    """(theta, objective) of the lowest Huber loss that BFGS finds from the best of `starts`. function: of
-    theta and `logs`, gives log loss and derivatives. Raises UserError where scipy is not installed."""
+    """The theta of the lowest Huber loss that BFGS finds from the best of `starts`. function: of theta and
+    `logs`, gives log loss and derivatives. Raises UserError where scipy is not installed."""
     try:
         from scipy.optimize import minimize
     except ImportError:
@@ -112,14 +116,12 @@ def minimize_huber(function, starts, log_loss, *logs):
         value = np.sum(slope * residual - slope**2 / 2)
         return value / HUBER**2, derivatives @ slope / HUBER**2
 
-    best_theta, best_value = None, np.inf
     with np.errstate(all="ignore"):  # a start far off may overflow; it then loses
         finite = [start for start in starts if np.isfinite(objective(start)[0])]
-        for start in sorted(finite, key=lambda start: objective(start)[0])[:BEST_STARTS]:
-            found = minimize(objective, start, jac=True, method="BFGS", options={"gtol": 1e-3})
-            if np.isfinite(found.x).all() and found.fun < best_value:
-                best_theta, best_value = found.x, found.fun
-    return best_theta, best_value
+        nearest = sorted(finite, key=lambda start: objective(start)[0])[:BEST_STARTS]
+        found = [minimize(objective, start, jac=True, method="BFGS", options={"gtol": 1e-3})
+                 for start in nearest]
+    return min((one for one in found if np.isfinite([one.fun, *one.x]).all()), key=lambda one: one.fun).x
 
 
 def fit_law(form, N, D, loss, starts=None):
@@ -129,9 +131,8 @@ def fit_law(form, N, D, loss, starts=None):
     n0, d0 = log_n.mean(), log_d.mean()
     if starts is None:
         starts = [np.array(start) for start in product(*FORMS[form].starts)]
-    theta, objective = minimize_huber(FORMS[form].function, starts, log_loss, log_n - n0, log_d - d0)
-    law = Law(form, theta, n0, d0, objective=objective)
-    return with_noise(law, N, D, log_loss)
+    theta = minimize_huber(FORMS[form].function, starts, log_loss, log_n - n0, log_d - d0)
+    return with_noise(Law(form, theta, n0, d0), N, D, log_loss)
 
 
 def with_noise(law, N, D, log_loss):
@@ -166,15 +167,10 @@ def bootstrap(law, N, D, draws=DRAWS):
     return [fit_law(law.form, N, D, simulate(law, N, D, random), starts=[law.theta]) for _ in range(draws)]
 
 
-def interval_of(numbers):
-    """[low, high]: the middle 95%."""
-    return [float(end) for end in np.percentile(numbers, MIDDLE)]
-
-
 def constants_with_intervals(law, laws):
     """{name: (value, [low, high])} of the law's constants; `laws`: of bootstrap()."""
     drawn = [other.constants() for other in laws]
-    return {name: (float(value), interval_of([constants[name] for constants in drawn]))
+    return {name: (float(value), interval([constants[name] for constants in drawn]))
             for name, value in law.constants().items()}
 
 
@@ -184,7 +180,7 @@ def predict(law, laws, N, D, missed=0.0):
     random = np.random.default_rng(1)
     sigma = np.linalg.norm((law.sigma_cell, law.sigma_seed, missed / law.loss(N, D)))
     drawn = [other.loss(N, D) * np.exp(random.normal(0, sigma)) for other in laws for _ in range(10)]
-    return float(law.loss(N, D)), interval_of(drawn)
+    return float(law.loss(N, D)), interval(drawn)
 
 
 def backtest(form, N, D, loss, flops, share=0.1):
@@ -205,3 +201,123 @@ def missed_by(fit):
 def all_tested(fits):
     """Whether each of {(form, count): fit} had a backtest(), so that they can be compared by it."""
     return all(fit["backtest"] is not None for fit in fits.values())
+
+
+def cell_means(keys, losses):
+    """{key: mean loss}, sorted by key."""
+    cells = group(zip(keys, losses, strict=True))
+    return {key: float(np.mean(cells[key])) for key in sorted(cells)}
+
+
+def noisy(loss, sigma, seed=2):
+    """Draws of `loss`, each number with relative noise `sigma`: what is fitted to them shows its own
+    noise."""
+    random = np.random.default_rng(seed)
+    return [loss * np.exp(random.normal(0, sigma, len(loss))) for _ in range(DRAWS)]
+
+
+def power_with_interval(x, y, draws):
+    """{exponent, interval, factor} of y = factor * x^exponent; draws: other (x, y) that might have been."""
+    exponent, _, factor = power_law(x, y)
+    return {"exponent": float(exponent), "factor": float(factor),
+            "interval": interval([power_law(*draw)[0] for draw in draws])}
+
+
+def frontier(flops, loss):
+    """(FLOPs, loss) of the trials that no trial with fewer FLOPs equals."""
+    lowest, kept = np.inf, []
+    for c, mean in cell_means(flops, loss).items():
+        if mean < lowest:
+            lowest = mean
+            kept.append((c, mean))
+    return np.array(kept).T
+
+
+def frontier_law(flops, loss, sigma):
+    """L(C), a power law through the frontier; None where that has fewer than 3 points."""
+    x, y = frontier(flops, loss)
+    draws = [frontier(flops, drawn) for drawn in noisy(loss, sigma)]
+    if len(x) < 3 or any(len(draw[0]) < 3 for draw in draws):
+        return None
+    return power_with_interval(x, y, draws) | {"flops": list(x), "loss": list(y)}
+
+
+def largest_horizon_law(N, D, loss, sigma):
+    """L(N), a power law through the models of the largest number of tokens that at least 3 models have; None
+    where there is none."""
+    for tokens in sorted(set(D), reverse=True):
+        chosen = tokens == D
+        if len(set(N[chosen])) >= 3:
+            break
+    else:
+        return None
+
+    def points(drawn):
+        means = cell_means(N[chosen], drawn[chosen])
+        return np.array([*means]), np.array([*means.values()])
+    return power_with_interval(*points(loss), [points(drawn) for drawn in noisy(loss, sigma)]) | {
+        "tokens": float(tokens)}
+
+
+def isoflop_budgets(flops):
+    """FLOPs at which to compare models: where at least 3 trials lie together, else evenly between all."""
+    every = np.sort(flops)
+    groups = np.split(every, np.flatnonzero(np.diff(np.log(every)) > SAME_BUDGET) + 1)
+    together = [float(np.exp(np.log(own).mean())) for own in groups if len(own) >= 3]
+    if len(together) >= 2:
+        return together
+    return list(np.geomspace(every[0], every[-1], BUDGETS + 2)[1:-1])
+
+
+def model_curves(N, D, flops, loss):
+    """{N: (FLOPs, log loss, tokens)} of each model, in the order of its horizons."""
+    means = cell_means(zip(N, flops, D, strict=True), loss)
+    curves = group((n, (c, np.log(mean), d)) for (n, c, d), mean in means.items())
+    return {n: np.array(points).T for n, points in curves.items()}
+
+
+def isoflop_points(curves, budget):
+    """[(N, loss, tokens)] at a budget, between the horizons of each model that has some on both sides."""
+    points = []
+    for n, (flops, log_loss, tokens) in curves.items():
+        if flops[0] * (1 - SAME_BUDGET) <= budget <= flops[-1] * (1 + SAME_BUDGET):
+            loss = np.exp(np.interp(np.log(budget), np.log(flops), log_loss))
+            points.append((n, float(loss), float(budget * np.exp(np.mean(np.log(tokens / flops))))))
+    return points
+
+
+def parabola(points):
+    """{N, loss, tokens, coefficients in log N} of the lowest point, where it lies between the models; None
+    elsewhere. Only models near the lowest are fitted: further away the curve is no parabola."""
+    n, loss, tokens = np.array(points).T
+    lowest = int(np.argmin(loss))
+    if lowest in (0, len(n) - 1):
+        return None
+    near = np.abs(np.log(n / n[lowest])) <= NEAR
+    near[lowest - 1:lowest + 2] = True
+    a, b, c = np.polyfit(np.log(n[near]), loss[near], 2)
+    if a <= 0:
+        return None
+    best = -b / (2 * a)
+    return {"N": float(np.exp(best)), "loss": float(c - b * b / (4 * a)), "coefficients": [a, b, c],
+            "tokens": float(np.exp(np.interp(best, np.log(n), np.log(tokens))))}
+
+
+def isoflop_optima(N, D, flops, loss):
+    """([{flops, points, best}] of each budget at which at least 3 models can be compared, the exponent of the
+    best N in the FLOPs: nan where fewer than two budgets have a best N)."""
+    curves, budgets = model_curves(N, D, flops, loss), []
+    for budget in isoflop_budgets(np.concatenate([curve[0] for curve in curves.values()])):
+        points = isoflop_points(curves, budget)
+        if len(points) >= 3:
+            budgets.append({"flops": budget, "points": points, "best": parabola(points)})
+    best = [(its["flops"], its["best"]["N"]) for its in budgets if its["best"]]
+    return budgets, float(power_law(*np.array(best).T)[0]) if len(best) > 1 else np.nan
+
+
+def isoflop(N, D, flops, loss, sigma):
+    """{budgets, exponent, interval}: the parabolas and how the best N grows with the FLOPs."""
+    budgets, exponent = isoflop_optima(N, D, flops, loss)
+    drawn = [isoflop_optima(N, D, flops, other)[1] for other in noisy(loss, sigma)]
+    often = np.isfinite(drawn).sum() > DRAWS / 2
+    return {"budgets": budgets, "exponent": exponent, "interval": interval(drawn if often else [])}

@@ -1,8 +1,15 @@
-"""The laws of scaling.laws as text, ours beside those of the papers."""
+"""The laws of scaling.laws as text, ours beside those of the papers, and as figures."""
+
+import os
 
 import numpy as np
 
-from scaling.law_fits import all_tested, missed_by
+from scaling.figures import BESIDE, COLORS, LOSS, line_style, load_pyplot, save, shades
+from scaling.law_fits import all_tested, cell_means, missed_by
+from scaling.law_trials import COUNTS
+from scaling.rows import group
+
+PARAMETERS = {"all": "parameters", "body": "parameters without embedding and readout"}
 
 PUBLISHED = {  # of web text and much larger models: a comparison of exponents, not of constants
     "chinchilla": "the replication of Chinchilla, arXiv 2404.10102: alpha 0.35, beta 0.37, N_opt ~ C^0.51",
@@ -17,41 +24,37 @@ def with_interval(value, ends):
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def format_fit(form, count, fit, counts):
+def format_fit(form, count, fit):
     """The lines of one fit."""
     constants, law = fit["constants"], fit["law"]
-    lines = [f"{form}, {counts[count]}"]
-    names = [name for name in constants if name not in EXPONENTS]
-    lines.append("  " + ", ".join(f"{name} {with_interval(*constants[name])}" for name in names))
-    lines.append("  " + ", ".join(text + with_interval(*constants[name]) for name, text in EXPONENTS.items()))
     missed = "too few small trials to test a forecast"
     if fit["backtest"] is not None:
         missed = (f"fitted up to a tenth of the FLOPs it misses the others by "
                   f"{missed_by(fit):.4f} nats (root mean square)")
-    lines.append(f"  around it: {law.sigma_cell:.2%} of the loss by pair, {law.sigma_seed:.2%} by seed; "
-                 f"{missed}")
-    return lines
+    of_its_form = [f"{name} {with_interval(*constants[name])}" for name in constants if name not in EXPONENTS]
+    exponents = [text + with_interval(*constants[name]) for name, text in EXPONENTS.items()]
+    return [f"{form}, {COUNTS[count]}", f"  {', '.join(of_its_form)}", f"  {', '.join(exponents)}",
+            f"  around it: {law.sigma_cell:.2%} of the loss by pair, {law.sigma_seed:.2%} by seed; {missed}"]
 
 
 def format_residuals(report):
-    """Loss and residual of each pair, in nats, a line for each model and a column for each number of
-    tokens."""
-    cells = {}
-    for point in report["points"]:
-        cells.setdefault((point["width"], point["depth"]), {}).setdefault(point["tokens"], []).append(point)
+    """Loss and residual, in nats, of each pair: a line for each model, a column for each number of tokens."""
     tokens = sorted({point["tokens"] for point in report["points"]})
     if len(tokens) > 8:  # as with --hold=flops, where no two models have the same
         worst = max(report["points"], key=lambda point: abs(point["residual"]))
         return [f"residuals: {len(report['points'])}, the largest {worst['residual']:+.4f} nats, of width "
                 f"{worst['width']}, depth {worst['depth']}, {worst['steps']:,} steps (all are in laws.json)"]
+    pairs = group(((point["width"], point["depth"], point["tokens"]), point) for point in report["points"])
     lines = ["loss (and residual), nats a token", f"{'model':>12}" + "".join(f"{d:>18.2e}" for d in tokens)]
-    for (width, depth), row in sorted(cells.items()):
-        texts = [format_cell(row[d]) if d in row else "-" for d in tokens]
-        lines.append(f"{f'{width}x{depth}':>12}" + "".join(f"{text:>18}" for text in texts))
+    for width, depth in sorted({pair[:2] for pair in pairs}):
+        cells = [format_cell(pairs.get((width, depth, d))) for d in tokens]
+        lines.append(f"{f'{width}x{depth}':>12}" + "".join(f"{cell:>18}" for cell in cells))
     return lines
 
 
 def format_cell(points):
+    if points is None:
+        return "-"
     loss, residual = (np.mean([point[name] for point in points]) for name in ("loss", "residual"))
     return f"{loss:.4f} ({residual:+.4f})"
 
@@ -69,8 +72,7 @@ def format_slices(report):
         lines.append("isoFLOP parabolas: N_opt ~ C^"
                      f"{with_interval(isoflop['exponent'], isoflop['interval'])} (Chinchilla: 0.49)")
     for budget in isoflop["budgets"]:
-        best = budget["best"]
-        text = "no lowest point between the models"
+        best, text = budget["best"], "no lowest point between the models"
         if best:
             text = (f"N {best['N']:.3g}, D {best['tokens']:.3g}, {best['tokens'] / best['N']:.1f} tokens a "
                     f"parameter, loss {best['loss']:.4f}")
@@ -102,18 +104,139 @@ def format_forecast(forecast):
     return lines
 
 
-def format_laws(report, counts):
-    """The report of scaling.laws, for people. counts: {count: what it counts}."""
+def format_laws(report):
+    """The report of scaling.laws, for people."""
     low, high = report["flops"]
     lines = [f"{report['trials']} trials of {low:.2e} to {high:.2e} FLOPs; in brackets: 95%"]
     for (form, count), fit in report["fits"].items():
-        lines += format_fit(form, count, fit, counts)
-        if count == list(counts)[-1]:
+        lines += format_fit(form, count, fit)
+        if count == list(COUNTS)[-1]:
             lines.append(f"  {PUBLISHED[form]}")
     form, count = report["chosen"]
     best = "forecasts best" if all_tested(report["fits"]) else "has the least residuals"
-    lines.append(f"the one that {best}, used below: {form}, {counts[count]}")
+    lines.append(f"the one that {best}, used below: {form}, {COUNTS[count]}")
     lines += [*format_residuals(report), *format_slices(report), format_data_rule(report)]
-    for forecast in report["forecasts"]:
-        lines += format_forecast(forecast)
-    return "\n".join(lines)
+    return "\n".join(lines + [line for forecast in report["forecasts"] for line in format_forecast(forecast)])
+
+
+def draw_laws(report, folder):
+    """Writes frontier.png, sizes.png and, where budgets have a best size, isoflop.png to `folder`; returns
+    their paths."""
+    pyplot = load_pyplot()
+    figures = {"frontier": draw_frontier, "sizes": draw_sizes}
+    if any(budget["best"] for budget in report["isoflop"]["budgets"]):
+        figures["isoflop"] = draw_isoflop
+    return [save(draw(report, pyplot), os.path.join(folder, f"{name}.png"), pyplot)
+            for name, draw in figures.items()]
+
+
+def label_loss(ax):
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:.2f}")
+    ax.yaxis.set_minor_formatter("{x:.2f}")
+
+
+def label_size(axis):
+    """Label 1, 2 and 5 of each decade of a logarithmic axis: less says little, more overlaps."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    axis.set_minor_formatter("")
+
+
+def draw_law_curve(ax, x, points, law, label, **style):
+    """The mean of the `points` at each x, and the law, a function of x, as a line."""
+    means = cell_means(x, [point["loss"] for point in points])
+    line = np.geomspace(min(means), max(means), 50)
+    ax.plot(line, law(line), color=style["color"], linewidth=1)
+    ax.plot([*means], [*means.values()], linestyle="none", markersize=5, label=label, **style)
+
+
+def draw_frontier(report, pyplot):
+    """Loss against training FLOPs, a line for each model: its measured losses, and the law through them. The
+    dashed line is the law's own frontier; forecasts have their intervals."""
+    figure, ax = pyplot.subplots(figsize=(8, 5))
+    law, count = report["fits"][report["chosen"]]["law"], report["chosen"][1]
+    by_size = sorted(report["points"], key=lambda point: point["parameters"]["all"])
+    models, sizes = group((f"{point['width']} x {point['depth']}", point) for point in by_size), []
+    for (name, points), color in zip(models.items(), shades(len(models)), strict=True):
+        N, per_token = points[0]["parameters"][count], points[0]["flops"] / points[0]["tokens"]
+        sizes.append((N, per_token))
+        draw_law_curve(ax, [point["flops"] for point in points], points,
+                       lambda flops, N=N, per_token=per_token: law.loss(N, flops / per_token), name,
+                       marker="o", color=color)
+    top_flops = max([report["flops"][1], *(float(forecast["flops"]) for forecast in report["forecasts"])])
+    budgets = np.geomspace(report["flops"][0], top_flops, 200)
+    ax.plot(budgets, law_frontier(law, sizes, budgets), "--", color=COLORS[3], label="frontier of the law")
+    for i, forecast in enumerate(report["forecasts"]):
+        ends = np.abs(np.array(forecast["interval"])[:, None] - forecast["loss"])
+        ax.errorbar(float(forecast["flops"]), forecast["loss"], ends, fmt="D", color=COLORS[1], capsize=4,
+                    label="" if i else "forecast, 95%")
+        if "measured" in forecast:
+            ax.plot(forecast["flops"], forecast["measured"], "*", color=COLORS[3], markersize=13,
+                    label="" if i else "measured, not in the fit")
+    ax.set(xscale="log", xlabel="training FLOPs", ylabel=LOSS,
+           title="Loss against compute; lines: the fitted law")
+    label_loss(ax)
+    ax.legend(title="width x depth", fontsize=10, **BESIDE)
+    return figure
+
+
+def law_frontier(law, models, budgets):
+    """The lowest loss of the law at each budget, over models between and beyond those measured. models: (N,
+    FLOPs a token) of each; these go as powers of each other."""
+    n, per_token = np.log(np.array(models)).T
+    slope, offset = np.polyfit(n, per_token, 1)
+    sizes = np.linspace(n.min() - 3, n.max() + 8, 400)
+    tokens = budgets[None] / np.exp(offset + slope * sizes)[:, None]
+    return law.loss(np.exp(sizes)[:, None], tokens).min(axis=0)
+
+
+def draw_sizes(report, pyplot):
+    """Loss against N, a line for each number of tokens (where many models share it), and the law's lines."""
+    figure, ax = pyplot.subplots(figsize=(8, 5))
+    law, count = report["fits"][report["chosen"]]["law"], report["chosen"][1]
+    by_tokens = group((point["tokens"], point) for point in report["points"])
+    shared = {tokens: points for tokens, points in sorted(by_tokens.items())
+              if len({point["parameters"][count] for point in points}) > 1}
+    for i, ((tokens, points), color) in enumerate(zip(shared.items(), shades(len(shared)), strict=True)):
+        draw_law_curve(ax, [point["parameters"][count] for point in points], points,
+                       lambda N, tokens=tokens: law.loss(N, tokens), f"{tokens:.1e}",
+                       **line_style(i) | {"color": color})
+    ax.set(xscale="log", xlabel=PARAMETERS[count], ylabel=LOSS,
+           title="Loss against size; lines: the fitted law")
+    label_size(ax.xaxis)
+    label_loss(ax)
+    if shared:
+        ax.legend(title="training tokens", fontsize=10, **BESIDE)
+    return figure
+
+
+def draw_isoflop(report, pyplot):
+    """Loss against N at equal FLOPs, with the parabola of each budget; beside it, where three budgets or more
+    have a best N, that against the FLOPs."""
+    budgets, label = report["isoflop"]["budgets"], PARAMETERS[report["chosen"][1]]
+    beside = sum(its["best"] is not None for its in budgets) > 2
+    figure, axes = pyplot.subplots(1, 1 + beside, figsize=(13 if beside else 8, 4.6), squeeze=False,
+                                   layout="constrained")
+    left, right = axes[0, 0], axes[0, -1]
+    for its, color in zip(budgets, shades(len(budgets)), strict=True):
+        n, loss, _ = np.array(its["points"]).T
+        left.plot(n, loss, "o", color=color, markersize=5, label=f"{its['flops']:.1e} FLOPs")
+        if not its["best"]:
+            continue
+        star, N = {"color": color, "markersize": 13, "mec": "k"}, its["best"]["N"]
+        x = N * np.geomspace(1 / 3, 3, 60)  # where the parabola was fitted
+        left.plot(x, np.polyval(its["best"]["coefficients"], np.log(x)), color=color, linewidth=1)
+        left.plot(N, its["best"]["loss"], "*", **star)
+        if beside:
+            right.plot(its["flops"], N, "*", **star)
+    if beside:
+        right.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {label}",
+                  title=f"N ~ C^{report['isoflop']['exponent']:.2f}")
+        label_size(right.xaxis)
+        label_size(right.yaxis)
+    left.set(xscale="log", xlabel=label, ylabel=LOSS, title="At equal FLOPs (star: lowest)")
+    label_size(left.xaxis)
+    left.legend(fontsize=9)
+    return figure

@@ -10,7 +10,7 @@ import torch
 from configure import Config
 from model import GPT
 from parametrization import role_of
-from scaling.rows import read_rows
+from scaling.rows import group, read_rows
 from scaling.sweep import shape_of
 from scaling.trials import settings_of
 from training.model_size import model_size
@@ -29,14 +29,14 @@ class Trial:
     loss: float  # nats a token
 
 
+size_of_shape = functools.cache(model_size)
+
+
 def count_parameters(config):
     """{count: parameters} of a config whose vocab_size is known, and its training FLOPs a token."""
     size = size_of_shape(shape_of(config))
     body = size.parameters - outer_parameters(shape_of(replace(config, depth=1)))
     return {"all": size.parameters, "body": body}, size.flops_per_token
-
-
-size_of_shape = functools.cache(model_size)
 
 
 @functools.cache
@@ -72,13 +72,11 @@ def finished_trials(folders):
 def best_settings(trials):
     """Of each pair of model and tokens, the trials of the setting with the lowest mean loss over its
     seeds."""
-    pairs = {}
-    for trial in trials:
-        pairs.setdefault((trial.config.width, trial.config.depth, trial.tokens), {}).setdefault(
-            trial.group, []).append(trial)
+    pairs = group(((trial.config.width, trial.config.depth, trial.tokens), trial) for trial in trials)
     found = []
-    for _, groups in sorted(pairs.items()):
-        found += min(groups.values(), key=lambda group: np.mean([trial.loss for trial in group]))
+    for _, own in sorted(pairs.items()):
+        settings = group((trial.group, trial) for trial in own)
+        found += min(settings.values(), key=lambda same: np.mean([trial.loss for trial in same]))
     return found
 
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from configure import SETTINGS, UserError, configure
-from scaling import law_figures, transfer
+from scaling import transfer
 from scaling.cli import command, parse_options, reject_unused
 from scaling.law_fits import (
     FORMS,
@@ -30,13 +30,15 @@ from scaling.law_fits import (
     bootstrap,
     constants_with_intervals,
     fit_law,
+    frontier_law,
+    isoflop,
+    largest_horizon_law,
     missed_by,
     predict,
 )
-from scaling.law_report import format_laws
-from scaling.law_slices import frontier_law, isoflop, largest_horizon_law
+from scaling.law_report import draw_laws, format_laws
 from scaling.law_trials import COUNTS, best_settings, columns, count_parameters, finished_trials
-from scaling.rows import write_report
+from scaling.rows import group, write_report
 
 FEWEST_STEPS, MOST_STEPS = 100, 2**31 - 1  # of a model that is recommended
 # Settings that a forecast depends on, besides SAME
@@ -85,11 +87,9 @@ def fit_all(trials):
 def choose(fits):
     """The (form, count) that missed the larger trials by the least when fitted to the smaller ones; where too
     few are smaller for one of the forms, the one with the least residuals."""
-    def residuals(fit):
-        return fit["law"].sigma_cell + fit["law"].sigma_seed
-
-    error = missed_by if all_tested(fits) else residuals
-    return min(fits, key=lambda key: error(fits[key]))
+    if all_tested(fits):
+        return min(fits, key=lambda key: missed_by(fits[key]))
+    return min(fits, key=lambda key: fits[key]["law"].sigma_cell + fits[key]["law"].sigma_seed)
 
 
 def analyze(trials):
@@ -99,13 +99,13 @@ def analyze(trials):
     N, D, flops, loss = columns(trials, chosen[1])
     law = fits[chosen]["law"]
     sigma = float(np.hypot(law.sigma_cell, law.sigma_seed))
+    points = []
+    for trial, predicted in zip(trials, law.loss(N, D), strict=True):
+        shape = {name: getattr(trial.config, name) for name in ("width", "depth", "steps", "seed")}
+        points.append(shape | {"tokens": trial.tokens, "flops": trial.flops, "parameters": trial.parameters,
+                               "loss": trial.loss, "residual": trial.loss - float(predicted)})
     return {"trials": len(trials), "flops": [flops.min(), flops.max()], "chosen": chosen, "fits": fits,
-            "points": [{"width": trial.config.width, "depth": trial.config.depth, "steps": trial.config.steps,
-                        "seed": trial.config.seed, "tokens": trial.tokens, "flops": trial.flops,
-                        "parameters": trial.parameters, "loss": trial.loss,
-                        "residual": trial.loss - float(law.loss(trial.parameters[chosen[1]], trial.tokens))}
-                       for trial in trials],
-            "isoflop": isoflop(N, D, flops, loss, sigma),
+            "points": points, "isoflop": isoflop(N, D, flops, loss, sigma),
             "frontier": frontier_law(flops, loss, sigma), "longest": largest_horizon_law(N, D, loss, sigma)}
 
 
@@ -122,42 +122,32 @@ def forecast(report, config):
         missed = np.hypot(apart, missed_by(fit)) if beyond > 1 else 0.0
         predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens, missed)
     loss, interval = predicted[report["chosen"]]
-    return {"width": config.width, "depth": config.depth, "steps": config.steps, "batch": config.batch,
-            "context": config.context, "parameters": numbers, "tokens": tokens,
-            "flops": flops_per_token * tokens, "beyond": beyond,
-            "loss": loss, "interval": interval,
-            "others": {f"{form}, {count}": value for (form, count), (value, _) in predicted.items()}}
+    shape = {name: getattr(config, name) for name in ("width", "depth", "steps", "batch", "context")}
+    return shape | {"parameters": numbers, "tokens": tokens, "flops": flops_per_token * tokens,
+                    "beyond": beyond, "loss": loss, "interval": interval,
+                    "others": {f"{form}, {count}": value for (form, count), (value, _) in predicted.items()}}
 
 
 def allocate(report, trials, flops):
     """forecast() of the best shape and steps for a budget of training FLOPs. Shapes grow as those of the
     rows do: log depth is a line in log width. Raises UserError where none fits."""
     base = trials[-1].config
-    slope, offset = depth_line(trials)
     law, count = report["fits"][report["chosen"]]["law"], report["chosen"][1]
-    candidates, heads = [], 1
-    while True:
+    widths, depths = np.log(sorted({(trial.config.width, trial.config.depth) for trial in trials})).T
+    slope, offset = np.polyfit(widths, depths, 1) if np.ptp(widths) else (0.0, depths.mean())
+    candidates, heads, steps = [], 1, MOST_STEPS
+    while steps >= FEWEST_STEPS:
         width = heads * base.head_dim
         config = replace(base, width=width, depth=max(1, round(np.exp(offset + slope * np.log(width)))))
         numbers, flops_per_token = count_parameters(config)
         steps = base.steps_for(flops / flops_per_token)
-        if steps < FEWEST_STEPS:
-            break
-        if steps <= MOST_STEPS:
+        if FEWEST_STEPS <= steps <= MOST_STEPS:
             loss = float(law.loss(numbers[count], base.tokens_before(steps)))
             candidates.append((loss, replace(config, steps=steps)))
         heads = max(heads + 1, round(1.1 * heads))
     if not candidates:
         raise UserError(f"flops must be enough for {FEWEST_STEPS} steps of the smallest model, got {flops:g}")
     return forecast(report, min(candidates, key=lambda pair: pair[0])[1])
-
-
-def depth_line(trials):
-    """(slope, offset) of log depth over log width."""
-    widths, depths = np.log(sorted({(trial.config.width, trial.config.depth) for trial in trials})).T
-    if np.ptp(widths) == 0:
-        return 0.0, depths.mean()
-    return np.polyfit(widths, depths, 1)
 
 
 def target_config(words, trials):
@@ -170,9 +160,7 @@ def target_config(words, trials):
 
 def measured_rows(report, trials):
     """[forecast() with what was `measured`] for each shape and horizon of rows that the fit did not see."""
-    pairs = {}
-    for trial in trials:
-        pairs.setdefault(replace(trial.config, seed=0), []).append(trial.loss)
+    pairs = group((replace(trial.config, seed=0), trial.loss) for trial in trials)
     return [forecast(report, config) | {"measured": float(np.mean(losses)), "seeds": len(losses)}
             for config, losses in pairs.items()]
 
@@ -207,5 +195,5 @@ def main(argv):
     report["forecasts"] += measured_rows(report, unseen)
     to = options["to"] or folders[0]
     write_report(to_json(report), to, "laws.json", default=lambda value: np.asarray(value).tolist())
-    print(format_laws(report, COUNTS), *law_figures.draw_laws(report, to), sep="\n")
+    print(format_laws(report), *draw_laws(report, to), sep="\n")
     return 0

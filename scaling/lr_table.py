@@ -15,15 +15,9 @@ from scaling.cli import command, parse_options, reject_unused
 from scaling.sweep import TYPICAL_VOCAB_SIZE
 from training.model_size import model_size
 
-COLUMNS = "config,parameters,width,depth,tokens a step,tokens,lr,muP,with rules".split(",")
-
-
+COLUMNS = ("config", "parameters", "width", "depth", "tokens a step", "tokens", "lr", "muP", "with rules")
 USED = {"width", "depth", "head_dim", "context", "optimizer", "lr", "depth_alpha", "batch", "batch_start",
         "batch_ramp_tokens", "steps"}
-
-
-def hidden_lr(config):
-    return hyperparameters(config, "hidden")["lr"]
 
 
 def transferred(config, proxy):
@@ -41,14 +35,13 @@ def both_rules(config, proxy):
     return by_batch * horizon_rule(replace(config, base_tokens=proxy.tokens_before(max(1, proxy.steps))))
 
 
-def lr_row(name, config, proxy):
-    """{column: text}"""
+def row_of(name, config, proxy):
+    """(parameters, the texts of COLUMNS)"""
     parameters = model_size(replace(config, vocab_size=config.vocab_size or TYPICAL_VOCAB_SIZE)).parameters
-    by_mup = hidden_lr(transferred(config, proxy))
-    values = [name.removeprefix("config/"), f"{parameters:,}", f"{config.width}", f"{config.depth}",
-              f"{config.batch * config.context:,}", f"{config.tokens_before(config.steps):.2e}",
-              f"{hidden_lr(config):.2e}", f"{by_mup:.2e}", f"{by_mup * both_rules(config, proxy):.2e}"]
-    return dict(zip(COLUMNS, values, strict=True))
+    lr, by_mup = (hyperparameters(its, "hidden")["lr"] for its in (config, transferred(config, proxy)))
+    return parameters, (name.removeprefix("config/"), f"{parameters:,}", f"{config.width}", f"{config.depth}",
+                        f"{config.batch * config.context:,}", f"{config.tokens_before(config.steps):.2e}",
+                        f"{lr:.2e}", f"{by_mup:.2e}", f"{by_mup * both_rules(config, proxy):.2e}")
 
 
 @command
@@ -59,10 +52,8 @@ def main(argv):
     if not files:
         raise UserError("lr_table: give one or more configurations, such as config/gpt3/*.py")
     reject_unused(words, SETTINGS.keys() - USED, "the rates")
-    rows = [lr_row(name, configure([name]), proxy) for name in files]
-    rows.sort(key=lambda row: int(row["parameters"].replace(",", "")))
-    rows.insert(0, dict(zip(COLUMNS, COLUMNS, strict=True)))
-    widths = {name: max(len(row[name]) for row in rows) for name in COLUMNS}
-    for row in rows:
-        numbers = [f"{row[name]:>{widths[name]}}" for name in COLUMNS[1:]]
-        print(f"{row['config']:<{widths['config']}}", *numbers, sep="  ")
+    by_size = sorted(row_of(name, configure([name]), proxy) for name in files)
+    rows = [COLUMNS, *(texts for _, texts in by_size)]
+    name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, *numbers in rows:
+        print(f"{name:<{name_width}}", *map(str.rjust, numbers, widths), sep="  ")

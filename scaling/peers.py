@@ -167,8 +167,9 @@ def train_peer(name, folder, config, rate, plain=False):
     try:
         peer = PEERS[name](folder, config, device, autocast, rate, plain)
     except (ImportError, OSError, AttributeError) as error:
-        raise UserError(f"{name}: got {folder}, where its code does not load ({error}); takes a clone of "
-                        f"github.com/karpathy/{'nanoGPT' if name == 'nanogpt' else name}") from None
+        project = "nanoGPT" if name == "nanogpt" else name
+        raise UserError(f"{name} must be a clone of github.com/karpathy/{project}, got {folder}, where its "
+                        f"code does not load: {error}") from None
     model = torch.compile(peer.model, dynamic=False) if is_compiled(config, device) else peer.model
     chunks = prefetch_batches(dataset, config, 0, pin_memory=device.type == "cuda")
     speed = run_steps(peer, model, batches_on_device(chunks, device), config)

@@ -20,7 +20,7 @@ from configure import UserError, configure
 from parametrization import Exponents, mup, sp
 from scaling.cli import command, parse_options, parse_values
 from scaling.figures import load_pyplot, save
-from scaling.rows import loss_of, parse_folders, read_rows, write_report
+from scaling.rows import group, loss_of, parse_folders, read_rows, values_of, write_report
 from scaling.sweep import run_trials, trial_configs
 
 
@@ -32,13 +32,13 @@ def mix(start, end, share):
 
 
 def between(start, end, init, updates):
-    """The table between two. `init` and `updates`, from 0 to 1, say how far it is from `start` to `end` in
+    """The table between two: `init` and `updates`, from 0 to 1, say how far it is from `start` to `end` in
     the initial weights and in their updates: a point of the plane of Tensor Programs V (arXiv 2203.03466).
 
     That plane is of widths and of weights with their multipliers in them. A forward multiplier acts on
     initial weights and updates alike. So it goes with `updates`, and the readout's std makes up for that at
-    initialization. Attention's 1/d goes with `updates`, as it is there for queries and keys that have learned
-    to agree; so does the branch multiplier, which is a rule of depth.
+    initialization. Attention's 1/d, there for queries and keys that have learned to agree, goes with
+    `updates`; so does the branch multiplier, which is a rule of depth.
     """
     (start_roles, start_factors), (end_roles, end_factors) = start, end
     if unpaired := start_roles.keys() ^ end_roles.keys():
@@ -81,34 +81,21 @@ def analyze(rows):
     whether that lr is at an end of those tried, and the seeds. Raises UserError when rows differ in more
     than these."""
     configs = [json.loads(row["config"]) for row in rows]
-    varied = {name for name in configs[0] if len({json.dumps(config[name]) for config in configs}) > 1}
-    other = sorted(varied - {"parametrization", "lr", "seed"})
-    if other or "parametrization" not in varied:
+    varied = {name for name in configs[0] if len(values_of(configs, name)) > 1}
+    if "parametrization" not in varied or varied - {"parametrization", "lr", "seed"}:
         raise UserError("plane: the rows must be of a sweep over init, updates, lr, seed alone; these vary "
                         f"{', '.join(sorted(varied)) or 'nothing'}")
-    losses = {}
-    for row, config in zip(rows, configs, strict=True):
-        by_lr = losses.setdefault(point_of(config), {})
-        by_lr.setdefault(config["lr"], []).append(loss_of(row))
-    return {"width": configs[0]["width"], "base_width": configs[0]["base_width"],
-            "points": [best_point(*point, by_lr) for point, by_lr in sorted(losses.items())]}
-
-
-def best_point(init, lr_share, by_lr):
-    means = {lr: float(np.mean(of_seeds)) for lr, of_seeds in by_lr.items()}
-    best = min(means, key=means.get)
-    return {"mup_init": init, "mup_lr": lr_share, "loss": means[best], "log2_lr": float(np.log2(best)),
-            "edge": len(means) > 1 and best in (min(means), max(means)), "seeds": len(by_lr[best])}
-
-
-def grid_of(report, key):
-    """(values of mup_init, values of mup_lr, array of `key`, nan where there is no point)."""
-    inits = sorted({point["mup_init"] for point in report["points"]})
-    lrs = sorted({point["mup_lr"] for point in report["points"]})
-    grid = np.full((len(lrs), len(inits)), np.nan)
-    for point in report["points"]:
-        grid[lrs.index(point["mup_lr"]), inits.index(point["mup_init"])] = point[key]
-    return inits, lrs, np.where(np.isfinite(grid), grid, np.nan)
+    losses = group(((*point_of(config), config["lr"]), loss_of(row))
+                   for row, config in zip(rows, configs, strict=True))
+    by_point = group(((init, updates), (lr, float(np.mean(of_seeds)), len(of_seeds)))
+                     for (init, updates, lr), of_seeds in losses.items())
+    points = []
+    for (init, updates), tried in sorted(by_point.items()):
+        lr, loss, seeds = min(tried, key=lambda its: its[1])
+        rates = [its[0] for its in tried]
+        points.append({"mup_init": init, "mup_lr": updates, "loss": loss, "log2_lr": float(np.log2(lr)),
+                       "edge": len(rates) > 1 and lr in (min(rates), max(rates)), "seeds": seeds})
+    return {"width": configs[0]["width"], "base_width": configs[0]["base_width"], "points": points}
 
 
 def corner_name(init, lr_share):
@@ -118,18 +105,21 @@ def corner_name(init, lr_share):
 def draw_plane(report, folder):
     """Writes plane.png, the losses as a map; returns its path."""
     pyplot = load_pyplot()
-    inits, lrs, loss = grid_of(report, "loss")
-    _, _, log2_lr = grid_of(report, "log2_lr")
+    points = {(point["mup_init"], point["mup_lr"]): point for point in report["points"]}
+    inits, lrs = (sorted({point[i] for point in points}) for i in (0, 1))
+    loss = np.array([[points[init, lr]["loss"] if (init, lr) in points else np.nan for init in inits]
+                     for lr in lrs])
+    loss[np.isinf(loss)] = np.nan
     figure, ax = pyplot.subplots(figsize=(1.5 * len(inits) + 3, 1.1 * len(lrs) + 1.6))
     ax.grid(False)
     shown = ax.imshow(loss, origin="lower", cmap="viridis", aspect="auto")  # the lowest is the darkest
     middle = (np.nanmin(loss) + np.nanmax(loss)) / 2
-    for i, lr_share in enumerate(lrs):
-        for j, init in enumerate(inits):
-            text = "diverged" if np.isnan(loss[i, j]) else f"{loss[i, j]:.3f}\nlr $2^{{{log2_lr[i, j]:g}}}$"
-            text = f"{corner_name(init, lr_share)}\n{text}".strip()
-            color = "white" if loss[i, j] < middle else "black"
-            ax.text(j, i, text, ha="center", va="center", fontsize=10, color=color)
+    for (init, lr_share), point in points.items():
+        text = "diverged"
+        if np.isfinite(point["loss"]):
+            text = f"{point['loss']:.3f}\nlr $2^{{{point['log2_lr']:g}}}$"
+        ax.text(inits.index(init), lrs.index(lr_share), f"{corner_name(init, lr_share)}\n{text}".strip(),
+                ha="center", va="center", fontsize=10, color="white" if point["loss"] < middle else "black")
     ax.set_xticks(range(len(inits)), [f"{value:g}" for value in inits])
     ax.set_yticks(range(len(lrs)), [f"{value:g}" for value in lrs])
     ax.set(xlabel="mup_init: initial weights, from SP (0) to μP (1)",

@@ -28,6 +28,7 @@ from scaling.rows import (
     axes_beside,
     choose_base,
     decide,
+    group,
     loss_of,
     parse_folders,
     read_rows,
@@ -49,14 +50,12 @@ def analyze(rows, swept="", base=None, axis=""):
         rows = rows_of_one_setting(rows, swept)
     configs = settings_and_facts(rows)
     axis, swept, others = choose_axes(rows, configs, swept, axis)
-    rows_by_ladder = {}
-    for row, config in zip(rows, configs, strict=True):
-        name = ", ".join([row["parametrization"], *(f"{other}={config[other]}" for other in others)])
-        rows_by_ladder.setdefault(name, []).append(row)
     numeric = all(is_number(config[swept]) for config in configs)
-    analyze_one = analyze_ladder if numeric else analyze_choices
-    ladders = {name: analyze_one(axis, swept, ladder_rows, base)
-               for name, ladder_rows in sorted(rows_by_ladder.items())}
+    names = [", ".join([row["parametrization"], *(f"{name}={config[name]}" for name in others)])
+             for row, config in zip(rows, configs, strict=True)]
+    rows_by_ladder = group(zip(names, rows, strict=True))
+    ladders = {name: analyze_ladder(axis, swept, own, base, fit_sizes if numeric else order_choices)
+               for name, own in sorted(rows_by_ladder.items())}
     return {"axis": axis, "swept": swept, "numeric": numeric, "star": STARS[numeric], "ladders": ladders}
 
 
@@ -105,59 +104,56 @@ def infer_swept(configs, varied):
     return numbers or settings
 
 
-def analyze_ladder(axis, swept, rows, base):
-    """The report of one ladder: rows that differ in `axis`, `swept` and seed alone. Raises UserError."""
-    losses = losses_by_size(axis, swept, rows)
-    sizes = list(losses)
-    seeds = {size: sorted({row["seed"] for row in rows if row[axis] == size}) for size in sizes}
-    base = choose_base(axis, rows, sizes, base)
-    optima = {size: optimum(mean_losses(losses[size], seeds[size])) for size in sizes}
-    several = [size for size in sizes if len(seeds[size]) > 1]  # one seed gives no interval
-    draws = bootstrap(losses, seeds) if several else []
-    drifts = [slope(draw) for draw in draws] if several == sizes else []
-    ladder = {"base": base, "drift": slope(optima), "rungs": [], "drift_interval": interval(drifts)}
-    for size in sizes:
-        best, means = optima[size], mean_losses(losses[size], seeds[size])
-        drawn = [draw[size][0] for draw in draws if size in several and draw[size]]
-        cost = None
-        if best and optima[base]:
-            cost = regret(best, means, optima[base][0])
-        log2_best, fitted_loss, curvature = best or (None, None, None)
-        ladder["rungs"].append(describe_size(axis, size, rows, losses[size]) | {
-            "edge": best is None, "log2_best": log2_best, "fitted_loss": fitted_loss, "curvature": curvature,
-            "loss": min(means.values()), "interval": interval(drawn), "regret": cost})
-    return ladder
-
-
-def analyze_choices(axis, swept, rows, base):
-    """The same where the values of `swept` are no numbers but choices: which is the best at each size, in
-    what order they are, and what the proxy's best costs. Raises UserError."""
+def analyze_ladder(axis, swept, rows, base, compare):
+    """The report of one ladder: rows that differ in `axis`, `swept` and seed alone. compare: fit_sizes() or
+    order_choices(). Raises UserError."""
     losses = losses_by_size(axis, swept, rows)
     base = choose_base(axis, rows, list(losses), base)
+    found, drift, drift_interval = compare(losses, base)
+    sizes = []
+    for size, of_size in losses.items():
+        lowest = lowest_row([row for row in rows if row[axis] == size])
+        sizes.append({axis: size, "seeds": len(seeds_of(of_size)), "losses": with_text_keys(of_size)}
+                     | {name: lowest[name] for name in ("parameters", "flops", "curve")} | found[size])
+    return {"base": base, "drift": drift, "drift_interval": drift_interval, "rungs": sizes}
+
+
+def fit_sizes(losses, base):
+    """({size: its best value by a parabola, the interval, what the best of `base` costs}, drift, its
+    interval) of losses_by_size(), where the swept values are numbers. One seed gives no interval."""
+    seeds = {size: seeds_of(of_size) for size, of_size in losses.items()}
+    means = {size: mean_losses(of_size, seeds[size]) for size, of_size in losses.items()}
+    optima = {size: optimum(of_size) for size, of_size in means.items()}
+    draws, found = bootstrap(losses, seeds), {}
+    for size, best in optima.items():
+        drawn = [draw[size][0] for draw in draws if len(seeds[size]) > 1 and draw[size]]
+        cost = regret(best, means[size], optima[base][0]) if best and optima[base] else None
+        log2_best, fitted_loss, curvature = best or (None, None, None)
+        found[size] = {"edge": best is None, "log2_best": log2_best, "fitted_loss": fitted_loss,
+                       "curvature": curvature, "loss": min(means[size].values()),
+                       "interval": interval(drawn), "regret": cost}
+    drifts = [slope(draw) for draw in draws] if min(map(len, seeds.values())) > 1 else []
+    return found, slope(optima), interval(drifts)
+
+
+def order_choices(losses, base):
+    """fit_sizes() where the swept values are no numbers but choices: which is the best at each size, in what
+    order they are, and what the best of `base` costs."""
     means = {size: {value: np.mean(list(by_seed.values())) for value, by_seed in of_size.items()}
              for size, of_size in losses.items()}
-    at_base = means[base]
+    at_base, found = means[base], {}
     favourite = min(at_base, key=at_base.get)
-    ladder = {"base": base, "drift": np.nan, "rungs": [], "drift_interval": interval([])}
     for size, of_size in means.items():
+        order = sorted(of_size, key=of_size.get)
         shared = [value for value in of_size if value in at_base]
-        best = min(of_size, key=of_size.get)
-        cost = of_size[favourite] - of_size[best] if favourite in of_size else None
-        ladder["rungs"].append(describe_size(axis, size, rows, losses[size]) | {
-            "edge": not np.isfinite(of_size[best]), "log2_best": None, "fitted_loss": None, "curvature": None,
-            "best": best, "loss": of_size[best], "interval": interval([]), "regret": cost,
-            "order": sorted(of_size, key=of_size.get),
+        lowest = of_size[order[0]]
+        found[size] = {
+            "edge": not np.isfinite(lowest), "log2_best": None, "fitted_loss": None, "curvature": None,
+            "loss": lowest, "interval": interval([]), "best": order[0], "order": order,
+            "regret": of_size[favourite] - lowest if favourite in of_size else None,
             "rank_correlation": rank_correlation([at_base[value] for value in shared],
-                                                 [of_size[value] for value in shared])})
-    return ladder
-
-
-def describe_size(axis, size, rows, losses):
-    """What the report says of a size whatever was swept: its model, its best run's curve, its losses."""
-    own = [row for row in rows if row[axis] == size]
-    lowest = lowest_row(own)
-    return {axis: size, "seeds": len({row["seed"] for row in own}), "parameters": lowest["parameters"],
-            "flops": lowest["flops"], "curve": lowest["curve"], "losses": with_text_keys(losses)}
+                                                 [of_size[value] for value in shared])}
+    return found, np.nan, interval([])
 
 
 def is_number(value):
@@ -169,12 +165,15 @@ def losses_by_size(axis, swept, rows):
     losses = {size: {} for size in sorted({row[axis] for row in rows})}
     for row in rows:
         value = json.loads(row["config"])[swept]
-        if is_number(value):
-            value = float(f"{value:.9g}")  # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
-        else:
-            value = str(value)
+        # 2**-8 is 2**-8.5 * 2**0.5 but for rounding
+        value = float(f"{value:.9g}") if is_number(value) else str(value)
         losses[row[axis]].setdefault(value, {})[row["seed"]] = loss_of(row)
     return losses
+
+
+def seeds_of(losses):
+    """The seeds in {value: {seed: loss}}."""
+    return sorted({seed for by_seed in losses.values() for seed in by_seed})
 
 
 def bootstrap(losses, seeds):
@@ -185,11 +184,8 @@ def bootstrap(losses, seeds):
     def fit(size, drawn):
         return optimum(mean_losses(losses[size], drawn))
 
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        drawn = {size: tuple(random.choice(own, len(own))) for size, own in seeds.items()}
-        draws.append({size: fit(size, drawn[size]) for size in seeds})
-    return draws
+    return [{size: fit(size, tuple(random.choice(own, len(own)))) for size, own in seeds.items()}
+            for _ in range(BOOTSTRAP_DRAWS)]
 
 
 def lowest_row(rows):
@@ -207,66 +203,7 @@ def with_text_keys(losses):
 
 def format_interval(ends):
     """The interval as text; a dash when there is none, as with a single seed."""
-    if not np.isfinite(ends).all():
-        return "-"
-    return "[{:+.2f}, {:+.2f}]".format(*ends)
-
-
-def format_report(report):
-    """The report, for people."""
-    axis, lines = report["axis"], []
-    for name, ladder in report["ladders"].items():
-        if report["numeric"]:
-            lines.append(format_drift(name, ladder, report))
-        else:
-            lines.append(f"{name}: {report['swept']} at each {axis}; regret is that of the best at "
-                         f"{ladder['base']:.0f}")
-        best = "best log2" if report["numeric"] else "best"
-        lines.append(f"{axis:>10}    parameters  seeds{best:>12}          interval     loss   regret")
-        lines += [format_size(axis, size) for size in ladder["rungs"]]
-        if not report["numeric"]:
-            lines += [f"{axis} {size[axis]:.0f}, from the best: {', '.join(size['order'])} (rank correlation "
-                      f"with {ladder['base']:.0f}: {format_rank(size['rank_correlation'])})"
-                      for size in ladder["rungs"]]
-        lines.append(judge_drift(ladder, report) if report["numeric"] else judge_choice(ladder, report))
-    return "\n".join(lines)
-
-
-def judge_drift(ladder, report):
-    """What the ladder says of transfer, in plain words, and what it cannot say."""
-    axis, swept, sizes = report["axis"], report["swept"], ladder["rungs"]
-    text, at_edge = "", [f"{size[axis]:g}" for size in sizes if size["edge"]]
-    if at_edge:
-        text = (f"The best {swept} of {axis} {', '.join(at_edge)} is at the edge of the values tried, so it "
-                "is not in the drift; try values beyond. ")
-    if len(sizes) - len(at_edge) < 2:
-        return f"{text}No drift can be told: fewer than two sizes have a best {swept} between those tried."
-    low, high = ladder["drift_interval"]
-    few = min(size["seeds"] for size in sizes)
-    if few == 1:
-        text += "With one seed, nothing says whether this drift is noise; seed=0,1,2 in the sweep would tell"
-    elif low <= 0 <= high:
-        text += f"The drift is within its noise: as far as these rows tell, one {swept} serves every {axis}"
-    else:
-        text += f"The drift is larger than its noise: the best {swept} moves with {axis}"
-    costs = [size["regret"] for size in sizes if size["regret"] is not None]
-    if costs:
-        text += f". At the best {swept} of {axis} {ladder['base']:g} a size loses up to {max(costs):.4f} nats"
-    if 1 < few < TRUSTED_SEEDS:
-        text += f". The interval, of {few} seeds, is too narrow by about half"
-    return f"{text}."
-
-
-def judge_choice(ladder, report):
-    """The same of a setting whose values are no numbers."""
-    sizes, base = ladder["rungs"], f"{report['axis']} {ladder['base']:g}"
-    costs = [size["regret"] for size in sizes if size["regret"] is not None]
-    said = f"The best {report['swept']} of {base} is the best at every size"
-    if max(costs, default=0) > 0:
-        said = f"The best {report['swept']} of {base} loses up to {max(costs):.4f} nats at another size"
-    if min(size["seeds"] for size in sizes) == 1:
-        return f"{said}. With one seed, nothing says whether that is noise; seed=0,1,2 would tell more."
-    return f"{said}."
+    return "[{:+.2f}, {:+.2f}]".format(*ends) if np.isfinite(ends).all() else "-"
 
 
 def format_rank(correlation):
@@ -274,12 +211,24 @@ def format_rank(correlation):
     return "-" if np.isnan(correlation) else f"{correlation:+.2f}"
 
 
-def format_drift(name, ladder, report):
-    drift = "an unknown way"
-    if np.isfinite(ladder["drift"]):
-        drift = f"{ladder['drift']:+.3f} octaves"
-    return (f"{name}: best log2 {report['swept']} moves {drift} for each doubling of {report['axis']}, "
-            + format_interval(ladder["drift_interval"]))
+def format_report(report):
+    """The report, for people."""
+    axis, swept, lines = report["axis"], report["swept"], []
+    for name, ladder in report["ladders"].items():
+        sizes, base = ladder["rungs"], ladder["base"]
+        title = f"{name}: {swept} at each {axis}; regret is that of the best at {base:.0f}"
+        best, orders = "best", []
+        if report["numeric"]:
+            drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
+            title = (f"{name}: best log2 {swept} moves {drift} for each doubling of {axis}, "
+                     + format_interval(ladder["drift_interval"]))
+            best = "best log2"
+        else:
+            orders = [f"{axis} {size[axis]:.0f}, from the best: {', '.join(size['order'])} (rank correlation "
+                      f"with {base:.0f}: {format_rank(size['rank_correlation'])})" for size in sizes]
+        lines += [title, f"{axis:>10}    parameters  seeds{best:>12}          interval     loss   regret",
+                  *(format_size(axis, size) for size in sizes), *orders, judge(ladder, report)]
+    return "\n".join(lines)
 
 
 def format_size(axis, size):
@@ -293,14 +242,52 @@ def format_size(axis, size):
             f"{format_interval(size['interval']):>18}{size['loss']:>9.4f}{cost:>9}")
 
 
+def judge(ladder, report):
+    """What the ladder says of transfer, in plain words, and what it cannot say."""
+    swept, sizes = report["swept"], ladder["rungs"]
+    base = f"{report['axis']} {ladder['base']:g}"
+    costs = [size["regret"] for size in sizes if size["regret"] is not None]
+    few = min(size["seeds"] for size in sizes)
+    if report["numeric"]:
+        return judge_drift(ladder, report["axis"], swept, few, base, costs)
+    said = f"The best {swept} of {base} is the best at every size"
+    if max(costs, default=0) > 0:
+        said = f"The best {swept} of {base} loses up to {max(costs):.4f} nats at another size"
+    if few == 1:
+        said += ". With one seed, nothing says whether that is noise; seed=0,1,2 would tell more"
+    return f"{said}."
+
+
+def judge_drift(ladder, axis, swept, few, base, costs):
+    """judge() where the swept values are numbers. few: seeds, at the size that has the fewest."""
+    text, at_edge = "", [f"{size[axis]:g}" for size in ladder["rungs"] if size["edge"]]
+    if at_edge:
+        text = (f"The best {swept} of {axis} {', '.join(at_edge)} is at the edge of the values tried, so it "
+                "is not in the drift; try values beyond. ")
+    if len(ladder["rungs"]) - len(at_edge) < 2:
+        return f"{text}No drift can be told: fewer than two sizes have a best {swept} between those tried."
+    low, high = ladder["drift_interval"]
+    if few == 1:
+        text += "With one seed, nothing says whether this drift is noise; seed=0,1,2 in the sweep would tell"
+    elif low <= 0 <= high:
+        text += f"The drift is within its noise: as far as these rows tell, one {swept} serves every {axis}"
+    else:
+        text += f"The drift is larger than its noise: the best {swept} moves with {axis}"
+    if costs:
+        text += f". At the best {swept} of {base} a size loses up to {max(costs):.4f} nats"
+    if 1 < few < TRUSTED_SEEDS:
+        text += f". The interval, of {few} seeds, is too narrow by about half"
+    return f"{text}."
+
+
 @command
 def main(argv):
     options, folders, to = parse_folders(argv, {"swept": "", "base": 0, "axis": ""}, __doc__)
     rows = read_rows(folders)
     if all(row["diverged"] for row in rows):
-        reasons = sorted({row["failure"] for row in rows} - {""})
-        raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed "
-                        f"({reasons[0] if reasons else 'none failed'}), so there is no loss to report")
+        reasons = sorted({row["failure"] for row in rows} - {""}) or ["none failed"]
+        raise UserError(f"report: every trial of {', '.join(folders)} diverged or failed ({reasons[0]}), so "
+                        "there is no loss to report")
     failed = sum(map(has_failed, rows))
     if failed:
         print(f"{failed} of {len(rows)} trials failed, and count as diverged; their sweep tries them again")

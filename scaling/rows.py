@@ -38,6 +38,14 @@ def read_rows(folders):
     return rows
 
 
+def group(pairs):
+    """{key: [its values]} of (key, value) pairs, in the order of the keys' first."""
+    groups = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 def loss_of(row):
     """Nats a token; infinite where the trial diverged."""
     return np.inf if row["diverged"] else row["val_loss"]

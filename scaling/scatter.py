@@ -1,13 +1,12 @@
 """Does the proxy rank settings as the target does? python -m scaling.scatter DIR [DIR ...] [--base=SIZE]
 
 Pairs the trials of the same settings at two sizes, proxy and target: rows of trials.csv, mean over seeds. The
-sizes are those of the axis that varies (--axis=NAME where several do: a grid's other axes are settings like
-any); the proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. Prints
-Spearman's rank correlation with its 95% interval, over all pairs and over the better half by the proxy, and
-what the proxy's favourite costs on the target: its loss there less the lowest. Trials whose losses do not
-compare, as those of two parametrizations or of two texts, are pairs of their own. Draws scatter.png and
-scatter.svg into DIR, or --to=DIR. The trials may be a sweep over width, or width and depth together, and
-other settings, or searches at several widths.
+proxy is the size at the base shape, or --base, or the smallest; each other size is a panel. --axis=NAME says
+which axis the sizes are of, where several vary: in a grid the others are settings like any. Prints Spearman's
+rank correlation with its 95% interval, over all pairs and over the better half by the proxy, and what the
+proxy's favourite costs on the target. Trials whose losses do not compare, as those of two texts, are pairs of
+their own. Draws scatter.png and .svg into DIR, or --to=DIR. The trials may be a sweep over width, or width
+and depth together, and other settings, or searches at several widths.
 """
 
 import json
@@ -24,6 +23,7 @@ from scaling.rows import (
     axes_beside,
     choose_base,
     decide,
+    group,
     loss_of,
     parse_folders,
     read_rows,
@@ -41,12 +41,9 @@ def split_clouds(rows):
     apart = [name for name in ("parametrization", *names_in("data"), *FACTS)
              if name in configs[0] and len(values_of(configs, name)) > 1]
     apart = [name for name in apart if name not in HASHES or not decide(apart, name, configs)]
-    clouds = {}
-    for row, config in zip(rows, configs, strict=True):
-        words = [str(config[name]) if name == "parametrization" else f"{name}={config[name]}"
-                 for name in apart]
-        clouds.setdefault(", ".join(words), []).append(row)
-    return dict(sorted(clouds.items()))
+    named = [", ".join(str(config[name]) if name == "parametrization" else f"{name}={config[name]}"
+                       for name in apart) for config in configs]
+    return dict(sorted(group(zip(named, rows, strict=True)).items()))
 
 
 def losses_at(axis, rows):
@@ -54,12 +51,13 @@ def losses_at(axis, rows):
     changes with the size by itself, as the steps of a sweep with --hold, is no other setting."""
     configs = settings_and_facts(rows)
     left_out = {*AXES, "seed"} - {*axes_beside(axis, AXES, configs)}
-    by_size = {}
-    for row, config in zip(rows, configs, strict=True):
-        key = json.dumps({name: value for name, value in config.items() if name not in left_out})
-        by_size.setdefault(config[axis], {}).setdefault(key, []).append(loss_of(row))
-    return {size: {key: float(np.mean(losses)) for key, losses in found.items()}
-            for size, found in sorted(by_size.items())}
+    by_size = {size: {} for size in sorted({config[axis] for config in configs})}
+    losses = group(((config[axis], json.dumps({name: value for name, value in config.items()
+                                               if name not in left_out})), loss_of(row))
+                   for row, config in zip(rows, configs, strict=True))
+    for (size, settings), found in losses.items():
+        by_size[size][settings] = float(np.mean(found))
+    return by_size
 
 
 def pair_losses(losses, base):
@@ -116,10 +114,10 @@ def format_interval(rank, count):
 
 def format_pairs(axis, pairs):
     """A table for each cloud, under its name where there are several."""
-    lines, several = [], len({pair["cloud"] for pair in pairs}) > 1
-    for cloud in dict.fromkeys(pair["cloud"] for pair in pairs):
-        own = [pair for pair in pairs if pair["cloud"] == cloud]
-        lines += [cloud] * several
+    clouds, lines = group((pair["cloud"], pair) for pair in pairs), []
+    for cloud, own in clouds.items():
+        if len(clouds) > 1:
+            lines.append(cloud)
         lines.append(f"{axis} {own[0]['base']:g} and   pairs      rank correlation    of the better half   "
                      "cost of its favourite")
         lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}"

@@ -9,6 +9,7 @@ right. --seeds=1, --stack=1 as in a sweep. --finetune=DATASET then trains each s
 another text, for --finetune_steps. Rows go to --out=DIR, which resumes; so do shapes.json and shapes.png.
 """
 
+import bisect
 import os
 from dataclasses import asdict, replace
 
@@ -18,14 +19,14 @@ from configure import UserError, configure
 from data.loader import TokenDataset, with_vocab_size
 from data.prepare import prepare
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused, resumable
-from scaling.figures import line_style, load_pyplot, save
-from scaling.rows import loss_of, write_report
+from scaling.figures import LOSS, line_style, load_pyplot, save
+from scaling.rows import group, loss_of, write_report
 from scaling.sweep import run_trials, torchrun_rank, trial_configs
 from scaling.transfer import UNUSED, finetuned, pretrain, reject_failures
 from train import train
 from training.model_size import model_size
 
-COSTS = ("parameters", "flops")
+COSTS = {"parameters": "parameters", "flops": "flops_per_token"}  # of a model_size()
 MAX_HEADS = 512  # of the widest shape that is looked at
 SPEED_STEPS = 12  # of a run that is only timed
 
@@ -34,12 +35,11 @@ def shapes_of(config, depths, equal):
     """[Config]: of each depth the width whose cost is nearest to that of `config`; with equal="flops" the
     steps make up for the rest. Raises UserError."""
     if equal not in COSTS:
-        raise UserError(f"equal: got {equal}, takes {' or '.join(COSTS)}")
+        raise UserError(f"equal must be {' or '.join(COSTS)}, got {equal}")
     vocab_size = with_vocab_size(config, TokenDataset(prepare(config))).vocab_size
-    unit = {"parameters": "parameters", "flops": "flops_per_token"}[equal]
 
     def cost(shape):
-        return getattr(model_size(replace(shape, vocab_size=vocab_size)), unit)
+        return getattr(model_size(replace(shape, vocab_size=vocab_size)), COSTS[equal])
 
     shapes = []
     for depth in depths:
@@ -52,15 +52,12 @@ def shapes_of(config, depths, equal):
 
 def nearest_width(config, cost, wanted):
     """`config` at the width whose cost is nearest to `wanted`, as a ratio; cost grows with the width."""
-    low, high = 1, MAX_HEADS
-    while low < high:  # the first width that costs as much
-        middle = (low + high) // 2
-        if cost(replace(config, width=middle * config.head_dim)) < wanted:
-            low = middle + 1
-        else:
-            high = middle
-    candidates = [replace(config, width=heads * config.head_dim) for heads in (max(1, low - 1), low)]
-    return min(candidates, key=lambda shape: abs(np.log(cost(shape) / wanted)))
+    def sized(heads):
+        return replace(config, width=heads * config.head_dim)
+
+    heads = range(1, MAX_HEADS)
+    first = 1 + bisect.bisect_left(heads, wanted, key=lambda n: cost(sized(n)))  # that costs as much
+    return min((sized(max(1, first - 1)), sized(first)), key=lambda shape: abs(np.log(cost(shape) / wanted)))
 
 
 def measure_speed(config):
@@ -71,49 +68,46 @@ def measure_speed(config):
 
 
 def compare(shapes, rows, speeds, tuned):
-    """[{width, depth, steps, parameters, flops, loss, log2_lr, seeds, tokens_per_second, finetuned}] of each
+    """[{width, depth, steps, parameters, flops, loss, lr, seeds, tokens_per_second, finetuned}] of each
     shape; rows: of its trials. tuned: {(width, depth): loss after finetuning}."""
-    table = []
+    rows_by_shape, table = group(((row["width"], row["depth"]), row) for row in rows), []
     for shape in shapes:
-        own = [row for row in rows if (row["width"], row["depth"]) == (shape.width, shape.depth)]
-        by_lr = {}
-        for row in own:
-            by_lr.setdefault(row["lr"], []).append(loss_of(row))
-        best = min(by_lr, key=lambda lr: np.mean(by_lr[lr]))
-        table.append({"width": shape.width, "depth": shape.depth, "steps": shape.steps, "lr": best,
+        key = shape.width, shape.depth
+        own = rows_by_shape[key]
+        by_lr = group((row["lr"], loss_of(row)) for row in own)
+        lr, losses = min(by_lr.items(), key=lambda pair: np.mean(pair[1]))
+        table.append({"width": shape.width, "depth": shape.depth, "steps": shape.steps, "lr": lr,
                       "parameters": own[0]["parameters"], "flops": own[0]["flops"],
-                      "loss": float(np.mean(by_lr[best])), "seeds": len(by_lr[best]),
-                      "seed_losses": by_lr[best], "tokens_per_second": speeds[shape.width, shape.depth],
-                      "finetuned": tuned.get((shape.width, shape.depth))})
+                      "loss": float(np.mean(losses)), "seeds": len(losses), "seed_losses": losses,
+                      "tokens_per_second": speeds[key], "finetuned": tuned.get(key)})
     return table
 
 
 def format_table(table):
     """The shapes, for people; the best ones named."""
-    has_finetuned = table[0]["finetuned"] is not None
     lines = [f"{'width':>6}{'depth':>6}{'steps':>8}{'parameters':>13}{'FLOPs':>11}{'loss':>9}{'log2 lr':>9}"
-             f"{'tokens/s':>11}" + ("  finetuned" if has_finetuned else "")]
-    for its in table:
-        line = (f"{its['width']:>6}{its['depth']:>6}{its['steps']:>8,}{its['parameters']:>13,.0f}"
-                f"{its['flops']:>11.2e}{its['loss']:>9.4f}{np.log2(its['lr']):>9.2f}"
-                f"{its['tokens_per_second']:>11,.0f}")
-        lines.append(line + (f"{its['finetuned']:>11.4f}" if has_finetuned else ""))
-    best = min(table, key=lambda its: its["loss"])
-    lines.append(f"best: width {best['width']}, depth {best['depth']}, loss {best['loss']:.4f}")
-    if has_finetuned:
-        best = min(table, key=lambda its: its["finetuned"])
-        lines.append(f"best after finetuning: width {best['width']}, depth {best['depth']}, "
-                     f"loss {best['finetuned']:.4f}")
+             f"{'tokens/s':>11}"]
+    lines += [f"{its['width']:>6}{its['depth']:>6}{its['steps']:>8,}{its['parameters']:>13,.0f}"
+              f"{its['flops']:>11.2e}{its['loss']:>9.4f}{np.log2(its['lr']):>9.2f}"
+              f"{its['tokens_per_second']:>11,.0f}" for its in table]
+    lines.append(say_best("best", table, "loss"))
+    if table[0]["finetuned"] is not None:
+        numbers = ["  finetuned", *(f"{its['finetuned']:>11.4f}" for its in table), ""]
+        lines = [*map("".join, zip(lines, numbers, strict=True)),
+                 say_best("best after finetuning", table, "finetuned")]
     return "\n".join(lines)
+
+
+def say_best(what, table, loss):
+    best = min(table, key=lambda its: its[loss])
+    return f"{what}: width {best['width']}, depth {best['depth']}, loss {best[loss]:.4f}"
 
 
 def draw_shapes(table, equal, folder):
     """Writes shapes.png: loss, that after finetuning, and speed against depth; returns its path."""
     pyplot = load_pyplot()
-    name = {"flops": "FLOPs"}.get(equal, equal)
-    panels = [(f"Equal {name}", "validation loss, nats per token", [its["loss"] for its in table]),
-              ("Finetuned on another text", "validation loss, nats per token",
-               [its["finetuned"] for its in table]),
+    panels = [(f"Equal {equal.replace('flops', 'FLOPs')}", LOSS, [its["loss"] for its in table]),
+              ("Finetuned on another text", LOSS, [its["finetuned"] for its in table]),
               ("Speed", "million tokens per second", [its["tokens_per_second"] / 1e6 for its in table])]
     panels = [panel for panel in panels if None not in panel[2]]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained")
@@ -131,9 +125,10 @@ def draw_shapes(table, equal, folder):
 
 def finetune_all(shapes, dataset, steps, folder):
     """{(width, depth): loss after `steps` on `dataset`}, from the weights of a training of the shape."""
-    sources = {shape: pretrain(shape, os.path.join(folder, "pretrained")) for shape in shapes}
-    configs = [replace(finetuned(shape, sources[shape], dataset), steps=steps) for shape in shapes]
-    configs = [config for one in configs for config in trial_configs(one, {})]
+    configs = []
+    for shape in shapes:
+        run = pretrain(shape, os.path.join(folder, "pretrained"))
+        configs += trial_configs(replace(finetuned(shape, run, dataset), steps=steps), {})
     rows = run_trials(configs, os.path.join(folder, "finetuned"))
     reject_failures(rows)
     return {(row["width"], row["depth"]): row["val_loss"] for row in rows}

@@ -18,11 +18,11 @@ import numpy as np
 
 from configure import UserError, configure
 from data.prepare import prepare
+from scaling import law_fits
 from scaling.cli import command, make_folder, parse_options, parse_values, reject_unused, resumable
-from scaling.figures import BESIDE, load_pyplot, save
-from scaling.law_figures import label_loss, shades
-from scaling.law_fits import fit_law, interval_of
-from scaling.law_slices import noisy
+from scaling.figures import BESIDE, LOSS, load_pyplot, save, shades
+from scaling.fits import interval
+from scaling.law_report import label_loss
 from scaling.law_trials import best_settings, finished_trials
 from scaling.rows import parse_folders, write_report
 from scaling.sweep import run_trials, torchrun_rank, trial_configs
@@ -30,6 +30,7 @@ from train import train
 
 PAPER = "text to Python in arXiv 2102.01293: k 1.9e4, alpha 0.18, beta 0.38"
 LR_MULTS = (0.1, 0.3, 1.0)
+SEED_NOISE = 0.003  # of a loss, where no two seeds show it: what it is for small models of text
 UNUSED = {"eval_every", "prompt", "samples", "sample_tokens", "temperature", "top_k"}
 
 
@@ -81,20 +82,22 @@ def data_equivalent(tokens, losses, loss):
 
 def effective_data(scratch, tuned):
     """[{N, D_F, loss, scratch_loss, D_T}] of the trials; D_T is nan where it cannot be told."""
-    curves, points = {}, []
-    for trial in scratch:
-        curves.setdefault(trial.parameters["body"], {}).setdefault(trial.tokens, []).append(trial.loss)
-    pairs = {}
-    for trial in tuned:
-        pairs.setdefault((trial.parameters["body"], trial.tokens), []).append(trial.loss)
-    for (N, D_F), losses in sorted(pairs.items()):
-        curve = {tokens: np.mean(found) for tokens, found in sorted(curves.get(N, {}).items())}
-        loss, D_T = float(np.mean(losses)), np.nan
+    curves = {}
+    for (N, tokens), loss in cell_means(scratch).items():
+        curves.setdefault(N, {})[tokens] = loss
+    points = []
+    for (N, D_F), loss in cell_means(tuned).items():
+        curve, D_T = curves.get(N, {}), np.nan
         if curve:
             D_T = data_equivalent(np.array([*curve]), np.array([*curve.values()]), loss) - D_F
-        points.append({"N": N, "D_F": D_F, "loss": loss, "D_T": D_T,
-                       "scratch_loss": float(curve.get(D_F, np.nan))})
+        points.append({"N": N, "D_F": D_F, "loss": loss, "D_T": D_T, "scratch_loss": curve.get(D_F, np.nan)})
     return points
+
+
+def cell_means(trials):
+    """{(N, tokens): mean loss} of Trials, sorted."""
+    return law_fits.cell_means([(trial.parameters["body"], trial.tokens) for trial in trials],
+                               [trial.loss for trial in trials])
 
 
 def fit_transfer(points):
@@ -119,21 +122,16 @@ def analyze(scratch, tuned):
         raise UserError("laws: --transfer needs rows with init_from and rows without, such as those that "
                         "scaling.transfer leaves")
     known = [(trial.parameters["body"], trial.tokens, trial.loss) for trial in scratch]
-    law = fit_law("kaplan", *np.array(known, dtype=float).T)
+    law = law_fits.fit_law("kaplan", *np.array(known, dtype=float).T)
     points = effective_data(scratch, tuned)
     fitted = fit_transfer(points)
     report = {"points": points, "scratch": known, "law": law.constants(), "exponents": None,
               "scratch_error": float(law.sigma_cell), "unified_error": None}
     if fitted is None:
         return report
-    seed_noise = law.sigma_seed or 0.003  # without two seeds: what it is for small models of text
-    drawn = []
-    for losses in noisy(np.array([trial.loss for trial in (*scratch, *tuned)]), seed_noise, seed=0):
-        again = [replace(trial, loss=loss) for trial, loss in zip((*scratch, *tuned), losses, strict=True)]
-        drawn.append(fit_transfer(effective_data(again[:len(scratch)], again[len(scratch):])))
-    drawn = np.array([draw for draw in drawn if draw is not None])
-    report["noise"] = float(seed_noise)
-    report["exponents"] = {name: (float(value), interval_of(values)) for name, value, values
+    report["noise"] = float(law.sigma_seed or SEED_NOISE)
+    drawn = bootstrap(scratch, tuned, report["noise"])
+    report["exponents"] = {name: (float(value), interval(values)) for name, value, values
                            in zip(("k", "alpha", "beta"), fitted, drawn.T, strict=True)}
     k, alpha, beta = fitted
     N, D_F, loss = np.array([[point[name] for name in ("N", "D_F", "loss")] for point in points]).T
@@ -142,20 +140,27 @@ def analyze(scratch, tuned):
     return report
 
 
+def bootstrap(scratch, tuned, noise):
+    """Rows of (k, alpha, beta), as other seeds might have given them, with losses of this relative noise."""
+    trials, fits = [*scratch, *tuned], []
+    for losses in law_fits.noisy(np.array([trial.loss for trial in trials]), noise, seed=0):
+        again = [replace(trial, loss=loss) for trial, loss in zip(trials, losses, strict=True)]
+        fits.append(fit_transfer(effective_data(again[:len(scratch)], again[len(scratch):])))
+    return np.array([fit for fit in fits if fit is not None])
+
+
 def format_transfer(report):
     """The report, for people."""
     lines = [f"{'N':>12}{'D_F':>12}{'from scratch':>14}{'pretrained':>12}{'D_T':>12}"]
     for its in report["points"]:
-        D_T = "-"
-        if np.isfinite(its["D_T"]):
-            D_T = f"{its['D_T']:.3g}"
+        D_T = f"{its['D_T']:.3g}" if np.isfinite(its["D_T"]) else "-"
         lines.append(f"{its['N']:>12,}{its['D_F']:>12,}{its['scratch_loss']:>14.4f}{its['loss']:>12.4f}"
                      f"{D_T:>12}")
     usable = sum(its["D_T"] > 0 for its in report["points"])
     lines.append(f"D_T is known for {usable} of {len(report['points'])}: the others are better than the "
                  "longest run from scratch, or gain nothing")
     if report["exponents"] is None:
-        lines.append("too few for a fit: takes longer runs from scratch, by more --finetune_steps")
+        lines.append("too few for a fit: train longer from scratch, by more --finetune_steps")
         return "\n".join(lines)
     text = ", ".join(f"{name} {value:.3g} [{low:.3g}, {high:.3g}]"
                      for name, (value, (low, high)) in report["exponents"].items())
@@ -182,7 +187,7 @@ def draw_transfer_law(report, folder):
         if report["exponents"]:
             k, alpha, beta = (report["exponents"][name][0] for name in ("k", "alpha", "beta"))
             right.plot(D_F, k * D_F**alpha * float(N) ** np.nan_to_num(beta), color=color, linewidth=1)
-    left.set(xscale="log", xlabel="tokens of the second text", ylabel="validation loss, nats per token",
+    left.set(xscale="log", xlabel="tokens of the second text", ylabel=LOSS,
              title="Pretrained (lines) and from scratch (dashed)")
     label_loss(left)
     for ax in (left, right):
@@ -221,9 +226,9 @@ def main(argv):
     reject_unused(words, UNUSED, "these trainings")
     config = configure(words)
     if not options["finetune"]:
-        raise UserError("finetune: got none, takes --finetune=DATASET, the text that follows")
+        raise UserError("finetune must be the text that follows CONFIG's, got none; try --finetune=DATASET")
     if config.init_from is not None:
-        raise UserError(f"init_from: got {config.init_from}, takes none: this command pretrains")
+        raise UserError(f"init_from must be none, got {config.init_from}: this command pretrains")
     shapes = trial_configs(config, {names: parse_values(names, text) for names, text in axes.items()})
     lrs = [mult * config.lr for mult in LR_MULTS]
     if options["finetune_lrs"]:

@@ -13,9 +13,10 @@ from processes import lab_words
 import parametrization
 from configure import Config, UserError
 from model import GPT
-from scaling import law_fits, law_slices, law_trials, laws, plane, shapes, transfer
+from scaling import law_fits, law_trials, laws, plane, shapes, transfer
 from scaling.cli import parse_values
-from scaling.law_fits import FORMS, Law, bootstrap, fit_law, interval_of, predict
+from scaling.fits import interval
+from scaling.law_fits import FORMS, Law, bootstrap, fit_law, predict
 from scaling.law_report import format_forecast
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import SETTING_COLUMNS, append_rows, identity, read_trials
@@ -80,7 +81,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         N, D, loss = grid(true, seeds=1, noise=0.003, draw=draw)
         law = fit_law("chinchilla", N, D, loss, starts=[np.array([-1, 0, 0, 0.3, 0.3])])
         drawn = bootstrap(law, N, D, draws=25)
-        low, high = interval_of([other.constants()["alpha"] for other in drawn])
+        low, high = interval([other.constants()["alpha"] for other in drawn])
         held += low <= 0.35 <= high
         measured = true.loss(1e8, 3e8) * np.exp(np.random.default_rng(100 + draw).normal(0, 0.003))
         low, high = predict(law, drawn, 1e8, 3e8)[1]
@@ -109,7 +110,7 @@ def test_parabolas_at_equal_flops_find_how_the_best_size_grows():
     """With alpha = beta the best N grows as C^0.5, whatever A and B are."""
     law = Law("chinchilla", np.array([np.log(400), np.log(400), np.log(1.5), 0.4, 0.4]), 0, 0)
     C, N = (x.ravel() for x in np.meshgrid(np.geomspace(1e13, 1e15, 4), np.geomspace(3e5, 3e7, 13)))
-    found = law_slices.isoflop(N, C / (6 * N), C, law.loss(N, C / (6 * N)), sigma=1e-3)
+    found = law_fits.isoflop(N, C / (6 * N), C, law.loss(N, C / (6 * N)), sigma=1e-3)
     assert len(found["budgets"]) == 4 and found["exponent"] == pytest.approx(0.5, abs=0.02)
     assert found["interval"][0] < 0.5 < found["interval"][1]
 
@@ -136,24 +137,26 @@ def simulated_rows(folder, law, shapes=SHAPES, steps=STEPS, seeds=(0, 1), contex
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    monkeypatch.setattr(law_slices, "DRAWS", 8)
+    monkeypatch.setattr(law_fits, "DRAWS", 8)
     monkeypatch.setattr(laws, "bootstrap", lambda law, N, D: bootstrap(law, N, D, draws=8))
     monkeypatch.setattr(law_fits, "BEST_STARTS", 3)
 
 
-def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_path, few_draws, capsys):
+def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_path, few_draws, monkeypatch,
+                                                                            capsys):
     true = TRUE["chinchilla"]
-    rows = simulated_rows(tmp_path / "rows", true)
-    unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600])
+    rows = simulated_rows(tmp_path / "rows", true, seeds=[0])
+    unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600], seeds=[0])
+    monkeypatch.setattr(laws, "MOST_STEPS", 20_000)  # of 81,000 for the smallest of the models
     assert laws.main([rows, "--flops=1e15", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "to" / "laws.json").read_text())
     best, seen = report["forecasts"]
     assert "nats, inside the interval" in said and seen["beyond"] > 30
     assert best["flops"] == pytest.approx(1e15, rel=0.01) and best["width"] % 32 == 0
-    assert len(report["points"]) == 50 and max(abs(p["residual"]) for p in report["points"]) < 0.1
+    assert best["steps"] <= 20_000
+    assert len(report["points"]) == 25 and max(abs(p["residual"]) for p in report["points"]) < 0.1
     assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
-    assert laws.main([rows, "--flops=1e20", f"--to={tmp_path}/to"]) == 0  # over 2**31 steps of the smallest
     missed = seen | {"measured": seen["interval"][1] + 0.01}
     assert "nats, OUTSIDE the interval" in "\n".join(format_forecast(missed))
 
@@ -257,7 +260,7 @@ def test_shapes_of_equal_cost_cost_the_same(corpus, equal):
              for size, shape in zip(sizes, found, strict=True)]
     assert costs == pytest.approx([costs[2]] * 4, rel=0.005 if equal == "flops" else 0.05)
     assert found[2].width == 256 and found[0].width > 400 and found[3].width < 160
-    with pytest.raises(UserError, match="^equal: got flop, takes parameters or flops"):
+    with pytest.raises(UserError, match="^equal must be parameters or flops, got flop"):
         shapes.shapes_of(config, [1], "flop")
 
 

@@ -153,7 +153,6 @@ def test_what_a_comparison_does_not_take_is_one_line(words, message):
 
 
 def test_a_folder_of_something_else_is_one_line(corpus, clone):
-    with pytest.raises(UserError, match="^nanogpt: got .*, where its code does not load .* takes a clone of"):
-        peers.train_peer("nanogpt", clone("x = 1", "model.py"), Config(**corpus), 1e-3)
-    with pytest.raises(UserError, match="^nanochat: got .*, where its code does not load"):
-        peers.train_peer("nanochat", clone("x = 1", "model.py"), Config(**corpus), 4.0)
+    for peer, path in (("nanogpt", ["model.py"]), ("nanochat", ["nanochat", "gpt.py"])):
+        with pytest.raises(UserError, match=f"^{peer} must be a clone of .*, got .* code does not load"):
+            peers.train_peer(peer, clone("x = 1", *path), Config(**corpus), 4.0)
