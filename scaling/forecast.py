@@ -2,7 +2,7 @@
 
 import numpy as np
 
-EXPONENTS = np.linspace(0.02, 1.5, 75)  # r of L = E + A N^-r
+EXPONENTS = np.linspace(0.03, 1.5, 50)  # r of L = E + A N^-r
 USUAL_EXPONENT, SPREAD = 0.35, 0.5  # the prior on r: log-normal, median and standard deviation of ln r
 OFF_LAW = 0.008  # nats: how far a size lies off the law besides seed noise, standard deviation
 COVERAGE = 0.025, 0.5, 0.975
@@ -22,29 +22,32 @@ def forecast(points, target, noise, degrees):
     from scipy.special import stdtr
     x = np.log([depth * width**2 for width, depth, *_ in points])
     loss, error = np.array([point[-2:] for point in points], dtype=float).T
-    weight = 1 / (error**2 + OFF_LAW**2)
-    x_target = np.log(target[1] * target[0]**2)
-    fits = [fit_at(r, x, loss, weight, x_target) for r in EXPONENTS]
-    middles, variances, likelihoods = np.array(fits).T
+    off_law, x_target = OFF_LAW**2, np.log(target[1] * target[0]**2)
+    chi_squared = fit_exponents(x, loss, error**2 + off_law, x_target)[-1]
+    misfit = max(1.0, chi_squared.min() / max(1, len(points) - 2))  # where no r goes through the points
+    off_law = misfit * (error**2 + off_law) - error**2
+    middles, variances, likelihoods, _ = fit_exponents(x, loss, error**2 + off_law, x_target)
     prior = np.exp(-(np.log(EXPONENTS / USUAL_EXPONENT) / SPREAD)**2 / 2) / EXPONENTS
     share = prior * np.exp(likelihoods - likelihoods.max())
-    share /= share.sum()
-    scales = np.sqrt(variances + noise**2 + OFF_LAW**2)
-    grid = np.linspace((middles - 12 * scales).min(), (middles + 12 * scales).max(), 2_001)
-    below = stdtr(degrees, (grid[:, None] - middles) / scales) @ share
+    scales = np.sqrt(variances + noise**2 + off_law.mean())
+    grid = np.linspace((middles - 12 * scales).min(), (middles + 12 * scales).max(), 1_001)
+    below = stdtr(degrees, (grid[:, None] - middles) / scales) @ (share / share.sum())
     return tuple(float(np.interp(part, below, grid)) for part in COVERAGE)
 
 
-def fit_at(r, x, loss, weight, x_target):
-    """(loss at x_target, its variance, log likelihood) of L = c + a u(x) fitted to the points. u,
-    which falls as exp(-r x), is 1 at the smallest size and 0 at the largest:
-    so c and a mean the same for each r."""
+def fit_exponents(x, loss, variance, x_target):
+    """(loss at x_target, its variance, log likelihood, chi squared), each for all EXPONENTS, of the line
+    L = c + a u(x) by weighted least squares. u, which falls as exp(-r x), is 1 at the smallest size and 0 at
+    the largest: so c and a mean the same for each r."""
     def u(at):
         return np.expm1(-r * (at - x.max())) / np.expm1(-r * (x.min() - x.max()))
-    columns = np.stack([np.ones_like(x), u(x)], axis=1)
-    covariance = np.linalg.inv(columns.T * weight @ columns)
-    found = covariance @ (columns.T * weight @ loss)
-    row = np.array([1.0, u(x_target)])
-    residual = loss - columns @ found
-    likelihood = (np.linalg.slogdet(covariance)[1] - weight @ residual**2) / 2
-    return row @ found, row @ covariance @ row, likelihood
+    r = EXPONENTS[:, None]
+    u_points, u_target, weight = u(x), u(x_target)[:, 0], 1 / variance
+    s, su, suu = weight.sum(), u_points @ weight, u_points**2 @ weight
+    sl, sul = weight @ loss, u_points @ (weight * loss)
+    determinant = s * suu - su**2
+    a = (s * sul - su * sl) / determinant
+    c = (suu * sl - su * sul) / determinant
+    chi_squared = (loss - c[:, None] - a[:, None] * u_points)**2 @ weight
+    predicted = (suu - 2 * u_target * su + u_target**2 * s) / determinant
+    return c + a * u_target, predicted, -(np.log(determinant) + chi_squared) / 2, chi_squared
