@@ -17,7 +17,7 @@ import torch
 
 from configure import UserError
 from data.files import write_text
-from data.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_old, read_tokenizer_json
+from data.tokenizer import END_OF_TEXT, TOKENIZER_FILE, read_tokenizer
 
 DTYPES = {"u2": np.dtype("<u2"), "u4": np.dtype("<u4")}
 CHECKED = "checked.json"  # {token file: [bytes, time stamp in ns]} at which its sha256 was right
@@ -160,14 +160,11 @@ class TokenDataset:
         """The folder's Tokenizer, loaded when it is first used. Raises UserError when it is damaged."""
         with self._errors_reported():
             saved = self.meta["tokenizer"]
-            path = os.path.join(self.folder, TOKENIZER_FILE)
-            if "pattern" in saved:  # of an older version
-                tokenizer = load_old(self.folder, saved)
-            else:
-                with open(path, "rb") as file:
+            if "pattern" not in saved:  # which older versions kept, beside another file
+                with open(os.path.join(self.folder, TOKENIZER_FILE), "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != saved["file_sha256"]:
                         raise ValueError(f"{TOKENIZER_FILE} does not match its sha256")
-                tokenizer = read_tokenizer_json(self.folder)
+            tokenizer = read_tokenizer(self.folder)
             if tokenizer.vocab_size != self.vocab_size:
                 raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for {self.vocab_size}")
             return tokenizer

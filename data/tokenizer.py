@@ -310,50 +310,35 @@ def keep_tokenizer(tokenizer, folder, context=None):
 
 def load_tokenizer(folder):
     """The Tokenizer of a run directory, of prepared data or of a Hugging Face model. Raises UserError."""
-    if os.path.exists(os.path.join(folder, TOKENIZER_FILE)):
-        return read_tokenizer_json(folder)
-    paths = [os.path.join(folder, name) for name in (OLD_RUN_META, "meta.json")]
-    paths = [path for path in paths if os.path.exists(path)]
-    if not paths:
-        raise UserError(f"tokenizer: {folder} holds none; try a folder of prepared data or a run directory "
-                        f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
     try:
-        with open(paths[0], encoding="utf-8") as file:
-            return load_old(folder, json.load(file)["tokenizer"])
+        return read_tokenizer(folder)
     except OSError as error:
         raise UserError(f"tokenizer: cannot read {error.filename} ({error.strerror})") from None
-    except Exception as error:  # of `tokenizers` too
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"tokenizer: {folder} is damaged ({type(error).__name__}: {reason}); try a folder "
-                        "that train.py or data.prepare wrote") from None
-
-
-def read_tokenizer_json(folder):
-    """The Tokenizer of the tokenizer.json in `folder`. Raises UserError where that is no byte-level BPE which
-    keeps all of a text."""
-    path = os.path.join(folder, TOKENIZER_FILE)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer: cannot read {path} ({getattr(error, 'strerror', error)})") from None
-    try:
-        bpe = tokenizers.Tokenizer.from_str(content)
-        tokenizer = Tokenizer(bpe, end_of_text(folder, bpe))
-        if missing := BYTE_OF.keys() - bpe.get_vocab().keys():
-            raise ValueError(f"it has no token for byte {BYTE_OF[min(missing)]}")
-        if getattr(bpe.model, "dropout", None):
-            raise ValueError("it drops merges at random")
-        # Qwen's tokenizers compose characters first, by Unicode's form NFC, which changes nothing one sees
-        if tokenizer.decode(tokenizer.encode(SAMPLE)) not in (SAMPLE, unicodedata.normalize("NFC", SAMPLE)):
-            raise ValueError("it changes text")
-        return tokenizer
     except BaseException as error:  # of `tokenizers`: panics too, which are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        if isinstance(error, UserError | KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"tokenizer: {path} cannot be used exactly ({reason}); it must be a byte-level BPE "
-                        "that changes no text") from None
+        raise UserError(f"tokenizer: the one of {folder} cannot be used exactly ({reason}); it must be a "
+                        "byte-level BPE that changes no text") from None
+
+
+def read_tokenizer(folder):
+    """The same. Raises OSError and UserError, ValueError where it is none that keeps all of a text, and
+    whatever `tokenizers` raises."""
+    path = os.path.join(folder, TOKENIZER_FILE)
+    if not os.path.exists(path):
+        return read_old_tokenizer(folder)
+    with open(path, encoding="utf-8") as file:
+        bpe = tokenizers.Tokenizer.from_str(file.read())
+    tokenizer = Tokenizer(bpe, end_of_text(folder, bpe))
+    if missing := BYTE_OF.keys() - bpe.get_vocab().keys():
+        raise ValueError(f"it has no token for byte {BYTE_OF[min(missing)]}")
+    if getattr(bpe.model, "dropout", None):
+        raise ValueError("it drops merges at random")
+    # Qwen's tokenizers compose characters first, by Unicode's form NFC, which changes nothing one sees
+    if tokenizer.decode(tokenizer.encode(SAMPLE)) not in (SAMPLE, unicodedata.normalize("NFC", SAMPLE)):
+        raise ValueError("it changes text")
+    return tokenizer
 
 
 def end_of_text(folder, bpe):
@@ -370,11 +355,15 @@ def end_of_text(folder, bpe):
     return added[token]
 
 
-def load_old(folder, saved):
-    """The Tokenizer of a folder that an older version wrote. saved: what it noted of the tokenizer.
-
-    Raises OSError, and ValueError, KeyError or TypeError when the folder is damaged.
-    """
+def read_old_tokenizer(folder):
+    """The same for what an older version wrote: ranks in tiktoken's format, the rest in a JSON file."""
+    paths = [os.path.join(folder, name) for name in (OLD_RUN_META, "meta.json")]
+    paths = [path for path in paths if os.path.exists(path)]
+    if not paths:
+        raise UserError(f"tokenizer: {folder} holds none; try a folder of prepared data or a run directory "
+                        f"(if an older version wrote that, `python train.py {folder}` adds its tokenizer)")
+    with open(paths[0], encoding="utf-8") as file:
+        saved = json.load(file)["tokenizer"]
     with open(os.path.join(folder, OLD_TOKENIZER_FILE), "rb") as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != saved["sha256"]:

@@ -291,10 +291,13 @@ def test_a_name_of_tiktokens_gives_tiktokens_tokens(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:450"])
-def test_much_text_is_encoded_by_tiktoken_to_the_same_tokens(tmp_path, name):
+def test_a_tokenizer_comes_back_as_it_went_and_encodes_much_text_by_tiktoken_to_the_same_tokens(
+        tmp_path, name):
     built = build_tokenizer(name, lambda: [make_text(i) + SAMPLE for i in range(50)])
     keep_tokenizer(built, tmp_path)
-    for tokenizer in built, load_tokenizer(str(tmp_path)):
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.ranks == built.ranks and loaded.eot == built.eot
+    for tokenizer in built, loaded:
         assert tokenizer.encoding is not None, "encodes slowly"
         assert tokenizer.encode_batch(ODD_TEXTS) == [tokenizer.encode(text) for text in ODD_TEXTS]
 
