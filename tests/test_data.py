@@ -559,15 +559,16 @@ def test_the_end_of_each_document_is_held_out_where_there_are_few(tmp_path):
 
 
 def test_one_endless_line_takes_bounded_memory(tmp_path):
-    (tmp_path / "a.txt").write_text("word " * 1_000_000)
+    (tmp_path / "a.txt").write_text("word " * 500_000)
     tracemalloc.start()
     dataset = TokenDataset(prepare(Config(dataset=str(tmp_path / "a.txt"), tokenizer="bytes",
                                           data_dir=str(tmp_path / "p"), val_fraction=0.1)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert dataset.train_tokens > 4 * 10**6
-    assert all(text.endswith(("word", "word ")) for text in decoded_documents(dataset, "train"))
-    assert peak < 40e6, "bytes"
+    assert dataset.train_tokens > 2 * 10**6 and peak < 20e6, "bytes"
+    ends = np.flatnonzero(np.asarray(dataset.train) == dataset.eot)
+    assert len(ends) > 30 and all(dataset.tokenizer.decode(dataset.train[:end][-5:]).endswith(("word", "word "))
+                                  for end in ends)
 
 
 def test_a_hub_data_set_is_streamed_no_further_than_max_tokens(tmp_path, monkeypatch):
@@ -1070,6 +1071,7 @@ IMPORTS = """
 import sys
 import data.datasets
 assert not {"numpy", "torch"} & set(sys.modules), "data.datasets imports more than it needs"
+sys.modules["torch"] = type(sys)("torch")  # which imports none of these, in two seconds
 import data.loader, data.prepare
 late = {"datasets", "huggingface_hub", "pandas", "pyarrow"} & set(sys.modules)
 assert not late, f"{late} must be imported only by what uses them"

@@ -424,6 +424,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and is silent
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        # A request of its own, for which it waits 3 seconds
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
         monkeypatch.setattr("interop.huggingface.HUB_TIMEOUT", 0.2)
         with pytest.raises(UserError, match="^init_from: there is no folder no-one/nothing, .* downloaded"):
             configure(["--init_from=no-one/nothing"])
@@ -432,7 +434,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         with contextlib.suppress(BlockingIOError):
             while server.accept():
                 connections += 1
-    assert 1 <= connections <= 2, "a download would be tried for minutes"
+    assert connections == 1, "a download would be tried for minutes"
 
 
 def test_what_a_trial_starts_from_is_told_by_the_content_of_its_files(tmp_path):
