@@ -11,7 +11,6 @@ from conftest import column, run
 
 import train
 from configure import Config, UserError, configure, names_in
-from data.tokenizer import load_tokenizer
 
 
 def words(settings, *names):
@@ -153,11 +152,3 @@ def test_a_run_that_started_from_another_resumes_without_it(corpus, pretrained, 
     shutil.rmtree(source)
     resumed = train.train(configure([out, "--steps=6"]), quiet=True)
     assert column(resumed) == column(uninterrupted) and len(column(resumed)) == 6
-
-
-def test_a_run_keeps_its_tokenizer(corpus, pretrained):
-    kept = load_tokenizer(pretrained[0])
-    ids = kept.encode("the model learns; Zahlen wie 10² é")
-    assert kept.decode(ids) == "the model learns; Zahlen wie 10² é" and kept.vocab_size == 280
-    folder = torch.load(f"{pretrained[0]}/last.pt", weights_only=True)["folder"]
-    assert load_tokenizer(folder).encode("the") == kept.encode("the")
