@@ -49,7 +49,8 @@ def resumable(folder):
 def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     """Splits the command line into (options, axes, words).
 
-    options: `defaults`, {name: text or number}, updated by the --name=value words that name one.
+    options: `defaults`, {name: text, number or bool}, updated by the --name=value words that name one; --name
+    alone sets a bool.
     axes: {setting: text} of the NAME=VALUES words, which are rejected unless the command takes_axes.
     words: all other words, in order: for configure(), unless the command takes no settings. --help prints
     `doc` and exits. Raises UserError.
@@ -62,7 +63,9 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
         name, equals, text = word.lstrip("-").partition("=")
         is_flag = word.startswith("-")
         if is_flag and name in defaults:
-            if not equals:  # --name value
+            if not equals and type(defaults[name]) is bool:  # --name
+                text = "true"
+            elif not equals:  # --name value
                 text = next(remaining, "--")
                 if text.startswith("--"):
                     raise UserError(f"{name} needs a value: --{name}=VALUE")
@@ -84,8 +87,12 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
 
 
 def parse_option(name, text, kind):
-    """`text` as the value of a command's own option: a str (with ~ for the home directory), an int from 1 on,
-    or a float above 0. Raises UserError."""
+    """`text` as the value of a command's own option: a str (with ~ for the home directory), a bool, an int
+    from 1 on, or a float above 0. Raises UserError."""
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise UserError(f"{name} must be true or false, got {text!r}")
+        return text.lower() in ("true", "1")
     if kind is str:
         return os.path.expanduser(text)
     if kind is int and not (text.isdecimal() and len(text) <= 100 and int(text)):
