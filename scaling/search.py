@@ -1,26 +1,39 @@
-"""Find a proxy's settings: python -m scaling search CONFIG [--trials=64] [--seeds=3] [--out=DIR]
+"""Find the settings of a large model on a small one: python -m scaling search --target=config/target.py
 
-Draws the settings that transfer (scaling/space.py) and trains a proxy with each draw: first those of CONFIG
-itself, then 15 from all of the space, then where a model of the losses so far expects the most: a Gaussian
-process (--sampler=gp) or Parzen trees (--sampler=tpe), both Optuna's. A draw whose training loss is above the
-median of the others' at a third or two thirds of the steps is stopped there. In the end the leaders are
-trained on other seeds too, as the best of many noisy trials looks better than it is, and the winner takes the
-lr at the bottom of its own curve. Writes DIR/best.py, which is read after any configuration:
+The target is that file and the --name=value settings after it. The search trains its proxy: the same model,
+text, batch, context and steps, of the base width and depth. It prints first what it will train, what that
+costs, and what of it transfers to the target. Then it
 
-    python train.py config/target.py DIR/best.py
+1. draws settings (scaling/space.py) and trains the proxy with each: first the target's own settings, this
+   project's presets and the defaults; then settings from all of the space; then those of which a model of the
+   losses so far expects the most. A draw whose training loss is above the median of the others' at a third or
+   two thirds of the steps is stopped. If the best lies at an end of a range, that range is widened, once.
+2. trains the best few on other seeds, as the best of many noisy trials looks better than it is, and moves the
+   lr of the winner to the bottom of its own curve.
+3. trains the best few, the presets and the defaults at a larger width, between the proxy and the target.
+   Their order there decides; if it is not the proxy's, it says so. It forecasts the target's loss.
 
-best.py has the data set, the block, the optimizer and all else that was searched with; the shape, the batch
-and the number of steps stay the target's own.
+It writes out/search/best.py, for the target: data, block, optimizer and all settings that transfer. The size,
+batch and number of steps stay the target's own.
 
+    python train.py config/target.py out/search/best.py
+
+--plan                     print the plan, time a few steps of each size, and stop
+--trials=64 --seeds=3      draws, of the proxy; seeds of what is compared at the end
+--proxy_width=, --proxy_depth=   a proxy of another shape than the base shape
+--proxy=steps:300,context:256    let the proxy differ in more; the plan says what is known about that
+--verify=false             no larger size; --verify_width=512 chooses its width
 --space=lr,zero_query      only these are drawn; lr:2**-9..2**-6 is a range of your own
---target=CONFIG            says what the search costs as a share of its training
+--sampler=gp               a Gaussian process, or tpe: Parzen trees; both are Optuna's
 --workers=2                processes on this machine; on others, the same command on the same folder joins in
 --stack=8                  train 8 proxies at once, on a GPU; none of them is stopped before its end
---storage=URL --study=NAME keep the trials in any Optuna storage in place of DIR/study.log: sqlite:///FILE,
-                           postgresql+psycopg2://...; optuna-dashboard shows either
+--out=out/search           the folder; the trials are in its study.log, which optuna-dashboard shows
+--storage=URL --study=NAME keep them in any Optuna storage instead: sqlite:///FILE, postgresql+psycopg2://...
 --eval_tokens=N            validation tokens; by default at most half of what a trial trains on
-After an interruption, the same command resumes, and tries again what failed. DIR/trials.csv has a row for
-each trial.
+
+With a configuration, `search config/proxy.py [--target=config/target.py]`, that is the proxy, as it is.
+After an interruption, the same command resumes, and tries again what failed. trials.csv has a row for each
+trial, search.txt what was found.
 """
 
 import contextlib
@@ -35,18 +48,29 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from configure import Config, UserError, check_setting, configure, names_in, read_settings
+from configure import Config, UserError, check_setting, configure, read_settings, split_words
 from data.files import write_text
-from data.loader import TokenDataset, with_vocab_size
+from data.loader import TokenDataset
 from data.prepare import prepare
+from scaling import plan, search_report
 from scaling.cli import command, parse_options, reject_unused, resumable
 from scaling.fits import optimum
-from scaling.space import SPACE, Range, at_edge, distributions, parse_space, to_config, to_params
+from scaling.rows import loss_of
+from scaling.space import (
+    Range,
+    defaults_for,
+    distributions,
+    parse_space,
+    presets_for,
+    starting_points,
+    to_config,
+    to_params,
+    widened,
+)
 from scaling.stack import check_stackable
 from scaling.study import (
     STUDY_FILE,
     SharedStudy,
-    importances,
     median_at,
     open_storage,
     storage_errors_in_one_line,
@@ -70,25 +94,21 @@ from scaling.trials import (
     read_results,
     settings_of,
 )
+from scaling.verify import as_target, count_trainings, size_below, sizes_between, verify
 from scaling.worker import PARENT, Worker, end_with_parent, pause
 from training.device import reuse_freed_memory, use_sensible_threads
-from training.model_size import model_size
 
 SAMPLERS = ("gp", "tpe")
-LEADERS = 5  # are trained on other seeds too
+# The best draws race: (how many of them are left, seeds that each has had then)
+RACE = (5, 1), (3, 2), (2, math.inf)
+VERIFIED = 3  # leaders that are trained at a larger width
+OF_VERIFIED = 6  # trainings that scaling/verify.py adds at the proxy, for the lr and the forecast
+MORE_DRAWS = 4  # a quarter of the trials, where a range was widened
 OCTAVES = -1, -1/2, 1/2, 1  # from the lr of the best, for the curve
 CURVE_SEEDS = 2  # at each of them
 MOST = {"trials": 100_000, "seeds": 1_000, "workers": 1_000}  # more is a typing error
 LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a draw may be stopped
 REPORT_SECONDS = 20  # between two updates of best.py and the figure, at the least
-# What best.py leaves to the target: its size, its batches, and how much of the text it reads
-TARGETS_OWN = {"width", "depth", "head_dim", "kv_heads", "context", "vocab_size", "batch", "batch_start",
-               "batch_ramp_tokens", "max_tokens", "init_from", "seed"}
-
-
-def loss_of(row):
-    """The validation loss of a trial, for comparison: infinite where it diverged or was stopped."""
-    return math.inf if row["diverged"] else row["val_loss"]
 
 
 def mean_and_error(losses):
@@ -101,16 +121,21 @@ def mean_and_error(losses):
 
 class Search:
     """One worker's part in a search: it draws, trains and reports, as do others on the same folder or
-    storage. dataset: its TokenDataset. options: `trials`, `seeds`, `stack`, `sampler`, `study`. Raises
-    UserError where the study is of another search."""
+    storage. dataset: its TokenDataset. options: `trials`, `seeds`, `stack`, `sampler`, `study`. target: a
+    Config, or None; sizes: [(width, depth)] at which to verify. Raises UserError where the study is of
+    another search."""
 
-    def __init__(self, config, space, options, worker, storage, dataset):
+    def __init__(self, config, space, options, worker, storage, dataset, target=None, sizes=()):
         self.space, self.options, self.worker, self.dataset = space, options, worker, dataset
+        self.target, self.sizes = target, sizes
         self.config = trial_configs(config, {})[0]
-        self.facts = facts_of(self.config, dataset)
+        self.facts = {}  # of each size_of()
+        self.starts = starting_points(self.config, space)
         self.domains = distributions(space)
         self.open_studies(storage)
-        self.reported, self.leaders, self.best = time.monotonic(), [], None
+        self.widened = {}
+        self.use_widened()
+        self.reported, self.leaders, self.best, self.verification = time.monotonic(), [], None, None
 
     def open_studies(self, storage):
         self.storage, name, settings = storage, self.options["study"], self.key_of(self.config)
@@ -119,7 +144,10 @@ class Search:
 
     def key_of(self, config):
         """The identity() of a trial of this search."""
-        return identity(config, self.facts)
+        size = size_of(config)  # by which its precision may be chosen
+        if size not in self.facts:
+            self.facts[size] = facts_of(config, self.dataset)
+        return identity(config, self.facts[size])
 
     def config_of(self, key):
         """The Config of an identity(). What changes no number is that of this worker."""
@@ -128,16 +156,47 @@ class Search:
     # Draws
 
     def propose(self, key):
-        """Params, distributions and settings of draw number `key`. `config` itself is the first."""
-        if key == "0":
-            return to_params(self.config, self.space), self.domains, self.key_of(self.config)
-        params = suggest(self.draws, self.options["sampler"], self.config.seed, self.domains, int(key))
+        """Params, distributions and settings of draw number `key`."""
+        number = int(key)
+        if number < len(self.starts):
+            start = self.starts[number]
+            return to_params(start, self.space), self.domains, self.key_of(start)
+        params = suggest(self.draws, self.options["sampler"], self.config.seed, self.domains, number)
         return params, self.domains, self.key_of(to_config(self.config, params, self.space))
 
     def draw(self):
-        """Trains all draws."""
-        keys = [str(number) for number in range(self.options["trials"])]
-        self.train_keys(self.draws, keys, self.propose, "draws")
+        """Trains all draws; some more where a range turns out to be too narrow."""
+        trials = self.options["trials"]
+        self.train_draws(trials)
+        self.widen()
+        if self.widened:
+            self.train_draws(trials + trials // MORE_DRAWS)
+
+    def train_draws(self, count):
+        self.train_keys(self.draws, [str(number) for number in range(count)], self.propose, "draws")
+
+    def widen(self):
+        """Widens the ranges at an end of which the best draw lies, once in a study."""
+        draws, _ = self.rows()
+        if draws and not self.draws.widened():
+            loss, _, best = self.lowest_draw(draws)
+            wider = widened(self.space, best) if math.isfinite(loss) else {}
+            if wider:
+                self.draws.widen({name: [domain.low, domain.high] for name, domain in wider.items()})
+        self.use_widened()
+
+    def use_widened(self):
+        """Draws from the ranges that were widened, by this worker or another."""
+        self.widened = self.draws.widened()
+        ranges = {name: self.space[name]._replace(low=low, high=high)
+                  for name, (low, high) in self.widened.items() if name in self.space}
+        self.space = self.space | ranges
+        self.domains = distributions(self.space)
+
+    def lowest_draw(self, rows):
+        """(loss, nan, Config) of the best of the draws `rows`, on the one seed of all."""
+        lowest = min(rows, key=loss_of)
+        return loss_of(lowest), math.nan, self.config_of(lowest["config"])
 
     def stop_early(self):
         """{step: function} for train(): whether a draw is above the median of those that got there."""
@@ -157,11 +216,11 @@ class Search:
         """The rows of these Configs, trained by whoever shares the search; None for one that failed."""
         done = self.complete_rows()
         new = [config for config in dict.fromkeys(configs) if not find_row(done, self.key_of(config))]
-        groups = [new]
-        if self.options["stack"] > 1:  # models of one seed read one text, and run the code that is compiled
-            seeds = sorted({config.seed for config in new})
-            groups = [[config for config in new if config.seed == seed] for seed in seeds]
-        for group in groups:
+        groups = {}
+        for config in new:  # models of one seed read one text, and those of one size fit into one stack
+            kind = (*size_of(config), config.seed) if self.options["stack"] > 1 else None
+            groups.setdefault(kind, []).append(config)
+        for group in groups.values():
             keys = [self.key_of(config) for config in group]
             self.train_keys(self.others, keys, lambda key: ({}, {}, key), what)
         done = self.complete_rows()
@@ -175,18 +234,27 @@ class Search:
     def confirm(self):
         """The leaders on fresh seeds, and the lr of the best: fills `leaders` and `best`."""
         rows = sorted(self.draws.rows().values(), key=loss_of)
-        leaders = [self.config_of(row["config"]) for row in rows[:LEADERS] if math.isfinite(loss_of(row))]
+        leaders = [self.config_of(row["config"]) for row in rows if math.isfinite(loss_of(row))]
         if not leaders and self.failed():
             return  # which is said at the end
         if not leaders:
             raise UserError(f"search: all {len(rows)} trials diverged; try a smaller --lr, or a --space of "
                             "smaller rates")
-        self.leaders = self.over_seeds(leaders, "leaders on other seeds")
+        self.leaders = self.race(leaders)
         if not math.isfinite(self.leaders[0][0]):
             return  # none was confirmed
         self.best = self.leaders[0]
         if "lr" in self.space:
             self.tune_lr()
+
+    def race(self, configs):
+        """over_seeds() of the leaders, the lowest first: those that look worse after a seed get no more."""
+        ahead, behind = [(math.nan, math.nan, config) for config in configs[:RACE[0][0]]], []
+        for count, seeds in RACE:
+            behind = ahead[count:] + behind
+            configs = [config for _, _, config in ahead[:count]]
+            ahead = self.over_seeds(configs, "leaders on other seeds", min(seeds, self.options["seeds"]))
+        return ahead + behind
 
     def over_seeds(self, configs, what, seeds=None):
         """[(mean loss, its standard error, Config)] of each over fresh seeds, the lowest first."""
@@ -211,6 +279,25 @@ class Search:
         lr = float(2 ** bottom[0]) if bottom else min(losses, key=losses.get)
         tuned = self.over_seeds([replace(best, lr=lr)], "the best")
         self.best = min(tuned[0], self.best, key=lambda result: result[0])
+
+    def candidates(self):
+        """[(name, Config)] of what is compared at a larger width."""
+        _, _, best = self.best
+        leaders = [best, *(config for _, _, config in self.leaders[1:VERIFIED])]
+        named = [(f"leader {i}", config) for i, config in enumerate(leaders, start=1)]
+        named += [*presets_for(self.config).items(), ("as given", self.config)]
+        named.append(("defaults", defaults_for(self.config)))
+        different = {}
+        for name, config in named:
+            different.setdefault(config, name)
+        return [(name, config) for config, name in different.items()]
+
+    def verify(self):
+        """The candidates at a larger width, whose order there decides: fills `verification` and `best`."""
+        if not self.sizes or self.best is None:
+            return
+        self.verification = verify(self, self.candidates(), self.target, self.sizes)
+        self.best = self.over_seeds([self.verification.best], "the verified best")[0]
 
     # Training
 
@@ -274,69 +361,25 @@ class Search:
             self.report()
 
     def report(self):
-        """Writes best.py, search.txt and search.png to the folder; returns the texts of the first two."""
+        """Writes best.py, search.txt and the figures to the folder; returns the texts of the first two."""
         from scaling import figures
         draws, others = self.rows()
-        lowest = min(draws, key=loss_of, default=None)
-        if lowest is None or not math.isfinite(loss_of(lowest)):
+        if not draws or not math.isfinite(min(map(loss_of, draws))):
             return "", ""
-        best = self.best or (loss_of(lowest), math.nan, self.config_of(lowest["config"]))
-        best_text = self.best_file(best, draws, others)
-        report_text = self.format_report(best[2], draws, others)
+        best_text = search_report.format_best(self, draws, others)
+        report_text = search_report.format_report(self, draws, others)
+        loss = (self.best or self.lowest_draw(draws))[0]
         with self.worker.holding("report"):  # the same command, started twice, writes the same files
             write_text(os.path.join(self.worker.folder, "best.py"), best_text)
             write_text(os.path.join(self.worker.folder, "search.txt"), report_text)
-            figures.draw_search(draws, others, best[0], self.worker.folder)
+            figures.draw_search(draws, others, loss, self.worker.folder)
+            if self.verification:
+                self.verification.draw(self.worker.folder)
         return best_text, report_text
 
-    def best_file(self, best, draws, others):
-        """The text of best.py: how it was found, and all that the target takes from the proxy. What came from
-        outside, as the name of a data set, stands there as a literal and nowhere else."""
-        mean, error, config = best
-        loss = f"{mean:.4f} on one seed"
-        if self.best:
-            loss = f"{mean:.4f} ± {error:.4f}, the mean of {self.options['seeds']} seeds that no draw used"
-        if self.failed() or not self.best:
-            loss += ": the search is not finished"
-        lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
-                 f"{config.steps} steps of {config.batch}x{config.context} tokens.",
-                 f"# Validation loss {loss}.",
-                 f"# Found by scaling.search: sampler {self.options['sampler']}, seed {self.config.seed}, "
-                 f"{len(draws)} draws and {len(others)} trials for seeds and lr, "
-                 f"{spent_flops(draws + others):.2e} FLOPs."]
-        for group in ("data", "function", "init", "optimizer", "training"):
-            lines += ["", f"# {group.capitalize()}"]
-            names = [name for name in names_in(group) if name not in TARGETS_OWN]
-            lines += [f"{name} = {getattr(config, name)!r}" for name in names]
-        return "\n".join(lines) + "\n"
 
-    def format_report(self, best, draws, others):
-        """What the search found, for people. best: a Config."""
-        losses = [loss_of(row) for row in draws]
-        finite = sorted(loss for loss in losses if math.isfinite(loss))
-        stopped = sum(row["failure"].startswith("stopped early") for row in draws)
-        lines = [f"{len(draws)} draws: best {finite[0]:.4f}, median {finite[len(finite) // 2]:.4f} of the "
-                 f"{len(finite)} that were trained to the end; {stopped} stopped early, "
-                 f"{len(draws) - len(finite) - stopped} diverged; {len(others)} more trials for seeds and lr"]
-        if self.failed():
-            lines.append(f"{len(self.failed())} trials failed, and are tried again by the same command")
-        counts = [n for n in (1, 8, 16, 32, 64, 128, 256, 512) if n < len(draws)] + [len(draws)]
-        reached = [f"{n}: {min(losses[:n]):.4f}" for n in counts]
-        lines.append(f"best after so many draws: {', '.join(reached)}")
-        if self.leaders:
-            lines.append(f"leaders, mean of {self.options['seeds']} other seeds and its standard error:")
-            for mean, error, config in self.leaders:
-                lines.append(f"  {mean:.4f} ± {error:.4f}  {describe(config, self.space)}")
-        edges = [f"{name} ({end})" for name, end in at_edge(best, self.space)]
-        if edges:
-            lines.append(f"at an edge of the space, so that better may lie beyond: {', '.join(edges)}")
-        shares = importances(self.draws)
-        if shares:
-            lines.append("importance (PED-ANOVA: how much each decides whether a draw is among the best "
-                         "tenth;\nwhat was settled early was hardly varied after, and looks less important "
-                         "than it is):")
-            lines += [f"  {name:22}{share:6.1%}" for name, share in shares.items()]
-        return "\n".join(lines) + "\n"
+def size_of(config):
+    return config.width, config.depth, config.context, config.batch, config.steps
 
 
 def is_above(median, start, losses):
@@ -345,38 +388,53 @@ def is_above(median, start, losses):
     return sum(recent) / len(recent) > median
 
 
-def describe(config, space):
-    """The settings that were drawn, on one line."""
-    values = []
-    for name in space:
-        value = getattr(config, name)
-        text = f"{value:.3g}" if isinstance(value, float) else value
-        values.append(f"lr=2**{math.log2(value):.2f}" if name == "lr" else f"{name}={text}")
-    return " ".join(values)
+def proxy_and_target(options, words):
+    """(the Config of the proxy, that of the target or None). Raises UserError."""
+    sources, _ = split_words(words)
+    changes = {name: options[name] for name in ("proxy", "proxy_width", "proxy_depth") if options[name]}
+    if options["target"] and not sources:
+        target = configure([options["target"], *words])
+        proxy = plan.make_proxy(target, options["proxy_width"], options["proxy_depth"],
+                                plan.parse_changes(options["proxy"]))
+        if options["stack"] > 1:
+            proxy = replace(proxy, micro_batch=None)
+        return with_brief_evaluation(proxy), target
+    if changes:
+        raise UserError(f"{[*changes][0]} needs --target=CONFIG, and no other CONFIG, which would be the "
+                        "proxy")
+    config, target = configure(words), None
+    if path := options["target"]:
+        target = replace(config, **{name: check_setting(name, value, f"{path}: ")
+                                    for name, value in read_settings(path).items()})
+    return with_brief_evaluation(config), target
 
 
-def spent_flops(rows):
-    """Training FLOPs of all rows, of those that were stopped too."""
-    return sum(row["flops"] for row in rows if math.isfinite(row["flops"]))
+def verification_sizes(config, target, options):
+    """[(width, depth)] between the proxy and the target at which the candidates are trained too."""
+    if target is None or not options["verify"]:
+        return []
+    return sizes_between(config, target, options["verify_width"] or None)
 
 
-def format_cost(rows, config, target_name, target):
-    """What the search took, and as a share of the target's training. target: {setting: value}"""
-    spent = spent_flops(rows)
-    if not target_name:
-        return f"tuning took {spent:.2e} FLOPs"
-    config = replace(config, **target)
-    size = model_size(with_vocab_size(config, TokenDataset(prepare(config))))
-    flops = size.flops_per_token * config.tokens_before(config.steps)
-    return f"tuning took {spent:.2e} FLOPs, {spent / flops:.1%} of one training of {target_name}, {flops:.2e}"
-
-
-def read_target(path):
-    """{setting: value} of the configuration at `path`; empty without one. It trains on the proxy's data, for
-    as many steps, unless its file says otherwise. Raises UserError."""
-    if not path:
-        return {}
-    return {name: check_setting(name, value, f"{path}: ") for name, value in read_settings(path).items()}
+def planned_sizes(config, target, space, options):
+    """[plan.Size]: the proxy and the sizes of the verification, each with the most trainings it can take."""
+    seeds, trials = options["seeds"], options["trials"]
+    race, last = 0, 0
+    for count, seeds_then in RACE:
+        race += count * (min(seeds_then, seeds) - last)
+        last = min(seeds_then, seeds)
+    of_lr = (len(OCTAVES) * min(CURVE_SEEDS, seeds) + seeds) if "lr" in space else 0
+    proxy = trials + trials // MORE_DRAWS + race + of_lr
+    shapes = verification_sizes(config, target, options)
+    if not shapes:
+        return [plan.Size("proxy", config, proxy)]
+    candidates = VERIFIED + len(presets_for(config)) + 2
+    proxy += 2 * candidates + OF_VERIFIED + seeds
+    sizes = [plan.Size("verify", as_target(config, target, *shape), count) for shape, count in
+             zip(shapes, count_trainings(shapes, candidates, seeds), strict=True)]
+    if below := size_below(config, target):
+        sizes.insert(0, plan.Size("smaller", as_target(config, target, *below), 2))
+    return [plan.Size("proxy", config, proxy), *sizes]
 
 
 def check_search(config, space, options):
@@ -445,23 +503,30 @@ def storage_place(options):
     return path or os.path.join(options["out"], STUDY_FILE)
 
 
-def run_search(config, space, options):
-    """(the finished Search, the texts of best.py and of its report). Raises UserError, and KeyboardInterrupt
-    when a signal stops it."""
-    check_search(config, space, options)
+def open_dataset(config):
+    """The TokenDataset of the proxy. Raises UserError where it is too short."""
     dataset = TokenDataset(prepare(config))
     dataset.check_fills_batch(config.context, config.batch)
     dataset.validation_windows(config.context, config.eval_tokens)
+    return dataset
+
+
+def run_search(config, space, options, target=None):
+    """(the finished Search, the texts of best.py and of its report). Raises UserError, and KeyboardInterrupt
+    when a signal stops it."""
+    check_search(config, space, options)
+    dataset, sizes = open_dataset(config), verification_sizes(config, target, options)
     where, storage = storage_place(options), None
     if options["storage"]:
         storage = open_storage(where)  # one that does not answer leaves no folder
     with Worker(options["out"]) as worker:
         storage = storage or open_storage(where)
         with storage_errors_in_one_line(storage, where):
-            search = Search(config, space, options, worker, storage, dataset)
+            search = Search(config, space, options, worker, storage, dataset, target, sizes)
             try:
                 search.draw()
                 search.confirm()
+                search.verify()
             except KeyboardInterrupt:
                 if torchrun_rank()[0] == 0:
                     search.open_studies(open_storage(where))  # the signal may have come while it was read
@@ -471,32 +536,48 @@ def run_search(config, space, options):
             return search, *search.report()
 
 
-def print_result(search, best_text, report_text, config, target):
-    """What the command prints at its end; returns its exit code. target: what read_target() returns."""
+def print_plan(config, target, space, options):
+    """What is to be trained, what it costs and what transfers; with --plan, how long it takes, too."""
+    dataset, sizes = open_dataset(config), planned_sizes(config, target, space, options)
+    print(*plan.describe_plan(sizes, target, options["target"], dataset), sep="\n")
+    if target is not None and len(sizes) == 1 and options["verify"]:
+        print("no width lies between the proxy and the target: nothing is verified there")
+    if options["plan"]:
+        print(*plan.describe_time(sizes, target, dataset), sep="\n")
+
+
+def print_result(search, best_text, report_text, words):
+    """What the command prints at its end; returns its exit code. words: its settings."""
     options = search.options
     with storage_errors_in_one_line(search.storage, storage_place(options)):
         (draws, others), failed = search.rows(), search.failed()
     if best_text:
         print(f"{options['out']}/best.py:\n{best_text}\n{report_text}"
-              f"{format_cost(draws + others, config, options['target'], target)}")
+              f"{search_report.format_cost(search, draws + others)}")
+    if best_text and search.target is not None:
+        print(f"train the target: {search_report.next_command(options, words)}")
     return say_failed(options["out"], failed, len(draws + others + failed))
+
+
+OPTIONS = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": "", "target": "", "proxy": "",
+           "proxy_width": 0, "proxy_depth": 0, "verify": True, "verify_width": 0, "plan": False,
+           "sampler": "gp", "storage": "", "study": "search", "workers": 1}
 
 
 @command
 def main(argv):
-    defaults = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": ",".join(SPACE),
-                "target": "", "sampler": "gp", "storage": "", "study": "search", "workers": 1}
     end_with_parent()
-    options, _, words = parse_options(argv, defaults, __doc__)
+    options, _, words = parse_options(argv, OPTIONS, __doc__)
     reject_unused(words, UNUSED, "a search")
-    config = with_brief_evaluation(configure(words))
-    space, target = parse_space(options["space"]), read_target(options["target"])
-    rank, _ = torchrun_rank()
+    config, target = proxy_and_target(options, words)
+    space, (rank, _) = parse_space(options["space"], config), torchrun_rank()
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()
+    if rank == 0:
+        print_plan(config, target, space, options)
+    if options["plan"]:
+        return 0
     with resumable(options["out"]), worker_processes(argv, options["workers"]):
         use_sensible_threads(config)
-        found = run_search(config, space, options)
-    if rank > 0:
-        return 0
-    return print_result(*found, config, target)
+        found = run_search(config, space, options, target)
+    return print_result(*found, words) if rank == 0 else 0

@@ -171,6 +171,19 @@ class SharedStudy:
             raise UserError(f"out: the study {self.study.study_name!r} is of another search ({different}); "
                             "use another --out, or another --study in the same storage")
 
+    def widened(self):
+        """{setting: (low, high)} of the ranges that were widened; empty where none was. Raises UserError."""
+        ranges = self.study.user_attrs.get("widened", {})
+        try:
+            return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"out: the study {self.study.study_name!r} is damaged: its widened ranges are "
+                            f"{ranges!r:.80}; use another --out") from None
+
+    def widen(self, ranges):
+        """Keeps what widened() returns from now on."""
+        self.study.set_user_attr("widened", ranges)
+
     def all_trials(self):
         """[(key, FrozenTrial)], the failed ones too, in the order of their numbers."""
         trials = self.study.get_trials(deepcopy=False)
@@ -323,21 +336,21 @@ def capped_losses(trials):
     return {key: min(loss, cap) for key, loss in losses.items()}
 
 
-def mirror(shared, sampler=None):
+def mirror(shared, distributions, sampler=None):
     """A study in memory with the trials of `shared`, their losses capped: what a sampler, or a measure of
-    importance, is to see."""
+    importance, is to see. All as if drawn from `distributions`, as a range may have been widened meanwhile,
+    and Optuna learns nothing of a setting from trials of another range."""
     optuna = shared.optuna
     copy = optuna.create_study(sampler=sampler)
     trials = shared.trials()
     losses = capped_losses(shared.finished())
     for key, trial in trials.items():
         if key in losses:
-            copy.add_trial(optuna.trial.create_trial(params=trial.params, distributions=trial.distributions,
+            copy.add_trial(optuna.trial.create_trial(params=trial.params, distributions=distributions,
                                                      value=losses[key]))
         else:  # one that is being trained: the sampler keeps away from it
             copy.add_trial(optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING, params=trial.params,
-                distributions=trial.distributions))
+                state=optuna.trial.TrialState.RUNNING, params=trial.params, distributions=distributions))
     return copy
 
 
@@ -350,19 +363,19 @@ def suggest(shared, kind, seed, distributions, number):
         sampler = samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True,
                                       constant_liar=True)
     try:
-        return mirror(shared, sampler).ask(distributions).params
+        return mirror(shared, distributions, sampler).ask(distributions).params
     except ImportError as error:
         raise UserError(f"sampler {kind} needs {error.name}: pip install it, or try --sampler=tpe") from None
 
 
-def importances(shared):
+def importances(shared, distributions):
     """{name of a param: its share}, the largest first: how much it decides whether a draw is among the best
     tenth (PED-ANOVA, arXiv 2304.10255). Empty where that cannot be said."""
     finished = shared.finished()
     if len(finished) < 2 * STARTUP or len(set(capped_losses(finished).values())) < 4:
         return {}
     evaluator = shared.optuna.importance.PedAnovaImportanceEvaluator()
-    return shared.optuna.importance.get_param_importances(mirror(shared), evaluator=evaluator)
+    return shared.optuna.importance.get_param_importances(mirror(shared, distributions), evaluator=evaluator)
 
 
 def median_at(rows, point):

@@ -516,7 +516,7 @@ def test_a_damaged_study_is_read_or_rejected_in_a_line(corpus, tmp_path, request
     if not request.config.getoption("--long"):
         pytest.skip("takes --long")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search, "LEADERS", 1)
+    monkeypatch.setattr(search, "RACE", ((1, math.inf),))
     monkeypatch.setattr(search, "OCTAVES", ())
     words = [*lab_words(corpus | {"steps": 1}), "--trials=2", "--seeds=1", "--sampler=tpe", "--space=lr"]
     assert search.main([*words, "--out=search"]) == 0

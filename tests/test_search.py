@@ -33,7 +33,7 @@ LR_ONLY = {"lr": Range(2**-14, 2**-5)}
 @pytest.fixture(autouse=True)
 def short_ending(monkeypatch):
     """Fewer trials after the draws: they take most of the time of such small searches."""
-    monkeypatch.setattr(search, "LEADERS", 2)
+    monkeypatch.setattr(search, "RACE", ((2, math.inf),))
     monkeypatch.setattr(search, "OCTAVES", (-1, 1))
 
 
@@ -143,7 +143,7 @@ def test_every_setting_of_the_space_makes_the_trip_through_the_study_and_back():
     assert space.to_params(outside, SPACE)["lr"] == SPACE["lr"].high
     assert space.at_edge(outside, {"lr": SPACE["lr"], "zero_query": SPACE["zero_query"]}) == [("lr", "high")]
     assert space.at_edge(replace(config, beta2=0.995), {"beta2": SPACE["beta2"]}) == [("beta2", "high")]
-    assert parse_space("lr:2**-9..2**-6,beta1:0.8..0.9,zero_query:true,schedule") == {
+    assert parse_space("lr:2**-9..2**-6,beta1:0.8..0.9,zero_query:true,schedule", Config()) == {
         "lr": Range(2**-9, 2**-6), "beta1": Range(pytest.approx(0.1), pytest.approx(0.2), True),
         "zero_query": Choice((True,)), "schedule": SPACE["schedule"]}
 
@@ -182,7 +182,7 @@ def test_a_hopeless_draw_is_stopped_early_and_its_flops_are_counted(corpus, tmp_
     rates = [2**-6] * 8 + [2**-20]
     seeds = iter(range(100))
     monkeypatch.setattr(search, "suggest", lambda *arguments: {"lr": rates.pop(0) * (1 + next(seeds) / 100)})
-    monkeypatch.setattr(search, "LEADERS", 1)  # what follows the draws is not looked at
+    monkeypatch.setattr(search, "RACE", ((1, math.inf),))  # what follows the draws is not looked at
     monkeypatch.setattr(search, "OCTAVES", ())
     found, *_ = run(corpus, tmp_path, {"lr": Range(2**-20, 2**-5)}, trials=10, steps=25)
     draws, _ = found.rows()
@@ -272,7 +272,7 @@ def test_a_failed_trial_of_a_search_is_shown_and_is_tried_again_as_it_was(corpus
     assert "the search is not finished" in (tmp_path / "a/best.py").read_text()
     assert sum(row["failure"] != "" for row in read_trials(tmp_path / "a")) == 2
     monkeypatch.undo()
-    monkeypatch.setattr(search, "LEADERS", 2)
+    monkeypatch.setattr(search, "RACE", ((2, math.inf),))
     monkeypatch.setattr(search, "OCTAVES", (-1, 1))
     assert search.main(words) == 0
     assert "is not finished" not in (tmp_path / "a/best.py").read_text() + capsys.readouterr().out
@@ -289,8 +289,9 @@ def test_a_search_in_which_all_trials_fail_ends_in_a_line_and_writes_no_best_py(
     monkeypatch.setattr(sweep, "train", fail_on(range(10)))
     for _ in range(2):
         assert search.main(words) == 1
-        assert capsys.readouterr().out == (f"{tmp_path}/a: 3 of 3 trials failed (MemoryError: of this test); "
-                                           "the same command tries them again\n")
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == (f"{tmp_path}/a: 3 of 3 trials failed (MemoryError: of this test); the same command "
+                        "tries them again")
         assert not {"best.py", "search.txt", "search.png"} & {*os.listdir(tmp_path / "a")}
     monkeypatch.setattr(sweep, "train", train)
     assert search.main(words) == 0 and (tmp_path / "a/best.py").exists()
@@ -315,11 +316,12 @@ def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp
     output, errors = survivor.communicate()
     assert survivor.returncode == 0, errors
     draws = draws_of(tmp_path)
-    assert sorted(map(int, draws)) == [*range(trials)], "no draw is lost or doubled"
+    assert sorted(map(int, draws)) == [*range(len(draws))], "no draw is lost or doubled"
+    assert len(draws) in (trials, trials + trials // 4), "more where a range was widened"
     rows = read_trials(tmp_path)
     assert len(rows) == len({row["config"] for row in rows})
     assert {trial.user_attrs["config"] for trial in draws.values()} <= {row["config"] for row in rows}
-    assert f"The best of {trials} trials" in output
+    assert f"The best of {len(draws)} trials" in output
 
 
 def test_a_search_that_is_stopped_leaves_its_figure_and_table(corpus, tmp_path):
@@ -467,12 +469,182 @@ def test_a_search_is_kept_in_postgresql_and_ends_in_a_line_when_that_stops(corpu
         run(corpus, tmp_path / "d", LR_ONLY, storage=url)
 
 
+# Where a search starts, and how it goes on
+
+@pytest.mark.parametrize("settings", [
+    {}, {"optimizer": "muon", "position": "learned", "embedding_mult": 0.5},
+    {"tied": True, "logit_mult": 0.7}, {"tied": True, "embedding_mult": 3.0, "base_batch": 1}])
+def test_multipliers_that_others_replace_give_the_same_losses(corpus, settings):
+    """But for clipping and decay, which are off, and eps."""
+    other = Config(**corpus | {"embedding_mult": 2.0, "logit_mult": 3.0, "base_batch": 16, "grad_clip": 0.0,
+                               "lr": 2**-8, "eps": 1e-20, "beta2": 0.9, "embedding_std": 0.5,
+                               "optimizer": settings.get("optimizer", "adamw")} | {
+        name: settings[name] for name in ("tied", "position") if name in settings})
+    config = replace(Config(**corpus), **settings)
+    same = space.equivalent_in(config, other)
+    assert (same.embedding_mult, same.base_batch) == (config.embedding_mult, config.base_batch)
+    assert config.tied or same.logit_mult == config.logit_mult
+    losses = [[row["train_loss"] for row in train(c, quiet=True).history] for c in (other, same)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.05, "it learns"
+
+
+def test_no_two_settings_of_the_space_do_the_same():
+    drawn = set(space.default_space(Config()))
+    assert set(SPACE) - drawn == {"embedding_mult", "logit_mult"}
+    assert set(SPACE) - set(space.default_space(Config(tied=True))) == {
+        "embedding_mult", "readout_std", "readout_lr_mult"}
+    assert "warmup" not in space.default_space(Config(warmup_tokens=5))
+    assert parse_space("logit_mult", Config()) == {"logit_mult": SPACE["logit_mult"]}
+
+
+@pytest.mark.parametrize(("path", "preset"), [
+    ("config/target.py", "config/proxy.py"), ("config/muon.py", "config/muon.py"),
+    ("config/gpt2.py", "config/gpt2_proxy.py")])
+def test_a_search_starts_at_the_preset_of_its_optimizer_and_block(path, preset):
+    config = configure([path])
+    assert [*space.presets_for(config)] == [preset]
+    shipped = configure([preset])
+    domains = space.default_space(config)
+    for name in space.DRIFTING:
+        value = getattr(space.equivalent_in(config, shipped), name)
+        assert domains[name] == Range(value / space.NEAR, value * space.NEAR)
+    assert space.at_edge(space.to_config(config, space.to_params(shipped, domains), domains),
+                         {"lr": domains["lr"]}) == []
+
+
+def test_the_first_draws_are_the_given_settings_the_preset_and_the_defaults(corpus, tmp_path):
+    given = {"lr": 2**-6.5, "grad_clip": 0.0}
+    domains = {"lr": Range(2**-11, 2**-5), "zero_residual_out": Choice((False, True))}
+    found, *_ = run(corpus | given, tmp_path, domains, trials=4, steps=2)
+    draws, _ = found.rows()
+    drawn = [(row["lr"], settings_of(row["config"])["zero_residual_out"]) for row in draws]
+    preset = 2**-7.6 * math.sqrt(4 / 8)  # its base batch is 8
+    assert drawn[:3] == [(2**-6.5, False), (pytest.approx(preset, rel=1e-3), True),
+                         (pytest.approx(2**-9, rel=1e-3), False)]
+    assert {settings_of(row["config"])["grad_clip"] for row in draws} == {0.0}, "not in the space"
+
+
+def at_the_low_end(shared, kind, seed, domains, number):
+    """A sampler for test: the lowest lr there is."""
+    return {"lr": domains["lr"].low * (1 + number / 1000)}
+
+
+def test_a_winner_at_the_end_of_a_range_widens_it_once(corpus, tmp_path, monkeypatch):
+    narrow = {"lr": Range(2**-7, 2**-6.5)}
+    monkeypatch.setitem(SPACE, "lr", narrow["lr"])
+    monkeypatch.setattr(search, "suggest", at_the_low_end)
+    monkeypatch.setattr(search, "loss_of", lambda row: row["lr"])
+    monkeypatch.setattr(search.search_report, "loss_of", lambda row: row["lr"])
+    found, _, report = run(corpus | {"lr": 2**-6.8}, tmp_path, narrow, trials=8, steps=2)
+    draws, _ = found.rows()
+    assert len(draws) == 10 and min(row["lr"] for row in draws[:8]) >= 2**-7.01
+    assert max(row["lr"] for row in draws[8:]) < 2**-8.9 and found.space["lr"] == Range(2**-9, 2**-6.5)
+    assert "widened, as the best draw lay at an end: lr from 0.00195 to" in report
+    monkeypatch.setattr(sweep, "train", None)
+    again, *_ = run(corpus | {"lr": 2**-6.8}, tmp_path, narrow, trials=8, steps=2)
+    assert [row["config"] for row in again.rows()[0]] == [row["config"] for row in draws], "once"
+    monkeypatch.undo()
+    own, *_ = run(corpus, tmp_path / "own", {"lr": Range(2**-7, 2**-6.5)}, trials=4, steps=2)
+    assert len(own.rows()[0]) == 4, "a range of one's own is not left"
+
+
+@pytest.mark.parametrize(("name", "value", "wider"), [
+    ("hidden_std", 2.0, Range(0.25, 8.0)), ("beta1", 0.949, Range(0.0125, 0.3, True)),
+    ("beta1", 0.7, Range(0.05, 0.99, True)), ("final_lr", 0.0001, Range(0.0001, 0.3)),
+    ("weight_decay", 0.0, None),
+    ("warmup", 0.3, Range(0.015, 0.99)), ("readout_std", 0.5, None), ("zero_query", True, None)])
+def test_a_range_is_widened_at_the_end_where_the_winner_lies(monkeypatch, name, value, wider):
+    monkeypatch.setattr(space, "DRIFTING", ())
+    found = space.widened({name: SPACE[name]}, Config(**{name: value}))
+    assert found == ({name: pytest.approx(wider)} if wider else {})
+
+
+def test_leaders_race_so_that_the_worse_get_fewer_seeds(corpus, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(search, "OCTAVES", ())
+    found, *_ = run(corpus, tmp_path, LR_ONLY, trials=7, seeds=4, steps=2)
+    _, others = found.rows()
+    seeds = [sum(row["lr"] == config.lr for row in others) for _, _, config in found.leaders]
+    assert seeds == [4, 4, 2, 1, 1]
+    assert found.leaders[0][0] <= found.leaders[1][0]
+
+
+# The journey to a target
+
+class Chooses:
+    """A stand-in for scaling.verify: of the candidates, the one of this name is the best."""
+    best = loss = error = None
+    text, forecast, holds = "what was verified", None, True
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
+
+    def __call__(self, found, candidates, target, sizes):
+        self.calls.append([name for name, _ in candidates])
+        self.best, self.loss, self.error = dict(candidates)[self.name], 4.25, 0.01
+        return self
+
+    def draw(self, folder):
+        with open(os.path.join(folder, "verify.png"), "w"):
+            pass
+
+
+@pytest.mark.parametrize("chosen", ["defaults", "config/muon.py"])
+def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defaults(corpus, tmp_path, chosen,
+                                                                                   monkeypatch, capsys):
+    verify = Chooses(chosen)
+    monkeypatch.setattr(search, "verify", verify)
+    settings = corpus | {"optimizer": "muon", "lr": 2**-15, "width": 64, "norm": "layer"}
+    (tmp_path / "target.py").write_text("steps = 2\nnorm = 'layer'\n")
+    words = lab_words({name: value for name, value in settings.items() if name not in ("steps", "norm")})
+    assert search.main([*words, f"--target={tmp_path}/target.py", "--trials=4", "--seeds=2", "--sampler=tpe",
+                        "--space=lr", f"--out={tmp_path}/out"]) == 0
+    assert verify.calls == [["leader 1", "leader 2", "config/muon.py", "as given", "defaults"]]
+    text = (tmp_path / "out/best.py").read_text()
+    assert "# Chosen by its loss at 32 x" in text and ": 4.2500 ± 0.0100." in text
+    assert "what was verified" in (tmp_path / "out/search.txt").read_text()
+    assert (tmp_path / "out/verify.png").exists()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train the target: ")]
+    target = configure(line.split()[5:])
+    expected = Config() if chosen == "defaults" else configure([chosen])
+    assert (target.lr, target.beta1) == (expected.lr, expected.beta1)
+    assert target.base_batch == expected.base_batch
+    kept = settings | {"steps": 2, "base_width": 16, "base_depth": 1, "base_head_dim": 8}
+    del kept["lr"], kept["sample_tokens"]
+    assert {name: getattr(target, name) for name in kept} == kept
+
+
+def test_verification_is_left_out_if_not_wanted_or_not_possible(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "verify", None)
+    (tmp_path / "target.py").write_text("")
+    words = ["--trials=2", "--seeds=1", "--space=lr", "--sampler=tpe", f"--target={tmp_path}/target.py"]
+    large = lab_words(corpus | {"width": 64})
+    assert search.main([*words, *large, "--verify=false", f"--out={tmp_path}/a"]) == 0
+    assert "\nverify " not in capsys.readouterr().out
+    assert search.main([*words, *lab_words(corpus | {"width": 16}), f"--out={tmp_path}/b"]) == 0
+    assert "nothing is verified" in capsys.readouterr().out
+
+
+def test_trials_of_several_sizes_are_not_put_into_one_stack(corpus, tmp_path):
+    found, *_ = run(corpus, tmp_path, LR_ONLY, trials=2, steps=2, stack=4)
+    configs = [replace(found.config, width=width, lr=lr) for width in (16, 48) for lr in (2**-8, 2**-7)]
+    with Worker(str(tmp_path)) as found.worker:
+        found.open_studies(found.storage)
+        rows = found.rows_of(configs, "sizes")
+    assert [(row["width"], row["lr"]) for row in rows] == [(config.width, config.lr) for config in configs]
+    assert not any(row["failure"] for row in rows)
+
+
 def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corpus, tmp_path, capsys):
     (tmp_path / "target.py").write_text("steps = 24\n")
-    words = ["--trials=3", "--seeds=1", "--space=readout_std", f"--out={tmp_path}", "--sampler=tpe",
-             f"--target={tmp_path}/target.py"]
+    (tmp_path / "proxy.py").write_text("")
+    words = ["--trials=3", "--seeds=1", "--space=readout_std:0.5..2", f"--out={tmp_path}", "--sampler=tpe",
+             f"{tmp_path}/proxy.py", f"--target={tmp_path}/target.py"]
     search.main([*words, *lab_words(corpus)])
-    assert ", 125.0% of one training of" in capsys.readouterr().out, "5 trials of 6 steps, beside 24"
+    output = capsys.readouterr().out
+    assert ", 125.0% of one training of" in output, "5 trials of 6 steps, beside 24"
+    assert "the proxy differs from the target in steps:" in output
     (tmp_path / "target.py").write_text("widht = 24\n")
     with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
         search.main([f"--target={tmp_path}/target.py"])

@@ -1,0 +1,124 @@
+"""What a search leaves for people: best.py, search.txt and the lines at its end."""
+
+import math
+import shlex
+
+from configure import TUNED, names_in, split_words
+from scaling.plan import training_flops
+from scaling.rows import loss_of
+from scaling.space import at_edge
+from scaling.study import importances
+
+# What best.py leaves to the target: its size, its batches, and how much of the text it reads
+TARGETS_OWN = {"width", "depth", "head_dim", "kv_heads", "context", "vocab_size", "batch", "batch_start",
+               "batch_ramp_tokens", "max_tokens", "init_from", "seed"}
+
+
+def format_loss(mean, error):
+    """A mean over seeds with its standard error, nan for one seed."""
+    return f"{mean:.4f} on one seed" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
+
+
+def format_best(search, draws, others):
+    """The text of best.py: how it was found, and all that the target takes from the proxy. What came from
+    outside, as the name of a data set, stands there as a literal and nowhere else."""
+    mean, error, config = search.best or search.lowest_draw(draws)
+    loss = f"{mean:.4f} on one seed"
+    if search.best:
+        loss = f"{format_loss(mean, error)}, the mean of {search.options['seeds']} seeds that no draw used"
+    if search.failed() or not search.best:
+        loss += ": the search is not finished"
+    lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
+             f"{config.steps} steps of {config.batch}x{config.context} tokens.",
+             f"# Validation loss {loss}.",
+             f"# Found by scaling.search: sampler {search.options['sampler']}, seed {config.seed}, "
+             f"{len(draws)} draws and {len(others)} trials for seeds, lr and verification, "
+             f"{spent_flops(draws + others):.2e} FLOPs."]
+    if search.verification:
+        sizes = ", ".join(f"{width} x {depth}" for width, depth in search.sizes)
+        lines.append(f"# Chosen by its loss at {sizes} (width x depth): "
+                     f"{format_loss(search.verification.loss, search.verification.error)}.")
+    for group in ("data", "function", "init", "optimizer", "training"):
+        lines += ["", f"# {group.capitalize()}"]
+        names = [name for name in names_in(group) if name not in TARGETS_OWN]
+        lines += [f"{name} = {getattr(config, name)!r}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def format_report(search, draws, others):
+    """What the search found, for people."""
+    losses = [loss_of(row) for row in draws]
+    finite = sorted(loss for loss in losses if math.isfinite(loss))
+    stopped = sum(row["failure"].startswith("stopped early") for row in draws)
+    lines = [f"{len(draws)} draws: best {finite[0]:.4f}, median {finite[len(finite) // 2]:.4f} of the "
+             f"{len(finite)} that were trained to the end; {stopped} stopped early, "
+             f"{len(draws) - len(finite) - stopped} diverged; {len(others)} more trials for seeds, lr and "
+             "verification"]
+    if search.failed():
+        lines.append(f"{len(search.failed())} trials failed, and are tried again by the same command")
+    counts = [n for n in (1, 8, 16, 32, 64, 128, 256, 512) if n < len(draws)] + [len(draws)]
+    reached = [f"{n}: {min(losses[:n]):.4f}" for n in counts]
+    lines.append(f"best after so many draws: {', '.join(reached)}")
+    if search.leaders:
+        lines.append("leaders, mean of up to "
+                     f"{search.options['seeds']} other seeds and its standard error:")
+        lines += [f"  {format_loss(mean, error)}  {describe(config, search.space)}"
+                  for mean, error, config in search.leaders]
+    lines += describe_edges(search, draws) + describe_importances(search)
+    if search.verification:
+        lines.append(search.verification.text)
+    return "\n".join(lines) + "\n"
+
+
+def describe_edges(search, draws):
+    """Lines about the ends of ranges: what was widened, and where the best lies now."""
+    lines, (_, _, best) = [], search.best or search.lowest_draw(draws)
+    for name in search.widened:
+        domain = search.space[name]
+        low, high = (1 - domain.high, 1 - domain.low) if domain.complement else (domain.low, domain.high)
+        lines.append(f"widened, as the best draw lay at an end: {name} from {low:.3g} to {high:.3g}")
+    edges = [f"{name} ({end})" for name, end in at_edge(best, search.space)]
+    if edges:
+        lines.append(f"at an end of its range, so that better may lie beyond: {', '.join(edges)}")
+    return lines
+
+
+def describe_importances(search):
+    shares = importances(search.draws, search.domains)
+    if not shares:
+        return []
+    return ["importance (PED-ANOVA: how much each decides whether a draw is among the best tenth;\nwhat was "
+            "settled early was hardly varied after, and looks less important than it is):",
+            *(f"  {name:22}{share:6.1%}" for name, share in shares.items())]
+
+
+def describe(config, space):
+    """The settings that were drawn, on one line."""
+    values = []
+    for name in space:
+        value = getattr(config, name)
+        text = f"{value:.3g}" if isinstance(value, float) else value
+        values.append(f"lr=2**{math.log2(value):.2f}" if name == "lr" else f"{name}={text}")
+    return " ".join(values)
+
+
+def spent_flops(rows):
+    """Training FLOPs of all rows, of those that were stopped too."""
+    return sum(row["flops"] for row in rows if math.isfinite(row["flops"]))
+
+
+def format_cost(search, rows):
+    """What the search took, and as a share of the target's training."""
+    spent = spent_flops(rows)
+    if search.target is None:
+        return f"tuning took {spent:.2e} FLOPs"
+    flops = training_flops(search.target, search.dataset)
+    return (f"tuning took {spent:.2e} FLOPs, {spent / flops:.1%} of one training of "
+            f"{search.options['target']}, {flops:.2e}")
+
+
+def next_command(options, words):
+    """The command that trains the target with what was found. words: those of the search's command line."""
+    sources, flags = split_words(words)
+    own = [] if sources else [f"--{name}={value}" for name, value in flags.items() if name not in TUNED]
+    return shlex.join(["python", "train.py", options["target"], f"{options['out']}/best.py", *own])
