@@ -190,7 +190,7 @@ def test_what_no_law_can_be_fitted_to_is_rejected_in_a_line(tmp_path, few_draws)
     few = simulated_rows(tmp_path / "few", true, shapes=SHAPES[:2])
     rows = simulated_rows(tmp_path / "rows", true, shapes=SHAPES[:3], steps=STEPS[:3], seeds=[0])
     fails([few], "^laws: got 2 sizes and 5 numbers of tokens, 10 pairs; a law needs 3 of each")
-    other = simulated_rows(tmp_path / "other", true, context=128)
+    other = simulated_rows(tmp_path / "other", true, SHAPES[:1], STEPS[:1], context=128)
     fails([rows, other], "^context must be the same")
     fails([], "^laws: give folders")
     fails([rows, "--flops=x"], "^flops must be")
@@ -283,7 +283,7 @@ def test_shapes_are_trained_timed_and_finetuned(corpus, other_text, tmp_path, ca
     assert "best after finetuning: width" in capsys.readouterr().out
 
 
-def test_the_transfer_law_finds_the_exponents_that_rows_were_made_from():
+def test_the_transfer_law_finds_the_exponents_that_rows_were_made_from(few_draws):
     """Pretrained models whose losses are those of D_F + 2000 D_F^0.3 N^0.2 tokens from scratch."""
     law, scratch, tuned = TRUE["kaplan"], [], []
 
@@ -309,7 +309,8 @@ def test_a_model_better_than_any_from_scratch_has_no_effective_data():
     assert 1e5 < transfer.data_equivalent(tokens, losses, 3.5) < 1e6
 
 
-def test_transfer_pretrains_finetunes_and_fits_by_one_command(corpus, other_text, tmp_path, capsys):
+def test_transfer_pretrains_finetunes_and_fits_by_one_command(corpus, other_text, tmp_path, few_draws, capsys,
+                                                              monkeypatch):
     words = lab_words(corpus) + [
         "width,depth=16x1,32x1", f"--finetune={other_text}", "--finetune_steps=2,4",
         "--finetune_lrs=2**-8", f"--out={tmp_path}/out"]
@@ -317,6 +318,7 @@ def test_transfer_pretrains_finetunes_and_fits_by_one_command(corpus, other_text
     rows = read_trials(f"{tmp_path}/out")
     starts = [json.loads(row["config"])["init_from"] for row in rows]
     assert len(rows) == 8 and starts.count(None) == 4 and not any(row["failure"] for row in rows)
+    monkeypatch.setattr(transfer, "draw_transfer_law", lambda report, folder: f"{folder}/transfer_law.png")
     assert laws.main([f"{tmp_path}/out", "--transfer"]) == 0
     first, again = capsys.readouterr().out.split("transfer_law.png")[:2]
     assert "D_T is known for" in first and first.split("D_F")[1:2] == again.split("D_F")[1:2]

@@ -6,7 +6,6 @@ coordinate check sees no error in weight decay; comparing with the table retyped
 
 import dataclasses
 import math
-import sys
 
 import pytest
 import torch
@@ -172,7 +171,7 @@ def slopes(axis, values, **settings):
     return {name: (x @ torch.tensor(y) / (x @ x)).item() for name, y in sizes.items()}
 
 
-WIDTHS, DEPTHS, HEADS, SEEDS = (64, 128, 256, 512), (2, 4, 8, 16), (16, 32, 64, 128), 2
+WIDTHS, DEPTHS, HEADS, SEEDS = (64, 128, 256), (2, 4, 8), (16, 32, 64, 128), 1
 # Where eps outweighs the gradients, a wrong exponent of eps is as plain as one of lr.
 SMALL_EPS, LARGE_EPS = 1e-12, 0.1
 
@@ -299,20 +298,8 @@ WRONG_CODE = {  # the table is right, and the code does not do what it says
 }
 
 
-@pytest.fixture
-def short_ladders(monkeypatch):
-    """Mistakes show with fewer sizes and one seed too, in a sixth of the time."""
-    for name, value in {"WIDTHS": WIDTHS[:3], "DEPTHS": DEPTHS[:3], "SEEDS": 1}.items():
-        monkeypatch.setattr(sys.modules[__name__], name, value)
-
-
-@pytest.mark.parametrize("check", [check_width, check_depth])
-def test_the_short_ladders_that_find_mistakes_find_none_in_the_right_table(short_ladders, check):
-    check()
-
-
 @pytest.mark.parametrize(("name", "check"), [(n, check) for n, (_, c) in WRONG_TABLES.items() for check in c])
-def test_a_wrong_table_is_noticed(monkeypatch, short_ladders, name, check):
+def test_a_wrong_table_is_noticed(monkeypatch, name, check):
     original = TABLES["mup"]
 
     def mutant(alpha):
@@ -326,7 +313,7 @@ def test_a_wrong_table_is_noticed(monkeypatch, short_ladders, name, check):
 
 
 @pytest.mark.parametrize(("name", "check"), [(n, check) for n, (_, c) in WRONG_CODE.items() for check in c])
-def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, short_ladders, name, check):
+def test_code_that_does_not_follow_the_table_is_noticed(monkeypatch, name, check):
     WRONG_CODE[name][0](monkeypatch)
     with pytest.raises(AssertionError):
         check()
