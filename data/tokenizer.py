@@ -289,15 +289,10 @@ def halves_of(token, ranks):
 # A tokenizer in a folder: a run directory, prepared data, a Hugging Face model
 
 
-def has_tokenizer(folder):
-    """Whether a run directory or the folder of a Hugging Face model holds its tokenizer."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, OLD_RUN_META))
-
-
 def keep_tokenizer(tokenizer, folder, context=None):
     """Write `tokenizer` into `folder`, unless one is there, in two files that transformers' AutoTokenizer
     reads too. context: the most tokens that the model beside it takes. Raises OSError."""
-    if has_tokenizer(folder):
+    if any(os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, OLD_RUN_META)):
         return
     name = tokenizer.bpe.id_to_token(tokenizer.eot)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name,

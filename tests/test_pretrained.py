@@ -152,3 +152,14 @@ def test_a_run_that_started_from_another_resumes_without_it(corpus, pretrained, 
     shutil.rmtree(source)
     resumed = train.train(configure([out, "--steps=6"]), quiet=True)
     assert column(resumed) == column(uninterrupted) and len(column(resumed)) == 6
+
+
+def test_a_run_of_an_older_version_gets_its_tokenizer_when_it_is_started_again(pretrained, tmp_path):
+    run_dir = str(tmp_path / "run")
+    shutil.copytree(pretrained[0], run_dir)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(f"{run_dir}/{name}")
+    with pytest.raises(UserError, match=f"^tokenizer: .*python train.py {run_dir}"):
+        train.load(run_dir)
+    train.train(configure([run_dir]), quiet=True)
+    assert train.load(run_dir)[1].vocab_size == 280

@@ -21,14 +21,11 @@ from configure import (
     run_of,
 )
 from data.datasets import parse_mixture
-from data.loader import TokenDataset
-from data.prepare import find_prepared
-from data.tokenizer import build_tokenizer, check_tokenizer_name, has_tokenizer, load_tokenizer
+from data.tokenizer import build_tokenizer, check_tokenizer_name, load_tokenizer
 from model import GPT
 from training.checkpoint import (
     DIGEST_BYTES,
     digest,
-    folders_of,
     load_weights,
     read_newest,
     settings_of_checkpoint,
@@ -187,12 +184,7 @@ def tokenizer_of(source, pretrained):
                             "AutoTokenizer.save_pretrained()")
         check_tokenizer_name(name)
         return build_tokenizer(name)
-    run, checkpoint = run_of(source), pretrained.checkpoint
-    if not has_tokenizer(run):  # a run of an older version
-        folder = find_prepared(checkpoint["tokens"], folders_of(Config(**pretrained.settings), checkpoint))
-        if folder is not None:
-            return TokenDataset(folder).tokenizer
-    return load_tokenizer(run)
+    return load_tokenizer(run_of(source))
 
 
 def load(source, device="cpu"):
