@@ -181,6 +181,7 @@ def test_a_hopeless_draw_is_stopped_early_and_its_flops_are_counted(corpus, tmp_
     monkeypatch.setattr(study, "suggest", None)
     rates = [2**-6] * 8 + [2**-20]
     seeds = iter(range(100))
+    monkeypatch.setattr(search, "starting_points", lambda config, space: [config])
     monkeypatch.setattr(search, "suggest", lambda *arguments: {"lr": rates.pop(0) * (1 + next(seeds) / 100)})
     monkeypatch.setattr(search, "RACE", ((1, math.inf),))  # what follows the draws is not looked at
     monkeypatch.setattr(search, "OCTAVES", ())
