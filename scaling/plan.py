@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from configure import SETTINGS, TUNED, UserError, check_setting, parse_value
-from data.loader import with_vocab_size
+from configure import SETTINGS, TUNED, UserError, check_setting, names_in, parse_value
 from model import Block
+from scaling.sweep import vocab_size_of
 from scaling.verify import resized
 from train import train
 from training.device import peak_memory, select_device
@@ -118,10 +118,15 @@ def describe_transfer(proxy, target):
 
 # What it costs
 
-def training_flops(config, dataset):
+def sized(config):
+    """`config` with the vocabulary of its tokenizer."""
+    data = {name: getattr(config, name) for name in (*names_in("data"), "data_dir", "vocab_size")}
+    return replace(config, vocab_size=vocab_size_of(**data))
+
+
+def training_flops(config):
     """Of one training."""
-    size = model_size(with_vocab_size(config, dataset))
-    return size.flops_per_token * config.tokens_before(config.steps)
+    return model_size(sized(config)).flops_per_token * config.tokens_before(config.steps)
 
 
 def describe_shape(config):
@@ -129,9 +134,9 @@ def describe_shape(config):
             f"{config.batch} x {config.context} tokens")
 
 
-def memory_parts(config, dataset):
+def memory_parts(config):
     """{what: bytes} that training `config` takes: all but the activations exactly."""
-    config = with_vocab_size(config, dataset)
+    config = sized(config)
     size, (_, autocast) = model_size(config), select_device(config)
     moments = 2 * size.parameters
     if config.optimizer == "muon":  # one for a hidden matrix
@@ -172,43 +177,43 @@ def seconds_of(config):
     return config.tokens_before(config.steps) / result.tokens_per_second, result.peak_memory
 
 
-def describe_plan(sizes, target, name, dataset):
+def describe_plan(sizes, target, name):
     """The lines that say, before anything is trained, what a search trains and what of it reaches the target.
     sizes: [Size], the proxy first. target: a Config, or None. name: the target's, for people."""
     lines, total = [], 0
     for size in sizes:
-        flops = size.trainings * training_flops(size.config, dataset)
+        flops = size.trainings * training_flops(size.config)
         total += flops
-        share = f", {flops / training_flops(target, dataset):.1%} of the target's" if target else ""
+        share = f", {flops / training_flops(target):.1%} of the target's" if target else ""
         lines.append(f"{size.name:8}{describe_shape(size.config)}: at most {size.trainings} trainings, "
                      f"{flops:.2e} FLOPs{share}")
     if target is None:
         return [*lines, "no --target is named: nothing is verified at a larger size"]
-    flops = training_flops(target, dataset)
-    parameters = model_size(with_vocab_size(target, dataset)).parameters
+    flops = training_flops(target)
+    parameters = model_size(sized(target)).parameters
     lines.insert(0, f"target  {describe_shape(target)}: {name}, {parameters:,} parameters, {flops:.2e} FLOPs")
     lines.append(f"together at most {total / flops:.1%} of the target's FLOPs")
-    memory = memory_parts(target, dataset)
+    memory = memory_parts(target)
     parts = ", ".join(f"{name} {format_bytes(number)}" for name, number in memory.items())
     lines.append(f"memory of the target: {format_bytes(sum(memory.values()))}: {parts}")
     return lines + describe_transfer(sizes[0].config, target)
 
 
-def describe_time(sizes, target, dataset):
+def describe_time(sizes, target):
     """The lines about minutes on this machine: a few steps of each size are trained for it, and of the target
     on a GPU."""
     lines, total, last = [], 0.0, None
     for size in sizes:
         seconds, _ = seconds_of(size.config)
         total += seconds * size.trainings
-        last = seconds / training_flops(size.config, dataset)
+        last = seconds / training_flops(size.config)
         lines.append(f"  {size.name}: {format_seconds(seconds)} each, "
                      f"{format_seconds(seconds * size.trainings)} for {size.trainings}")
     lines.append(f"  together at most {format_seconds(total)}, one after the other and without evaluations")
     if target is None:
         return ["on this machine:", *lines]
     if select_device(target)[0].type != "cuda":
-        seconds = last * training_flops(target, dataset)
+        seconds = last * training_flops(target)
         lines.append(f"  target: about {format_seconds(seconds)}, at the FLOP/s of the largest size above")
         return ["on this machine:", *lines]
     try:

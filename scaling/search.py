@@ -65,6 +65,7 @@ from scaling.space import (
     starting_points,
     to_config,
     to_params,
+    trains_alike,
     widened,
 )
 from scaling.stack import check_stackable
@@ -281,16 +282,17 @@ class Search:
         self.best = min(tuned[0], self.best, key=lambda result: result[0])
 
     def candidates(self):
-        """[(name, Config)] of what is compared at a larger width."""
-        _, _, best = self.best
-        leaders = [best, *(config for _, _, config in self.leaders[1:VERIFIED])]
-        named = [(f"leader {i}", config) for i, config in enumerate(leaders, start=1)]
-        named += [*presets_for(self.config).items(), ("as given", self.config)]
-        named.append(("defaults", defaults_for(self.config)))
-        different = {}
+        """[(name, Config)] of what is compared at a larger width, each once."""
+        best = self.best[2]
+        leaders = [best, *(config for mean, _, config in self.leaders[1:VERIFIED] if math.isfinite(mean))]
+        named = [*presets_for(self.config).items(), ("as given", self.config),
+                 ("defaults", defaults_for(self.config))]
+        named = [(f"leader {i}", config) for i, config in enumerate(leaders, start=1)] + named
+        found = []
         for name, config in named:
-            different.setdefault(config, name)
-        return [(name, config) for config, name in different.items()]
+            if not any(trains_alike(config, other) for _, other in found):
+                found.append((name, config))
+        return found
 
     def verify(self):
         """The candidates at a larger width, whose order there decides: fills `verification` and `best`."""
@@ -503,11 +505,13 @@ def storage_place(options):
     return path or os.path.join(options["out"], STUDY_FILE)
 
 
-def open_dataset(config):
-    """The TokenDataset of the proxy. Raises UserError where it is too short."""
+def open_dataset(config, target):
+    """The TokenDataset of the proxy. Raises UserError where it is too short for it, or for the sizes of the
+    verification, which read it as the target does."""
     dataset = TokenDataset(prepare(config))
-    dataset.check_fills_batch(config.context, config.batch)
-    dataset.validation_windows(config.context, config.eval_tokens)
+    for reader in (config, target) if target else (config,):
+        dataset.check_fills_batch(reader.context, reader.batch)
+        dataset.validation_windows(reader.context, config.eval_tokens)
     return dataset
 
 
@@ -515,7 +519,7 @@ def run_search(config, space, options, target=None):
     """(the finished Search, the texts of best.py and of its report). Raises UserError, and KeyboardInterrupt
     when a signal stops it."""
     check_search(config, space, options)
-    dataset, sizes = open_dataset(config), verification_sizes(config, target, options)
+    dataset, sizes = open_dataset(config, target), verification_sizes(config, target, options)
     where, storage = storage_place(options), None
     if options["storage"]:
         storage = open_storage(where)  # one that does not answer leaves no folder
@@ -538,12 +542,13 @@ def run_search(config, space, options, target=None):
 
 def print_plan(config, target, space, options):
     """What is to be trained, what it costs and what transfers; with --plan, how long it takes, too."""
-    dataset, sizes = open_dataset(config), planned_sizes(config, target, space, options)
-    print(*plan.describe_plan(sizes, target, options["target"], dataset), sep="\n")
+    open_dataset(config, target)
+    sizes = planned_sizes(config, target, space, options)
+    print(*plan.describe_plan(sizes, target, options["target"]), sep="\n")
     if target is not None and len(sizes) == 1 and options["verify"]:
         print("no width lies between the proxy and the target: nothing is verified there")
     if options["plan"]:
-        print(*plan.describe_time(sizes, target, dataset), sep="\n")
+        print(*plan.describe_time(sizes, target), sep="\n")
 
 
 def print_result(search, best_text, report_text, words):

@@ -112,7 +112,7 @@ def format_cost(search, rows):
     spent = spent_flops(rows)
     if search.target is None:
         return f"tuning took {spent:.2e} FLOPs"
-    flops = training_flops(search.target, search.dataset)
+    flops = training_flops(search.target)
     return (f"tuning took {spent:.2e} FLOPs, {spent / flops:.1%} of one training of "
             f"{search.options['target']}, {flops:.2e}")
 

@@ -59,6 +59,7 @@ MUON_LR = Range(2**-9, 2**-3)  # of orthogonal updates: config/muon.py has 2**-5
 # the presets' values, which is as far as they move in two doublings.
 DRIFTING = "embedding_lr_mult", "embedding_std", "hidden_std"
 NEAR = 2.0
+DIGITS = 1e-3  # relative: what draws are rounded to, and more
 
 # What each multiplier does as well as another two settings: times `c` it is the same as both of them times
 # `c`, but for gradient clipping, decay and eps (see equivalent_in())
@@ -256,11 +257,23 @@ def equivalent_in(config, other):
     return replace(other, **changes)
 
 
+def trains_alike(config, other):
+    """Whether two Configs are the same but for what transfers, and that is equivalent, to the digits that a
+    draw has."""
+    same = equivalent_in(config, other)
+    pairs = [(getattr(config, name), getattr(same, name)) for name in TUNED]
+    return all(a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=DIGITS) for a, b in pairs)
+
+
+def nearest_point(config, other, space):
+    """`config` with the settings of the point of the space that is nearest to `other`."""
+    return to_config(config, to_params(equivalent_in(config, other), space), space)
+
+
 def starting_points(config, space):
     """The Configs that a search of `config` draws first: its own settings, then the nearest points of the
     space to the presets and to the defaults."""
-    points = {}
-    for other in config, *presets_for(config).values(), defaults_for(config):
-        params = to_params(equivalent_in(config, other), space)
-        points.setdefault(to_config(config, params, space), other)
-    return [config, *list(points)[1:]]
+    others = [*presets_for(config).values(), defaults_for(config)]
+    points = dict.fromkeys(nearest_point(config, other, space) for other in others)
+    points.pop(nearest_point(config, config, space), None)
+    return [config, *points]

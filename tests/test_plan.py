@@ -8,8 +8,6 @@ import pytest
 from conftest import tiny, tokens
 
 from configure import Config, UserError, configure
-from data.loader import TokenDataset
-from data.prepare import prepare
 from model import GPT
 from scaling import plan, search
 from training.optimizer import build_optimizer
@@ -88,7 +86,7 @@ def test_the_memory_of_a_target_is_what_its_tensors_take(corpus, settings):
     optimizer.step()
     tensors = [tensor for of_parameter in optimizer.state.values() for tensor in of_parameter.values()]
     state = [tensor for tensor in tensors if tensor.numel() > 1]
-    parts = plan.memory_parts(config, TokenDataset(prepare(config)))
+    parts = plan.memory_parts(config)
     assert parts["weights"] == parts["gradients"] == sum(p.nbytes for p in model.parameters())
     assert parts["optimizer"] == sum(tensor.nbytes for tensor in state)
 

@@ -571,6 +571,16 @@ def test_leaders_race_so_that_the_worse_get_fewer_seeds(corpus, tmp_path, monkey
     assert found.leaders[0][0] <= found.leaders[1][0]
 
 
+def test_a_preset_that_was_drawn_and_led_is_the_same_candidate():
+    config = configure(["config/target.py", "--base_batch=4"])
+    preset = space.presets_for(config)["config/proxy.py"]
+    drawn = space.nearest_point(config, preset, space.default_space(config))
+    assert preset.base_batch == 8 and drawn.base_batch == 4 and drawn.lr != preset.lr
+    assert space.trains_alike(drawn, preset)
+    for change in {"lr": drawn.lr * 1.01}, {"zero_query": True}, {"readout_std": 0.18}:
+        assert not space.trains_alike(replace(drawn, **change), preset)
+
+
 # The journey to a target
 
 class Chooses:
