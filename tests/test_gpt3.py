@@ -1,7 +1,6 @@
 """GPT-3's recipe: a batch that ramps up, schedules in tokens, windows of attention, and its eight sizes."""
 
 import dataclasses
-import glob
 import math
 import os
 import warnings
@@ -343,11 +342,6 @@ TABLE = {  # arXiv 2005.14165, Table 2.1: parameters, layers, channels, channels
     "13b": (13e9, 40, 5120, 128, 2e6, 1e-4), "175b": (175e9, 96, 12288, 128, 3.2e6, 0.6e-4)}
 
 
-def test_every_size_has_its_file():
-    names = {os.path.basename(path) for path in glob.glob(f"{ROOT}/config/gpt3/*.py")}
-    assert names == {f"{name}.py" for name in [*TABLE, "mini"]}
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_each_size_of_gpt3_is_that_of_its_table(name, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -360,6 +354,7 @@ def test_each_size_of_gpt3_is_that_of_its_table(name, monkeypatch):
     assert config.tokens_before(config.steps) == pytest.approx(300e9, rel=1e-5)
     assert 4e9 <= config.batch_ramp_tokens <= 12e9 and lr_factor(config, config.steps - 1) == 0.1
     assert lr_factor(config, config.steps_for(375e6 / 2)) == pytest.approx(0.5, abs=1e-3)
+    assert {*os.listdir("config/gpt3")} >= {f"{size}.py" for size in [*TABLE, "mini"]}
 
 
 def test_the_table_of_rates_shows_what_mup_takes_from_the_proxy(tmp_path, monkeypatch, capsys):
