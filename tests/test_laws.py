@@ -25,6 +25,7 @@ from training.model_size import model_size
 # Constants in the range of small models of text. A law is one of n - n0 and d - d0; here n0 = d0 = 0
 TRUE = {"chinchilla": Law("chinchilla", np.array([np.log(60), np.log(900), np.log(1.5), 0.35, 0.4]), 0, 0),
         "kaplan": Law("kaplan", np.array([0.8 * 23, 24.0, 0.8, 0.1]), 0, 0)}
+START = [np.array([-1, 0, 0, 0.3, 0.3])]  # near each of them, for Chinchilla's form
 SEED_NOISE = 0.001  # of the loss: what two seeds of one setting differ by in the committed rows
 SHAPES, STEPS = ((32, 2), (64, 2), (128, 4), (192, 6), (256, 8)), (200, 400, 800, 1600, 3200)
 
@@ -79,8 +80,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     true, held, predicted = TRUE["chinchilla"], 0, 0
     for draw in range(8):
         N, D, loss = grid(true, seeds=1, noise=0.003, draw=draw)
-        law = fit_law("chinchilla", N, D, loss, starts=[np.array([-1, 0, 0, 0.3, 0.3])])
-        drawn = bootstrap(law, N, D, draws=25)
+        law = fit_law("chinchilla", N, D, loss, starts=START)
+        drawn = bootstrap(law, N, D, draws=16)
         low, high = interval([other.constants()["alpha"] for other in drawn])
         held += low <= 0.35 <= high
         measured = true.loss(1e8, 3e8) * np.exp(np.random.default_rng(100 + draw).normal(0, 0.003))
@@ -92,7 +93,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_one_bad_trial_moves_a_fit_little():
     N, D, loss = grid(TRUE["chinchilla"])
     loss[7] *= 2
-    assert fit_law("chinchilla", N, D, loss).constants()["alpha"] == pytest.approx(0.35, rel=0.03)
+    law = fit_law("chinchilla", N, D, loss, starts=START)
+    assert law.constants()["alpha"] == pytest.approx(0.35, rel=0.03)
 
 
 def test_the_derivatives_of_each_form_are_those_of_its_loss():
@@ -147,14 +149,14 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     true = TRUE["chinchilla"]
     rows = simulated_rows(tmp_path / "rows", true, seeds=[0])
     unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600], seeds=[0])
-    monkeypatch.setattr(laws, "MOST_STEPS", 20_000)  # of 81,000 for the smallest of the models
-    assert laws.main([rows, "--flops=1e15", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
+    monkeypatch.setattr(laws, "MOST_STEPS", 5_000)  # the best model would take about 14,000
+    assert laws.main([rows, "--flops=1e14", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "to" / "laws.json").read_text())
     best, seen = report["forecasts"]
     assert "nats, inside the interval" in said and seen["beyond"] > 30
-    assert best["flops"] == pytest.approx(1e15, rel=0.01) and best["width"] % 32 == 0
-    assert best["steps"] <= 20_000
+    assert best["flops"] == pytest.approx(1e14, rel=0.01) and best["width"] % 32 == 0
+    assert best["steps"] <= 5_000
     assert len(report["points"]) == 25 and max(abs(p["residual"]) for p in report["points"]) < 0.1
     assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
     missed = seen | {"measured": seen["interval"][1] + 0.01}
@@ -174,37 +176,34 @@ def test_the_law_that_forecasts_is_chosen_by_one_measure_for_all(misses, best):
     assert laws.choose(fits) == best
 
 
-def replace_e(law, E):
-    """The law with another irreducible loss."""
-    theta = law.theta.copy()
-    theta[2] = np.log(E)
-    return law._replace(theta=theta)
-
-
-def test_what_no_law_can_be_fitted_to_is_rejected_in_a_line(tmp_path, few_draws):
+def test_what_no_law_can_be_fitted_to_is_rejected_in_a_line(tmp_path, monkeypatch):
     def fails(words, match):
         with pytest.raises(UserError, match=match):
             laws.main(words)
 
     true = TRUE["chinchilla"]
-    few = simulated_rows(tmp_path / "few", true, shapes=SHAPES[:2])
+    few = simulated_rows(tmp_path / "few", true, shapes=SHAPES[:2], seeds=[0])
     rows = simulated_rows(tmp_path / "rows", true, shapes=SHAPES[:3], steps=STEPS[:3], seeds=[0])
     fails([few], "^laws: got 2 sizes and 5 numbers of tokens, 10 pairs; a law needs 3 of each")
     other = simulated_rows(tmp_path / "other", true, SHAPES[:1], STEPS[:1], context=128)
     fails([rows, other], "^context must be the same")
     fails([], "^laws: give folders")
     fails([rows, "--flops=x"], "^flops must be")
-    fails([rows, "--flops=1e3"], "^flops must be enough for 100 steps")
     fails([rows, "--target=config/target.py", "--tokenizer=bytes"], "^tokenizer must be the same")
     fails([rows, "--target=config/target.py", "--lr=1"], "^lr has no effect on a forecast")
     fails([rows, "--transfer"], "^laws: --transfer needs rows with init_from")
+    fitted = {"fits": {("chinchilla", "all"): {"law": true}}, "chosen": ("chinchilla", "all")}
+    monkeypatch.setattr(laws, "analyze", lambda trials: fitted)
+    fails([rows, "--flops=1e3"], "^flops must be enough for 100 steps")
 
 
 def test_of_settings_tried_at_one_size_a_law_takes_the_best(tmp_path):
-    good = simulated_rows(tmp_path / "rows", TRUE["chinchilla"], lr=2**-8)
-    simulated_rows(tmp_path / "rows", replace_e(TRUE["chinchilla"], 2.0), lr=2**-10)
+    few, worse = (SHAPES[:2], STEPS[:2]), TRUE["chinchilla"].theta.copy()
+    worse[2] = np.log(2.0)  # the irreducible loss
+    good = simulated_rows(tmp_path / "rows", TRUE["chinchilla"], *few, lr=2**-8)
+    simulated_rows(tmp_path / "rows", TRUE["chinchilla"]._replace(theta=worse), *few, lr=2**-10)
     trials = laws.read_folders([good])
-    assert len(trials) == 50 and {trial.config.lr for trial in trials} == {2**-8}
+    assert len(trials) == 8 and {trial.config.lr for trial in trials} == {2**-8}
 
 
 def test_parameters_are_counted_with_and_without_what_the_vocabulary_needs():
