@@ -217,10 +217,10 @@ class Verification:
         self.rank = rank_correlation(np.array(proxy), np.array(larger))
         self.favourite = min(found, key=lambda each: each.proxy_loss)
         self.misordered = self.find_misordered()
-        self.holds = not self.misordered
+        self.holds = not self.misordered and math.isfinite(self.loss)
         self.parameters = model_size(with_vocab_size(target, search.dataset)).parameters
         self.forecast = None
-        if len(points) > 1:
+        if len(points) > 1 and math.isfinite(self.loss):
             self.forecast = forecast(points, (target.width, target.depth), *noise)
         self.text = "\n".join([*self.format_table(), *self.format_judgement(), *self.format_lr(),
                                *self.format_forecast()])
@@ -258,9 +258,13 @@ class Verification:
         rank = "" if math.isnan(self.rank) else f" (rank correlation {self.rank:+.2f})"
         if self.holds:
             return [f"the proxy's order holds at the larger size{rank}"]
+        if not math.isfinite(self.loss):
+            return ["NO CANDIDATE WAS TRAINED TO ITS END at the larger size; before you pay for the target: "
+                    "search again with smaller rates, as --space=lr:2**-12..2**-8"]
         lines = [f"THE PROXY'S ORDER DOES NOT HOLD at the larger size{rank}:"]
-        lines += [f"  {a.name} looked no worse than {b.name} at the proxy, and is {a.loss - b.loss:.3f} "
-                  "worse here" for a, b in self.misordered[:3]]
+        for a, b in self.misordered[:3]:
+            outcome = f"is {a.loss - b.loss:.3f} worse" if math.isfinite(a.loss) else "diverges"
+            lines.append(f"  {a.name} looked no worse than {b.name} at the proxy, and {outcome} here")
         return [*lines, f"before you pay for the target: {self.advice()}"]
 
     def advice(self):
@@ -275,6 +279,8 @@ class Verification:
 
     def format_lr(self):
         (at_proxy, _), (at_larger, losses) = self.shift
+        if not math.isfinite(self.loss):
+            return []
         width, depth = self.sizes[0]
         best = f"the best lr at {width} x {depth} lies"
         if at_proxy is not None and at_larger is not None:
@@ -290,7 +296,7 @@ class Verification:
     def format_forecast(self):
         name = f"the target ({self.target.width} x {self.target.depth})"
         if self.forecast is None:
-            return [f"no forecast for {name}: fewer than two sizes were trained without diverging"]
+            return [f"no forecast for {name}: too few sizes were trained to their end"]
         low, middle, high = self.forecast
         return [f"forecast of the loss of {name}: {middle:.3f}, 95% interval {low:.3f} to {high:.3f}, from "
                 f"{len(self.points)} sizes"]
@@ -317,7 +323,8 @@ class Verification:
         rank = "" if math.isnan(self.rank) else f", rank correlation {self.rank:+.2f}"
         ax.set(title=f"{len(finite)} candidates{rank}", ylabel=f"loss at {width} x {depth}, nats per token",
                xlabel=f"loss at the proxy, {proxy.width} x {proxy.depth}, nats per token")
-        ax.legend(fontsize=10, title="circled: chosen", title_fontsize=10)
+        if finite:
+            ax.legend(fontsize=10, title="circled: chosen", title_fontsize=10)
 
     def draw_forecast(self, ax, figures):
         """The loss of the winner against the parameters, and the forecast at the target."""
@@ -336,4 +343,5 @@ class Verification:
                         textcoords="offset points", fontsize=10, ha="right")
         ax.set(title="the chosen settings, width x depth", xscale="log", xlabel="parameters",
                ylabel="validation loss, nats per token")
-        ax.legend(fontsize=10)
+        if self.points:
+            ax.legend(fontsize=10)

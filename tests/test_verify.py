@@ -122,8 +122,19 @@ def test_the_shift_of_the_best_lr_is_stated(moved):
 def test_what_diverges_or_fails_is_not_chosen():
     search = FakeSearch(lambda config: np.inf if config.weight_decay == 0.0 else config.weight_decay)
     assert verified(search).best.weight_decay == 0.01
-    search.row_of = lambda config: None
-    assert verified(search).forecast is None
+
+
+@pytest.mark.parametrize("row_of", [
+    lambda config: None, lambda config: {"val_loss": np.nan, "diverged": True, "parameters": 1},
+    lambda config: {"val_loss": 3.0, "diverged": config.width > 128, "parameters": config.width}])
+def test_nothing_is_forecast_of_candidates_that_all_fail_or_diverge(row_of, tmp_path):
+    search = FakeSearch()
+    search.row_of = row_of
+    found = verified(search)
+    assert found.forecast is None
+    assert not found.holds
+    assert "--space" in found.text
+    found.draw(tmp_path)
 
 
 def test_sizes_off_any_power_law_widen_the_interval():
