@@ -254,7 +254,9 @@ def split_by(pattern):
 
 def from_ranks(ranks, pattern, special_tokens):
     """The Tokenizer of {token's bytes: id} and {special token: id}, which merges as tiktoken does."""
-    return Tokenizer(merge_by_rank(ranks, pattern, special_tokens), special_tokens[END_OF_TEXT])
+    tokenizer = Tokenizer(merge_by_rank(ranks, pattern, special_tokens), special_tokens[END_OF_TEXT])
+    tokenizer.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return tokenizer
 
 
 def merge_by_rank(ranks, pattern, special_tokens):
