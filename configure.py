@@ -278,16 +278,12 @@ def batch_stages(batch, start, ramp_tokens, context):
     step = sequence = done = 0
     while done < rises:  # rises that are done
         size = (1 + done) * start
-        next_rise = ceil_div((1 + done) * ramp_tokens, rises * context)  # sequences before it
-        steps = ceil_div(next_rise - sequence, size)
+        next_rise = -(-(1 + done) * ramp_tokens // (rises * context))  # sequences before it, rounded up
+        steps = -((sequence - next_rise) // size)  # rounded up
         stages.append(Stage(step, step + steps, sequence, size))
         step, sequence = step + steps, sequence + steps * size
         done = min(rises, rises * sequence * context // ramp_tokens)
     return [*stages, Stage(step, math.inf, sequence, batch)]
-
-
-def ceil_div(a, b):
-    return -(-a // b)
 
 
 def settings_of(config_class):
@@ -681,10 +677,13 @@ def describe_os_error(error, path="a file"):
     return f"{'cannot write ' * is_writing}{error.filename or path}: {error.strerror}"
 
 
+SECONDS_FOR_RANK_0 = 3  # to print the line of an error; torchrun then ends the other ranks
+
+
 def end_with(message):
     """End the program with an error line."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-        time.sleep(3)  # rank 0 prints the line; torchrun then ends the others
+        time.sleep(SECONDS_FOR_RANK_0)
     print("error:", *message.split(), file=sys.stderr)
     sys.exit(2)
 

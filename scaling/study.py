@@ -345,12 +345,11 @@ def mirror(shared, distributions, sampler=None):
     trials = shared.trials()
     losses = capped_losses(shared.finished())
     for key, trial in trials.items():
-        if key in losses:
-            copy.add_trial(optuna.trial.create_trial(params=trial.params, distributions=distributions,
-                                                     value=losses[key]))
-        else:  # one that is being trained: the sampler keeps away from it
-            copy.add_trial(optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING, params=trial.params, distributions=distributions))
+        state = optuna.trial.TrialState.COMPLETE
+        if key not in losses:  # it is being trained: the sampler keeps away from it
+            state = optuna.trial.TrialState.RUNNING
+        copy.add_trial(optuna.trial.create_trial(state=state, params=trial.params, value=losses.get(key),
+                                                 distributions=distributions))
     return copy
 
 

@@ -22,6 +22,7 @@ def enter(function, arguments, output_paths, environment, folder):
 def run_train(words):
     """What `python train.py WORDS` does."""
     import train
+    configure.SECONDS_FOR_RANK_0 = 0  # no torchrun ends what waits for it
     sys.argv = ["train.py", *words]
     configure.run_cli(train.main)
 

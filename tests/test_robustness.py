@@ -65,7 +65,7 @@ def steps_saved(out):
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_the_uninterrupted_one(
         corpus, tmp_path, uninterrupted, how, request):
     choose, kills = random.Random(how), 0
-    groups, runs, rounds = (12, 3, 4) if request.config.getoption("--long") else (1, 2, 3)
+    groups, runs, rounds = (12, 3, 4) if request.config.getoption("--long") else (1, 1, 3)
     for group in range(groups):
         configs = [corpus | HARD | {"out": str(tmp_path / f"{group}-{i}")} for i in range(runs)]
         saved = [0] * len(configs)
@@ -405,7 +405,7 @@ DRAWN = sorted(set(SETTINGS) - NOT_DRAWN)
 
 @pytest.fixture(scope="module")
 def examples(request):
-    return 1000 if request.config.getoption("--long") else 40
+    return 1000 if request.config.getoption("--long") else 25
 
 
 def test_any_settings_are_rejected_in_a_line_or_train(corpus, examples):

@@ -17,7 +17,7 @@ def fall_back_or_raise(name, config, error, say):
     setting was asked for, not only tried."""
     reason = f"{name}: fails here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     if getattr(config, name) != "auto":
-        raise UserError(f"{reason}; takes false") from None
+        raise UserError(f"{reason}; try --{name}=false") from None
     say(f"{reason}; running without")
 
 
@@ -152,7 +152,7 @@ def use_cuda_graph(config, device):
     impossible."""
     possible = device.type == "cuda" and world_size() == 1 and not config.shard
     if config.graph is True and not possible:
-        raise UserError("graph: got True, takes false, or one GPU and --shard=false")
+        raise UserError("graph must be false, except on one GPU with --shard=false, got True")
     return possible and config.graph is not False
 
 

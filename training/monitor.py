@@ -137,13 +137,9 @@ class LossSpikeDetector:
     def update(self, rows):
         """Look at the newest rows of metrics.csv."""
         for row in rows:
-            self.update_one(row)
-
-    def update_one(self, row):
-        loss, norm = row["train_loss"], row["grad_norm"]
-        if len(self.recent) == WINDOW:
-            self.compare(row["step"], loss)
-        self.recent.append((loss, norm))
+            if len(self.recent) == WINDOW:
+                self.compare(row["step"], row["train_loss"])
+            self.recent.append((row["train_loss"], row["grad_norm"]))
 
     def compare(self, step, loss):
         # Summed anew each time: sums that are kept and moved along lose the small losses after a huge one

@@ -274,9 +274,8 @@ class RunDir:
 
     def load(self, checkpoint, dataset, model, optimizer):
         """Copy the state of checkpoint_to_resume()'s result into model and optimizer."""
-        if checkpoint is not None:
-            check_same_tokens(self.config, dataset, self.checkpoint_path, checkpoint)
-            load_state(self.checkpoint_path, checkpoint, model, optimizer)
+        check_same_tokens(self.config, dataset, self.checkpoint_path, checkpoint)
+        load_state(self.checkpoint_path, checkpoint, model, optimizer)
 
     def load_best(self, checkpoint, model):
         """Copy the weights of best.pt's `checkpoint` into the model."""
