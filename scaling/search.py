@@ -282,7 +282,7 @@ class Search:
         self.best = min(tuned[0], self.best, key=lambda result: result[0])
 
     def candidates(self):
-        """[(name, Config)] of what is compared at a larger width, each once."""
+        """[(name, Config)] of what is compared at a larger width, each once, with all of its names."""
         best = self.best[2]
         leaders = [best, *(config for mean, _, config in self.leaders[1:VERIFIED] if math.isfinite(mean))]
         named = [*presets_for(self.config).items(), ("as given", self.config),
@@ -290,8 +290,11 @@ class Search:
         named = [(f"leader {i}", config) for i, config in enumerate(leaders, start=1)] + named
         found = []
         for name, config in named:
-            if not any(trains_alike(config, other) for _, other in found):
+            same = next((i for i, (_, other) in enumerate(found) if trains_alike(config, other)), None)
+            if same is None:
                 found.append((name, config))
+            else:
+                found[same] = f"{found[same][0]} = {name}", found[same][1]
         return found
 
     def verify(self):
