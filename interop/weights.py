@@ -15,14 +15,7 @@ import torch
 
 from configure import UserError
 from data.files import write_text
-from interop.families import (
-    GPT2,
-    family_of,
-    fields_of,
-    import_transformers,
-    parameter_names,
-    their_config,
-)
+from interop.families import GPT2, family_of, fields_of, import_transformers, parameter_names, their_config
 from parametrization import forward_multipliers
 
 WEIGHTS = "model.safetensors"

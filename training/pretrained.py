@@ -11,25 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import configure
-from configure import (
-    SETTINGS,
-    Config,
-    UserError,
-    describe_os_error,
-    is_from_run,
-    names_in,
-    run_of,
-)
+from configure import SETTINGS, Config, UserError, describe_os_error, is_from_run, names_in, run_of
 from data.datasets import parse_mixture
 from data.tokenizer import build_tokenizer, check_tokenizer_name, load_tokenizer
 from model import GPT
-from training.checkpoint import (
-    DIGEST_BYTES,
-    digest,
-    load_weights,
-    read_newest,
-    settings_of_checkpoint,
-)
+from training.checkpoint import DIGEST_BYTES, digest, load_weights, read_newest, settings_of_checkpoint
 
 
 def read_foreign_settings(source):
