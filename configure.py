@@ -656,7 +656,10 @@ def run_cli(main):
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         signal.signal(signal.SIGINT, stop)  # train.py has it end at once until here
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        if stop_signals:
+            raise KeyboardInterrupt  # again, where a library has caught it
+        sys.exit(code)
     except BrokenPipeError:  # `| head` has closed the pipe: not an error of ours
         os._exit(128 + signal.SIGPIPE)  # at once, as Python's own shutdown would write the rest
     except (KeyboardInterrupt, Exception) as error:

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 
+from configure import stop_signals
 from scaling.cli import make_folder
 
 LOCK_FILE = "trials.lock"
@@ -82,8 +83,10 @@ def offset_of(key):
 
 
 def pause():
-    """Between two looks at what others are training."""
+    """Between two looks at what others are training. Raises KeyboardInterrupt."""
     time.sleep(0.25)
+    if stop_signals:  # again, where a library has caught it
+        raise KeyboardInterrupt
 
 
 def end_with_parent():
