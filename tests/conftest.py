@@ -207,6 +207,15 @@ def compiled(monkeypatch):
     return graphs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced():
+    """No test cuts the power, and to wait for a disk takes longer than these runs. Processes that are killed
+    in os.fsync are forks of one that has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Settings of a tiny run: 40 generated documents as bytes, in a folder of their own."""

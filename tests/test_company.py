@@ -63,16 +63,17 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_rejected_with_who_holds_i
 
 
 def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus, tmp_path):
-    words = to_words(corpus | {"steps": 2})
-    processes = [Fork(run_train, [*words, f"--seed={seed}"], folder=str(tmp_path)) for seed in range(4)]
+    (tmp_path / "mine.py").write_text("steps = 2")
+    words = ["mine.py", *to_words({name: corpus[name] for name in corpus if name != "steps"})]
+    processes = [Fork(run_train, [*words, f"--seed={seed}"], folder=str(tmp_path)) for seed in range(3)]
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     folders = sorted((tmp_path / "out").iterdir())
-    assert [folder.name for folder in folders] == ["run", "run-2", "run-3", "run-4"]
+    assert [folder.name for folder in folders] == ["mine", "mine-2", "mine-3"]
     seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
     checkpoints = [read_checkpoint(str(folder / "last.pt"))["config"]["seed"] for folder in folders]
-    assert sorted(seeds) == [0, 1, 2, 3] and checkpoints == seeds
+    assert sorted(seeds) == [0, 1, 2] and checkpoints == seeds
 
 
 def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus, tmp_path):

@@ -441,7 +441,8 @@ def test_a_checkpoint_says_what_made_it(finished):
 def test_help_groups_what_a_resumed_run_may_change():
     group = help_text().split("\nRun (what a resumed run may change")[1]
     names = {word[2:].split("=")[0] for word in group.split() if word.startswith("--")}
-    assert names == {*names_in("run")} >= {"steps", "device", "top_k"}
+    assert names == {*names_in("run")} >= {"steps", "device", "log_roles", "wandb", "top_k"}
+    assert not names & {"schedule", "decay_fraction", "seed", "width"}, "which change its numbers"
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])

@@ -111,14 +111,14 @@ def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(c
 @pytest.fixture(scope="module")
 def long(corpus):
     """(settings of a run of a second or more, its result when nothing interrupts it)."""
-    settings = corpus | HARD | {"steps": 100, "checkpoint_every": 7, "eval_every": 25}
+    settings = corpus | HARD | {"steps": 100, "checkpoint_every": None, "eval_every": 25}
     return settings, run(settings)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_says_how_to_resume_and_resumes_to_the_same_bits(long, tmp_path, number):
     settings, uninterrupted = long
-    process = start_train(settings, out=tmp_path / "run", checkpoint_every=None)  # so that stopping saves
+    process = start_train(settings, out=tmp_path / "run")
     wait_for_rows(process, tmp_path / "run", 20)
     process.send_signal(number)
     output, errors = process.communicate()
@@ -532,16 +532,6 @@ def test_a_run_directory_alone_is_enough_to_resume(corpus, finished, tmp_path, c
     rows = read_rows("moved")
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert [float(row["train_loss"]) for row in rows][:6] == column(finished[1])
-
-
-def test_runs_without_a_name_get_folders_of_their_own(corpus, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("steps = 1")
-    words = [f"--{name}={value}" for name, value in corpus.items() if name != "steps"]
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        train.main(["mine.py", *words])
-    train.main([*words, "--steps=1"])
-    assert sorted(os.listdir("out")) == ["mine", "mine-2", "run"]
 
 
 def test_what_is_about_to_happen_is_printed(corpus, capsys):
