@@ -21,21 +21,9 @@ from dataclasses import replace
 import numpy as np
 
 from configure import SETTINGS, UserError, configure
-from scaling import transfer
+from scaling import law_fits, transfer
 from scaling.cli import command, parse_options, reject_unused
-from scaling.law_fits import (
-    FORMS,
-    all_tested,
-    backtest,
-    bootstrap,
-    constants_with_intervals,
-    fit_law,
-    frontier_law,
-    isoflop,
-    largest_horizon_law,
-    missed_by,
-    predict,
-)
+from scaling.law_fits import FORMS, all_tested, missed_by
 from scaling.law_report import draw_laws, format_laws
 from scaling.law_trials import COUNTS, best_settings, columns, count_parameters, finished_trials
 from scaling.rows import group, write_report
@@ -77,10 +65,11 @@ def fit_all(trials):
     for form in FORMS:
         for count in COUNTS:
             N, D, flops, loss = columns(trials, count)
-            law = fit_law(form, N, D, loss)
-            laws = bootstrap(law, N, D)
-            fits[form, count] = {"law": law, "laws": laws, "constants": constants_with_intervals(law, laws),
-                                 "backtest": backtest(form, N, D, loss, flops)}
+            law = law_fits.fit_law(form, N, D, loss)
+            laws = law_fits.bootstrap(law, N, D)
+            fits[form, count] = {"law": law, "laws": laws,
+                                 "constants": law_fits.constants_with_intervals(law, laws),
+                                 "backtest": law_fits.backtest(form, N, D, loss, flops)}
     return fits
 
 
@@ -105,8 +94,9 @@ def analyze(trials):
         points.append(shape | {"tokens": trial.tokens, "flops": trial.flops, "parameters": trial.parameters,
                                "loss": trial.loss, "residual": trial.loss - float(predicted)})
     return {"trials": len(trials), "flops": [flops.min(), flops.max()], "chosen": chosen, "fits": fits,
-            "points": points, "isoflop": isoflop(N, D, flops, loss, sigma),
-            "frontier": frontier_law(flops, loss, sigma), "longest": largest_horizon_law(N, D, loss, sigma)}
+            "points": points, "isoflop": law_fits.isoflop(N, D, flops, loss, sigma),
+            "frontier": law_fits.frontier_law(flops, loss, sigma),
+            "longest": law_fits.largest_horizon_law(N, D, loss, sigma)}
 
 
 def forecast(report, config):
@@ -120,7 +110,7 @@ def forecast(report, config):
     for (form, count), fit in report["fits"].items():
         # Beyond the fit the noise of the rows says little: two of two such forecasts missed by more
         missed = np.hypot(apart, missed_by(fit)) if beyond > 1 else 0.0
-        predicted[form, count] = predict(fit["law"], fit["laws"], numbers[count], tokens, missed)
+        predicted[form, count] = law_fits.predict(fit["law"], fit["laws"], numbers[count], tokens, missed)
     loss, interval = predicted[report["chosen"]]
     shape = {name: getattr(config, name) for name in ("width", "depth", "steps", "batch", "context")}
     return shape | {"parameters": numbers, "tokens": tokens, "flops": flops_per_token * tokens,

@@ -140,7 +140,7 @@ def simulated_rows(folder, law, shapes=SHAPES, steps=STEPS, seeds=(0, 1), contex
 @pytest.fixture
 def few_draws(monkeypatch):
     monkeypatch.setattr(law_fits, "DRAWS", 8)
-    monkeypatch.setattr(laws, "bootstrap", lambda law, N, D: bootstrap(law, N, D, draws=8))
+    monkeypatch.setattr(law_fits, "bootstrap", lambda law, N, D: bootstrap(law, N, D, draws=8))
     monkeypatch.setattr(law_fits, "BEST_STARTS", 3)
 
 

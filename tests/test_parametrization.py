@@ -28,6 +28,7 @@ from parametrization import (
     param_groups,
     role_of,
 )
+from scaling.coordinate_check import STREAM, layer_outputs
 from scaling.plane import register
 from training import optimizer as optimizer_module
 from training.device import batches_on_device, select_device
@@ -122,28 +123,13 @@ def check_forward():
         assert torch.allclose(model(x_BT), expected, rtol=1e-6, atol=noise)
 
 
+LAYERS = ("token_embedding", "attention logits", "attention.out", "mlp.down", STREAM, "final_norm", "logits")
+
+
 def activations(model, tokens_BT):
-    """{quantity: what the forward pass makes}: blocks stacked; attention is the logits before the softmax."""
-    seen, attend = {}, F.scaled_dot_product_attention
-
-    def recorded(q, k, v, scale, **options):
-        seen.setdefault("attention logits", []).append((scale * q @ k.transpose(-1, -2)).tril())
-        return attend(q, k, v, scale=scale, **options)
-
-    def record(name):
-        return lambda module, inputs, output: seen.setdefault(name, []).append(output)
-
-    hooks = [module.register_forward_hook(record(name.split(".")[-1]))
-             for name, module in model.named_modules()
-             if name.endswith(("token_embedding", "attention", "mlp", "final_norm"))]
-    hooks.append(model.final_norm.register_forward_pre_hook(
-        lambda module, inputs: record("stream")(module, None, inputs[0])))
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", recorded)
-        seen["logits"] = [model(tokens_BT)]
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.stack(values) for name, values in seen.items()}
+    """{layer: its outputs} of LAYERS, as the coordinate check sees them; the stream where it ends."""
+    outputs = layer_outputs(model, tokens_BT)
+    return {layer: outputs[layer] for layer in LAYERS} | {STREAM: outputs[STREAM][-1]}
 
 
 def slopes(axis, values, **settings):
@@ -185,7 +171,7 @@ def check_width():
 def check_depth():
     for eps in (SMALL_EPS, LARGE_EPS):
         for name, slope in slopes("depth", DEPTHS, eps=eps).items():
-            slope += name in ("attention", "mlp")  # what a branch adds to the stream shrinks with depth
+            slope += name in ("attention.out", "mlp.down")  # what they add to the stream shrinks with depth
             assert abs(slope) < 0.25, f"{name} changes with depth to the power {slope:.2f} at eps {eps}"
 
 
@@ -206,8 +192,8 @@ def test_the_parametrization_follows_the_papers_and_sizes_do_not_change_along_an
 def test_activations_of_the_control_grow_with_width_and_depth_where_those_of_mup_stay_flat():
     width, depth = (slopes(*axis, parametrization="sp", eps=SMALL_EPS) for axis in
                     (("width", WIDTHS), ("depth", DEPTHS)))
-    assert min(width[name] for name in ("attention logits", "attention", "mlp", "stream", "logits")) > 0.5
-    assert depth["stream"] > 0.8
+    assert min(width[layer] for layer in LAYERS if layer not in ("token_embedding", "final_norm")) > 0.5
+    assert depth[STREAM] > 0.8
 
 
 def cell(role, column, change):
