@@ -165,14 +165,15 @@ def to_json(report):
 
 @command
 def main(argv):
-    if "--transfer" in argv:
-        return transfer.main_of_rows([word for word in argv if word != "--transfer"])
-    options, _, words = parse_options(argv, {"to": "", "flops": 0.0, "target": "", "measured": ""}, __doc__)
+    defaults = {"to": "", "flops": 0.0, "target": "", "measured": "", "transfer": False}
+    options, _, words = parse_options(argv, defaults, __doc__)
     folders = [word for word in words if not word.startswith("-")]
     settings = [word for word in words if word.startswith("-")]
     if not folders or settings and not options["target"]:
-        raise UserError("laws: give folders of trials; options are --flops, --target, --measured, --to and "
-                        "--transfer")
+        raise UserError(f"laws: give one or more folders of trials; options are --{', --'.join(defaults)}")
+    to = options["to"] or folders[0]
+    if options["transfer"]:
+        return transfer.report_rows(folders, to)
     trials, targets, unseen = read_folders(folders), [], []
     if options["target"]:
         targets = [target_config([options["target"], *settings], trials)]
@@ -183,7 +184,5 @@ def main(argv):
     report["forecasts"] = [allocate(report, trials, options["flops"])] if options["flops"] else []
     report["forecasts"] += [forecast(report, config) for config in targets]
     report["forecasts"] += measured_rows(report, unseen)
-    to = options["to"] or folders[0]
     write_report(to_json(report), to, "laws.json", default=lambda value: np.asarray(value).tolist())
     print(format_laws(report), *draw_laws(report, to), sep="\n")
-    return 0

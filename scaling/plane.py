@@ -173,4 +173,3 @@ def main(argv):
         raise UserError(f"plane: every trial of {', '.join(folders)} diverged or failed: there is no loss")
     write_report(report, to, "plane.json")
     print(format_plane(report), draw_plane(report, to), sep="\n")
-    return 0

@@ -151,7 +151,7 @@ def main(argv):
         rows = run_trials(configs, folder, options["stack"])
         reject_failures(rows)
         if torchrun_rank()[0] > 0:
-            return 0
+            return
         if options["finetune"]:
             tuned = finetune_all(shapes, options["finetune"], options["finetune_steps"], folder)
         speeds = {(shape.width, shape.depth): measure_speed(shape) for shape in shapes}
@@ -159,4 +159,3 @@ def main(argv):
     report = {"equal": options["equal"], "shapes": table, "config": asdict(config)}
     write_report(report, folder, "shapes.json")
     print(format_table(table), draw_shapes(table, options["equal"], folder), sep="\n")
-    return 0

@@ -24,7 +24,7 @@ from scaling.figures import BESIDE, LOSS, load_pyplot, save, shades
 from scaling.fits import interval
 from scaling.law_report import label_loss
 from scaling.law_trials import best_settings, finished_trials
-from scaling.rows import parse_folders, write_report
+from scaling.rows import write_report
 from scaling.sweep import run_trials, torchrun_rank, trial_configs
 from train import train
 
@@ -211,13 +211,6 @@ def report_rows(folders, to):
     print(format_transfer(report), draw_transfer_law(report, to), sep="\n")
 
 
-def main_of_rows(argv):
-    """scaling.laws --transfer: from rows alone."""
-    _, folders, to = parse_folders(argv, {}, __doc__)
-    report_rows(folders, to)
-    return 0
-
-
 @command
 def main(argv):
     defaults = {"out": "out/transfer", "finetune": "", "finetune_steps": "8..512", "finetune_lrs": "",
@@ -239,4 +232,3 @@ def main(argv):
         train_all(shapes, options, steps, lrs)
     if torchrun_rank()[0] == 0:
         report_rows([options["out"]], options["out"])
-    return 0

@@ -150,7 +150,7 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     rows = simulated_rows(tmp_path / "rows", true, seeds=[0])
     unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600], seeds=[0])
     monkeypatch.setattr(laws, "MOST_STEPS", 5_000)  # the best model would take about 14,000
-    assert laws.main([rows, "--flops=1e14", f"--measured={unseen}", f"--to={tmp_path}/to"]) == 0
+    laws.main([rows, "--flops=1e14", f"--measured={unseen}", f"--to={tmp_path}/to"])
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "to" / "laws.json").read_text())
     best, seen = report["forecasts"]
@@ -187,7 +187,7 @@ def test_what_no_law_can_be_fitted_to_is_rejected_in_a_line(tmp_path, monkeypatc
     fails([few], "^laws: got 2 sizes and 5 numbers of tokens, 10 pairs; a law needs 3 of each")
     other = simulated_rows(tmp_path / "other", true, SHAPES[:1], STEPS[:1], context=128)
     fails([rows, other], "^context must be the same")
-    fails([], "^laws: give folders")
+    fails([], "^laws: give .* folders")
     fails([rows, "--flops=x"], "^flops must be")
     fails([rows, "--target=config/target.py", "--tokenizer=bytes"], "^tokenizer must be the same")
     fails([rows, "--target=config/target.py", "--lr=1"], "^lr has no effect on a forecast")
@@ -275,7 +275,7 @@ def other_text(corpus, tmp_path):
 def test_shapes_are_trained_timed_and_finetuned(corpus, other_text, tmp_path, capsys):
     words = lab_words(corpus)
     words += ["--depths=1,2", f"--finetune={other_text}", "--finetune_steps=2", f"--out={tmp_path}"]
-    assert shapes.main(words) == 0
+    shapes.main(words)
     table = json.loads((tmp_path / "shapes.json").read_text())["shapes"]
     assert [its["depth"] for its in table] == [1, 2] and all(its["tokens_per_second"] > 0 for its in table)
     assert all(0 < its["finetuned"] != its["loss"] for its in table)
@@ -313,11 +313,11 @@ def test_transfer_pretrains_finetunes_and_fits_by_one_command(corpus, other_text
     words = lab_words(corpus) + [
         "width,depth=16x1,32x1", f"--finetune={other_text}", "--finetune_steps=2,4",
         "--finetune_lrs=2**-8", f"--out={tmp_path}/out"]
-    assert transfer.main(words) == 0
+    transfer.main(words)
     rows = read_trials(f"{tmp_path}/out")
     starts = [json.loads(row["config"])["init_from"] for row in rows]
     assert len(rows) == 8 and starts.count(None) == 4 and not any(row["failure"] for row in rows)
     monkeypatch.setattr(transfer, "draw_transfer_law", lambda report, folder: f"{folder}/transfer_law.png")
-    assert laws.main([f"{tmp_path}/out", "--transfer"]) == 0
+    laws.main([f"{tmp_path}/out", "--transfer"])
     first, again = capsys.readouterr().out.split("transfer_law.png")[:2]
     assert "D_T is known for" in first and first.split("D_F")[1:2] == again.split("D_F")[1:2]
