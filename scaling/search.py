@@ -132,7 +132,7 @@ class Search:
         self.config = trial_configs(config, {})[0]
         self.facts = {}  # of each size_of()
         self.starts = starting_points(self.config, space)
-        self.domains = distributions(space)
+        self.first_domains = self.domains = distributions(space)
         self.open_studies(storage)
         self.widened = {}
         self.use_widened()
@@ -140,7 +140,7 @@ class Search:
 
     def open_studies(self, storage):
         self.storage, name, settings = storage, self.options["study"], self.key_of(self.config)
-        self.draws = SharedStudy(storage, name, self.worker, settings, self.domains)
+        self.draws = SharedStudy(storage, name, self.worker, settings, self.first_domains)
         self.others = SharedStudy(storage, f"{name}, seeds and lr", self.worker, settings)
 
     def key_of(self, config):

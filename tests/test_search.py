@@ -546,6 +546,7 @@ def test_a_winner_at_the_end_of_a_range_widens_it_once(corpus, tmp_path, monkeyp
     monkeypatch.setattr(sweep, "train", None)
     again, *_ = run(corpus | {"lr": 2**-6.8}, tmp_path, narrow, trials=8, steps=2)
     assert [row["config"] for row in again.rows()[0]] == [row["config"] for row in draws], "once"
+    again.open_studies(again.storage)  # as a search does that is stopped: it is still the same
 
 
 @pytest.mark.parametrize(("name", "value", "wider"), [
