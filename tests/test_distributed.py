@@ -116,28 +116,20 @@ def read_columns(folder, names=FLOAT_COLUMNS):
                          [("gpt3", 2, False), ("sp", 2, True), ("gpt3", 4, True)])
 def test_any_number_of_processes_gives_the_numbers_of_one(corpus, tmp_path, name, world_size, shard):
     settings, one, many = corpus | DEEP | SETTINGS[name], tmp_path / "one", tmp_path / "many"
-    ranks = start_ranks(world_size, settings, out=many, shard=shard)
-    run(settings, out=str(one))
+    ranks = start_ranks(world_size, settings, out=many, shard=shard, log_roles=True)
+    of_roles = [name for name in run(settings, out=str(one), log_roles=True).history[-1] if "/" in name]
     output = finish(ranks)
     assert output.count("validation loss") == 4, "one process speaks: steps 0, 4, 8 and the end"
     assert sorted(os.listdir(many)) == sorted(os.listdir(one))
     assert len(read_columns(one)) == 8 + 3 + 8
     assert read_columns(many) == pytest.approx(read_columns(one), abs=1e-5, rel=1e-4)
+    assert len(of_roles) == 5 * 3
+    assert read_columns(many, of_roles) == pytest.approx(read_columns(one, of_roles), rel=1e-3)
     ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (many, one))
     for name, weight in theirs["model"].items():
         assert torch.allclose(ours["model"][name], weight, atol=1e-3), name
         for key, value in theirs["optimizer"][name].items():
             assert torch.allclose(ours["optimizer"][name][key], value, atol=1e-4), name
-
-
-@pytest.mark.parametrize(("world_size", "shard"), [(2, True), (2, False)])
-def test_the_numbers_of_the_roles_are_the_same_for_several_processes(corpus, tmp_path, world_size, shard):
-    settings, one, many = corpus | {"log_roles": True}, tmp_path / "one", tmp_path / "many"
-    ranks = start_ranks(world_size, settings, out=many, shard=shard)
-    columns = [name for name in run(settings, out=str(one)).history[-1] if "/" in name]
-    finish(ranks)
-    assert len(columns) == 5 * 3
-    assert read_columns(many, columns) == pytest.approx(read_columns(one, columns), rel=1e-3)
 
 
 def test_a_checkpoint_resumes_with_any_other_number_of_processes_sharded_or_not(corpus, tmp_path):
