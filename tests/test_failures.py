@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 
 import train
-from configure import Config, run_cli, stop_signals
+from configure import Config, run_cli, stop, stop_signals
 from scaling.cli import resumable
 from training.checkpoint import write_checkpoint
 
@@ -327,6 +327,28 @@ def test_what_the_machine_raises_while_training_is_one_line_too(tmp_path, monkey
     monkeypatch.setattr(train, "train", fail)
     code, output, errors = run_in_this_process([f"--out={tmp_path}/run"], monkeypatch, capfd)
     assert code == 2 and output == "" and re.fullmatch(f"error: {line}.*\n", errors)
+
+
+@pytest.fixture
+def signals_end_the_command():
+    """SIGTERM does what it does in a command of the lab."""
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    stop_signals.clear()
+
+
+def test_a_signal_after_the_last_step_of_a_run_ends_the_command(corpus, monkeypatch, signals_end_the_command):
+    evaluate = train.evaluate
+
+    def interrupt_and_evaluate(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", interrupt_and_evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(Config(**corpus), quiet=True)
+    assert stop_signals == [signal.SIGTERM]
 
 
 def test_a_missing_library_is_rejected_before_anything_is_written(corpus, tmp_path, monkeypatch, capfd):

@@ -7,7 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 
-from configure import UserError
+from configure import UserError, stop
 from training.distributed import from_rank0, rank, world_size
 from training.run_dir import claim_folder, remove_empty
 
@@ -41,7 +41,8 @@ def run_name(argv):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yields a list that gets the first SIGINT or SIGTERM, for the loop to end on; a second ends at once."""
+    """Yields a list that gets the first SIGINT or SIGTERM, for the loop to end on; a second ends at once.
+    Raises KeyboardInterrupt at its end in a command of the lab that got one."""
     caught, handlers_before = [], {}
 
     def catch(number, frame):
@@ -63,6 +64,9 @@ def catch_signals():
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+    # A command of the lab trains many runs: a signal ends them all, one after the last step of this run too
+    if caught and handlers_before.get(signal.SIGTERM) is stop:
+        stop(caught[0], None)
 
 
 @contextlib.contextmanager
