@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 import pytest
 import torch
 
+import configure
 import parametrization
 import train
 from configure import Config
@@ -214,6 +215,15 @@ def unsynced():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_signal_left():
+    """A signal that a test raised ends no later run in this process."""
+    yield
+    left = configure.stop_signals.copy()
+    configure.stop_signals.clear()
+    assert not left
 
 
 @pytest.fixture(scope="session")
