@@ -312,7 +312,6 @@ def interrupted_and_ignored(argv):
 def test_whatever_a_library_makes_of_a_signal_is_answered_as_the_signal(main, said, capfd):
     with pytest.raises(SystemExit) as caught:
         run_cli(main)
-    stop_signals.clear()
     assert caught.value.code == 130
     assert capfd.readouterr() == (said, "" if said else "\nstopped\n")
 
@@ -335,7 +334,6 @@ def signals_end_the_command():
     before = signal.signal(signal.SIGTERM, stop)
     yield
     signal.signal(signal.SIGTERM, before)
-    stop_signals.clear()
 
 
 def test_a_signal_after_the_last_step_of_a_run_ends_the_command(corpus, monkeypatch, signals_end_the_command):
