@@ -648,7 +648,8 @@ def stop(number, frame):
 
 def run_cli(main):
     """Run main(argv) as a program: it returns the exit code; a UserError is one line and exit code 2, and so
-    is what the machine refuses to read or write. A signal that stop() handles is one line and 130."""
+    is what the machine refuses to read or write. Ctrl-C, or a signal that stop() handles, is one line and
+    130."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, by `>&-`
             setattr(sys, name, open(os.devnull, "w"))
@@ -663,7 +664,7 @@ def run_cli(main):
     except BrokenPipeError:  # `| head` has closed the pipe: not an error of ours
         os._exit(128 + signal.SIGPIPE)  # at once, as Python's own shutdown would write the rest
     except (KeyboardInterrupt, Exception) as error:
-        if stop_signals:
+        if stop_signals or isinstance(error, KeyboardInterrupt):
             print("\nstopped", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         if isinstance(error, UserError):

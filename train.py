@@ -12,11 +12,12 @@ import signal
 import sys
 from dataclasses import dataclass, field
 
-# Before torch: it rejects what torch would not survive
+# Before torch: it rejects a deleted working directory, on which importing torch fails
 from configure import TRAIN_USAGE, Config, UserError, configure, run_cli, split_words
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported; run_cli ends it
+    # No traceback while torch is imported; run_cli sets another handler
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -61,15 +62,15 @@ from training.run_dir import OWN_FILES, RunDir, open_run_dir
 from training.sample import BETWEEN, sample, sampling_config, write_samples
 from training.schedule import LearningRate, decay_start, describe_more_steps
 
-READ_SECONDS = 0.5  # between two reads of the metrics, at the most
+READ_SECONDS = 0.5  # the metrics are read after a step that ends so long after the last read
 
 
 @dataclass
 class Result:
-    """What train() returns. Losses are mean cross-entropies in nats a token, errors standard errors."""
+    """What train() returns. Losses are mean cross-entropies in nats per token."""
     model: torch.nn.Module
     val_loss: float = math.nan
-    val_error: float = math.nan  # over the evaluation windows
+    val_error: float = math.nan  # standard error over the evaluation windows
     val_bits_per_byte: float = math.nan
     best_val_loss: float = math.inf
     best_step: int = 0
@@ -109,21 +110,23 @@ class Run:
 def train_step(model, optimizer, config, autocast, batch):
     """One optimizer step on `batch`, (2, micro-batches, B, T): tokens and their targets.
 
-    Returns one tensor, which nobody has waited for yet: the mean loss, the gradient norm before clipping, and
-    the norm of each parameter's gradient in the order of model.parameters().
+    Returns one tensor, not yet synchronized with the CPU: the mean loss, the gradient norm before clipping,
+    and the norm of each parameter's gradient in the order of model.parameters(). On one GPU this is captured
+    as a CUDA graph after two calls: no print, no .item(), no Python state. With --compile=model,
+    training/fused_step.py does the same in its place: change both.
     """
-    # Gradients: those of the micro-batches add up to that of the mean loss
+    # Each micro-batch's loss has this weight, so that .grad sums up to the gradient of the mean loss
     micro_batches, losses = batch.size(1), []
-    share = torch.full((), 1 / micro_batches, device=batch.device)
+    weight = torch.full((), 1 / micro_batches, device=batch.device)
     for i, (tokens_BT, targets_BT) in enumerate(zip(*batch, strict=True)):
         with synchronize_gradients(model, config, is_last=i == micro_batches - 1):
             with autocast:
                 loss = model(tokens_BT, targets_BT)
-            loss.backward(share)
+            loss.backward(weight)
         losses.append(loss.detach())
     loss = mean_over_ranks(torch.stack(losses).mean())
 
-    # Clip them, move the weights, forget them
+    # Clip, update the weights, zero the gradients
     grad_norm, grad_norms = clip_gradients(model, config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -136,10 +139,10 @@ def loop(run, step_fn, learning_rate, signals, progress):
     spikes = LossSpikeDetector(config.grad_clip, run.say)
     metrics.restart_clock()
     for step in range(run.start, config.steps):
-        # The step. Its numbers stay on the device, which runs ahead of this loop
+        # The step. Its numbers stay on the device, so that this loop can queue steps ahead of it
         done = step + 1
         batch = next(run.batches)
-        lr = learning_rate.set(step)
+        lr = learning_rate.set(step)  # config.lr x schedule; each role's own is a fixed multiple of it
         run.watch.before_step(done, batch)
         seed_dropout(config, step)
         numbers = step_fn(batch)
@@ -148,7 +151,7 @@ def loop(run, step_fn, learning_rate, signals, progress):
 
         # Whether anything is due. All ranks decide alike, as what follows needs all of them
         interrupted, reading = any_rank(bool(signals), metrics.is_due(READ_SECONDS))
-        result.stopped = interrupted and done < config.steps
+        result.stopped = interrupted and done < config.steps  # log_evaluate_save() then saves last.pt
         if not (reading or result.stopped or is_due_after(config, done) or done in run.stop_early):
             continue
 
@@ -157,7 +160,7 @@ def loop(run, step_fn, learning_rate, signals, progress):
         result.history += rows
         show_progress(progress, run, rows)
         spikes.update(rows)
-        record(run, done, rows)
+        log_evaluate_save(run, done, rows)
         if done in run.stop_early and not result.diverged:
             losses = [row["train_loss"] for row in result.history if "train_loss" in row]
             result.stopped_early = run.stop_early[done](losses)
@@ -166,16 +169,17 @@ def loop(run, step_fn, learning_rate, signals, progress):
         metrics.restart_clock()
 
 
-def record(run, done, rows):
+def log_evaluate_save(run, done, rows):
     """Log `rows`, the newest of metrics.csv, which end at `done` steps; evaluate and save what is due then. A
-    run that diverged is marked, and nothing of it is saved."""
+    run that diverged is marked, and nothing is saved once that is known."""
     config, result = run.config, run.result
-    evaluating, saving = evaluates_after(config, done), result.stopped or saves_after(config, done)
+    evaluating = evaluates_after(config, done)
+    saving = saves_after(config, done) or result.stopped
     bad_row = find_divergence(run, done, rows, evaluating or saving)
     if bad_row is None and evaluating:
         if done == config.steps:  # whatever happens in the last evaluation, what was trained is on the disk
             save(run, done, ["last.pt"])
-        rows[-1].update(validate(run, done))
+        rows[-1].update(validate(run, done))  # in result.history, too
         if not math.isfinite(result.val_loss):
             bad_row = rows[-1]
     run.log.write(rows)
@@ -195,7 +199,7 @@ def record(run, done, rows):
 
 
 def is_due(every, step):
-    """Whether something that happens each `every` steps (None: never) happens after `step` steps."""
+    """Whether `step`, a number of steps that are done, is a multiple of `every` (None: never)."""
     return every is not None and step % every == 0
 
 
@@ -218,8 +222,8 @@ def seed_dropout(config, step):
 
 
 def find_divergence(run, done, rows, with_weights):
-    """The first of `rows` that is not finite, or None. With the weights: that of `done` steps where these are
-    not, as the step after a finite loss can break them."""
+    """The first of `rows` that is not finite, or None. with_weights: the weights are checked as well, which a
+    step can break after a finite loss; the last row is then returned."""
     for row in rows:
         if not is_finite(row):
             return row
@@ -290,7 +294,7 @@ def train(config, quiet=False, stop_early=None):
 def set_up(config, run_dir, say):
     """The Run of `config`: data prepared, model built, the last checkpoint loaded. Raises UserError."""
     device, autocast = select_device(config)
-    use_cuda_graph(config, device)  # rejected now, rather than after the data is prepared
+    use_cuda_graph(config, device)  # called for its error, before the data is prepared
     check_wandb(config)
     reject_run_in_its_text(config)
     checkpoint = run_dir.checkpoint_to_resume()
@@ -327,7 +331,8 @@ def set_up(config, run_dir, say):
 
 
 def resume(run, checkpoint):
-    """Bring the run to where `checkpoint` was written. What its best loss is stands in best.pt alone."""
+    """Bring the run to where `checkpoint` was written. Its best loss is read from best.pt, which may be newer
+    than the checkpoint."""
     best = run.run_dir.read_own("best.pt")
     if best is not None:
         run.result.best_step, run.result.best_val_loss, _ = best["past"]
@@ -348,8 +353,8 @@ def resume(run, checkpoint):
 
 
 def reject_run_in_its_text(config):
-    """Raises UserError where what the run writes would belong to what it reads: the next start would find
-    another text."""
+    """Raises UserError where `out` lies in the data set, as the next start would read the run's files as
+    text."""
     for name in OWN_FILES if config.out and not is_prepared(config.dataset) else ():
         if would_read(config.dataset, os.path.join(config.out, name)):
             raise UserError(f"out must lie outside of the data set {config.dataset}, got {config.out}: "
@@ -358,7 +363,7 @@ def reject_run_in_its_text(config):
 
 def open_dataset(config, checkpoint, say):
     """The TokenDataset of `config`. A run that resumes from `checkpoint` goes on with the tokens it had where
-    their text is gone, or is of another Python now. Raises UserError."""
+    their text is gone, or comes from another Python version. Raises UserError."""
     folder = None
     if checkpoint is not None:
         folder = find_prepared(checkpoint["tokens"], folders_of(config, checkpoint))
@@ -412,23 +417,23 @@ def fit(run, quiet):
     """Train from the first step, or from where the run resumes, to the last."""
     config, graph = run.config, use_cuda_graph(run.config, run.device)
     with contextlib.ExitStack() as during:
-        # The step is train_step(); where --compile=model asks for it, in fewer passes over memory
+        # The step: train_step(), or with --compile=model its fused equivalent
         step_fn = functools.partial(train_step, run.parallel_model, run.optimizer, config, run.autocast)
         fused = during.enter_context(fused_step(run.model, run.optimizer, config, run.autocast))
         if run.start < config.steps:
             during.enter_context(compiled_training(run.model, run.parallel_model, config, run.device,
                                                    run.autocast, run.say))
-        # It is replayed as one CUDA graph where that is possible
+        # Replayed as one CUDA graph where that is possible
         step_fn = CudaGraphed(fused or step_fn, graph,
                               lambda error: fall_back_or_raise("graph", config, error, run.say))
         learning_rate = LearningRate(run.optimizer, config, graph)
         # The first Ctrl-C or SIGTERM is put into this list: the loop then saves a checkpoint and returns
         signals = during.enter_context(catch_signals())
         progress = during.enter_context(tqdm(total=config.steps, initial=run.start, disable=quiet))
-        if run.is_new and is_due_after(config, 0):
+        if run.is_new and is_due_after(config, 0):  # a new run is evaluated before its first step, too
             if evaluates_after(config, 0):
                 run.result.history.append({"step": 0, "tokens": 0})
-            record(run, 0, run.result.history[:])
+            log_evaluate_save(run, 0, run.result.history[:])
         if not run.result.diverged:
             loop(run, step_fn, learning_rate, signals, progress)
 
@@ -437,8 +442,8 @@ def evaluate_finished(run):
     """Evaluate a run that was finished before, as a kill may have prevented that."""
     row = run.result.history[-1]
     if "val_loss" not in row:
-        record(run, run.start, [row])
-        run.log.rewrite()  # without the row as it was
+        log_evaluate_save(run, run.start, [row])
+        run.log.rewrite()  # drops the row without the evaluation
         return
     validate(run, run.start)
     if not math.isfinite(run.result.val_loss):
@@ -478,7 +483,7 @@ def main(argv):
     with chosen_run_dir(config, argv) as config, errors_in_one_line(config):
         result = train(config)
         if result.stopped:
-            any_rank(False)  # rank 0 has written the checkpoint: srun may end all when the first one ends
+            any_rank(False)  # a barrier, until rank 0 has written: srun may end all when the first one ends
     if result.diverged:
         return 1
     if rank() == 0 and result.stopped:

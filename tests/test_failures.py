@@ -306,8 +306,12 @@ def interrupted_and_ignored(argv):
         signal.raise_signal(signal.SIGINT)
 
 
+def interrupted_twice(argv):
+    raise KeyboardInterrupt  # as a second Ctrl-C does while a run saves its checkpoint
+
+
 @pytest.mark.parametrize(("main", "said"), [
-    (interrupted_in_a_library, ""), (interrupted_and_ignored, ""),
+    (interrupted_twice, ""), (interrupted_in_a_library, ""), (interrupted_and_ignored, ""),
     (resumable("out/x")(interrupted_in_a_library), "out/x: stopped; run the same command again to resume\n")])
 def test_whatever_a_library_makes_of_a_signal_is_answered_as_the_signal(main, said, capfd):
     with pytest.raises(SystemExit) as caught:

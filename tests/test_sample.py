@@ -87,6 +87,7 @@ def test_text_is_printed_as_it_is_written(finished, monkeypatch):
 def test_other_settings_than_those_of_sampling_are_no_sampling(finished):
     assert sampling.sampling_config([str(finished), "--prompt=a", "--steps=99"]) is None
     assert sampling.sampling_config([str(finished)]) is None
+    assert sampling.sampling_config([str(finished), "--device=cpu"]) is None, "resumes there"
     assert sampling.sampling_config(["config/proxy.py", "--prompt=a"]) is None
     with pytest.raises(UserError, match="temperature"):
         sampling.sampling_config([str(finished), "--temperature=-1"])

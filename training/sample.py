@@ -48,12 +48,13 @@ def write_samples(model, tokenizer, config, stop=None, graphed=None):
 
 def sampling_config(argv):
     """(what to sample from, Config) where the command line asks a trained model: a run directory, a
-    checkpoint in one or a folder of a Hugging Face model, and nothing but settings of SAMPLING. Else None.
-    Raises UserError."""
+    checkpoint in one or a folder of a Hugging Face model, and settings of SAMPLING alone, one of which says
+    what to write. Else None. Raises UserError."""
     if asks_for_help(argv):
         return None
     sources, flags = split_words(argv)
-    if len(sources) != 1 or not flags or not flags.keys() <= SAMPLING or sources[0].endswith(".py"):
+    asks = flags.keys() <= SAMPLING and flags.keys() - {"device", "precision"}  # these alone resume a run
+    if len(sources) != 1 or not asks or sources[0].endswith(".py"):
         return None
     [source] = sources
     if not os.path.exists(source) and os.path.isdir(os.path.dirname(source)):
