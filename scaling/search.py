@@ -581,11 +581,11 @@ def main(argv):
     space, (rank, _) = parse_space(options["space"], config), torchrun_rank()
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()
+    use_sensible_threads(config)
     if rank == 0:
         print_plan(config, target, space, options)
     if options["plan"]:
         return 0
     with resumable(options["out"]), worker_processes(argv, options["workers"]):
-        use_sensible_threads(config)
         found = run_search(config, space, options, target)
     return print_result(*found, words) if rank == 0 else 0
