@@ -13,14 +13,25 @@ def durable_file(path):
         os.fsync(file.fileno())
 
 
+def unfinished_path(path):
+    """Where a file is written that is to become `path`: another each time, so that a process that was thought
+    dead, and wakes up, takes nothing from the next."""
+    return f"{path}.{os.urandom(4).hex()}.tmp"
+
+
+def is_unfinished(name, names):
+    """Whether a file of this name is what a kill left of one of `names`, by this or an older version."""
+    return name.endswith(".tmp") and name.startswith(tuple(f"{own}." for own in names))
+
+
 @contextlib.contextmanager
 def atomic_file(path, backup_path=None):
-    """A binary file, written at `path`.tmp, that becomes `path` when the block ends without an error.
+    """A binary file, of unfinished_path(path), that becomes `path` when the block ends without an error.
 
     Until then, and after an error, `path` is what it was before. With `backup_path`, the old file is kept
     there; a kill between the two renames leaves only the backup. Raises OSError when it cannot be written.
     """
-    temporary = f"{path}.tmp"
+    temporary = unfinished_path(path)
     try:
         with durable_file(temporary) as file:
             yield file

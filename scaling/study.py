@@ -81,7 +81,8 @@ def journal_class():
         def read_logs(self, start):
             self.line = start + 1
             for log in super().read_logs(start):
-                json.loads(log.get("user_attr", {}).get("row", "{}"))
+                for name in ("row", "settings"):
+                    json.loads(log.get("user_attr", {}).get(name, "{}"))
                 yield log
                 self.line += 1
             self.line = None

@@ -1,6 +1,7 @@
 """The data package: training reads the text that was asked for, all of it, however it is divided."""
 
 import base64
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -37,7 +38,7 @@ from processes import Fork, wait_until
 import data.prepare
 from configure import Config, UserError
 from data.datasets import MAX_CHARS, describe, documents, find_matches, stdlib_documents
-from data.files import atomic_file, write_text
+from data.files import atomic_file, is_unfinished, write_text
 from data.loader import TokenDataset, prefetch_batches, with_vocab_size
 from data.prepare import hash_fraction, prepare, remove_stale_folders, tokenizer_training_texts
 from data.tokenizer import PATTERN, SAMPLE, build_tokenizer, cut, keep_tokenizer, load_tokenizer, train_bpe
@@ -1043,7 +1044,18 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append(paths) or original(*paths))
     path = str(tmp_path / "file")
     write_text(path, "text")
-    assert calls == [4, (f"{path}.tmp", path)]
+    size, (temporary, target) = calls
+    assert size == 4 and target == path and is_unfinished(os.path.basename(temporary), ["file"])
+
+
+def test_a_writer_that_fails_takes_nothing_from_another_of_the_same_file(tmp_path):
+    path = tmp_path / "file"
+    with atomic_file(path) as file:
+        file.write(b"mine")
+        with contextlib.suppress(RuntimeError), atomic_file(path) as other:
+            other.write(b"theirs")
+            raise RuntimeError
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["file"]
 
 
 IMPORTS = """

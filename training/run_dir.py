@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from filelock import FileLock, SoftFileLock, Timeout
 
 from configure import UserError
-from data.files import write_text
+from data.files import is_unfinished, write_text
 from data.tokenizer import keep_tokenizer
 from training.checkpoint import (
     DamagedCheckpoint,
@@ -43,7 +43,6 @@ LOCK = "run.lock"  # the operating system releases it when the process dies
 OWN_FILES = ("config.json", "table.txt", "tokenizer.json", "tokenizer_config.json", "metrics.csv",
              "tokenizer.tiktoken", "tokenizer.meta.json",  # of older versions
              "last.pt", "previous.pt", "best.pt", "stable.pt", "sample.txt", "wandb_id.txt")
-UNFINISHED = tuple(f"{name}.tmp" for name in OWN_FILES)  # what a kill leaves of a file (data/files.py)
 
 
 def claim_folder(name):
@@ -155,7 +154,7 @@ def read_holder(path):
 
 def check_is_ours(path):
     """Raises UserError if the folder `path` holds files but no run: they are not this program's."""
-    names = sorted(set(os.listdir(path)) - {LOCK, *UNFINISHED})
+    names = sorted(name for name in os.listdir(path) if name != LOCK and not is_unfinished(name, OWN_FILES))
     if names and not is_run(path):
         raise UserError(f"out must be a new or empty folder, or a run, got {path}, which holds {names[0]} "
                         "and no run")
@@ -203,9 +202,10 @@ class RunDir:
         if self.check_held is None:
             return
         self.check_held()
-        for name in UNFINISHED:  # left by a kill
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.path(name))
+        for name in os.listdir(self.config.out):
+            if is_unfinished(name, OWN_FILES):  # left by a kill
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
         self.write_text("config.json", json.dumps(asdict(self.config), indent=1))
         self.write_text("table.txt", f"{table}\n")
         keep_tokenizer(tokenizer, self.config.out)
