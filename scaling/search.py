@@ -95,7 +95,7 @@ from scaling.trials import (
     read_results,
     settings_of,
 )
-from scaling.verify import as_target, count_trainings, size_below, sizes_between, verify
+from scaling.verify import as_target, count_at_proxy, count_trainings, size_below, sizes_between, verify
 from scaling.worker import PARENT, Worker, end_with_parent, pause
 from training.device import reuse_freed_memory, use_sensible_threads
 
@@ -103,7 +103,6 @@ SAMPLERS = ("gp", "tpe")
 # The best draws race: (how many of them are left, seeds that each has had then)
 RACE = (5, 1), (3, 2), (2, math.inf)
 VERIFIED = 3  # leaders that are trained at a larger width
-OF_VERIFIED = 6  # trainings that scaling/verify.py adds at the proxy, for the lr and the forecast
 MORE_DRAWS = 4  # a quarter of the trials, where a range was widened
 OCTAVES = -1, -1/2, 1/2, 1  # from the lr of the best, for the curve
 CURVE_SEEDS = 2  # at each of them
@@ -434,7 +433,7 @@ def planned_sizes(config, target, space, options):
     if not shapes:
         return [plan.Size("proxy", config, proxy)]
     candidates = VERIFIED + len(presets_for(config)) + 2
-    proxy += 2 * candidates + OF_VERIFIED + seeds
+    proxy += count_at_proxy(candidates) + seeds
     sizes = [plan.Size("verify", as_target(config, target, *shape), count) for shape, count in
              zip(shapes, count_trainings(shapes, candidates, seeds), strict=True)]
     if below := size_below(config, target):

@@ -77,10 +77,14 @@ def race_counts(candidates, seeds):
 
 
 def count_trainings(sizes, candidates, seeds):
-    """How many trainings verify() makes at most at each of `sizes`, of so many candidates. At the proxy it
-    makes two of each, or fewer where the search has made them, and six more."""
+    """How many trainings verify() makes at most at each of `sizes`, of so many candidates."""
     first = sum(race_counts(candidates, seeds)) + len(OCTAVES)  # one is in the race, one may lie beyond
     return [first, 1][:len(sizes)]
+
+
+def count_at_proxy(candidates):
+    """The same at the proxy: two of each, fewer where the search has made them, and those for the lr."""
+    return 2 * candidates + 2 * len(OCTAVES)
 
 
 def as_target(config, target, width, depth):
