@@ -98,7 +98,7 @@ def share_scale(limits):
 def size_colors(report):
     """{size: color}, the same in every panel."""
     axis = report["axis"]
-    sizes = sorted({size[axis] for ladder in report["ladders"].values() for size in ladder["rungs"]})
+    sizes = sorted({size[axis] for ladder in report["ladders"].values() for size in ladder["sizes"]})
     return dict(zip(sizes, shades(len(sizes)), strict=True))
 
 
@@ -124,13 +124,13 @@ def draw_transfer(report, pyplot, above_best=False):
     shows where flat curves have theirs."""
     numeric, colors, ranges, limits = report["numeric"], size_colors(report), {}, {}
     for name, ladder in report["ladders"].items():
-        x = {x for size in ladder["rungs"] for x in curve_of(size, numeric)[0]}
+        x = {x for size in ladder["sizes"] for x in curve_of(size, numeric)[0]}
         ranges[name] = max(x) - min(x) if numeric else len(x)
         limits[name] = excess_limits(ladder) if above_best else loss_limits(ladder)
     figure, panels = make_panels(report, pyplot, ranges)
     label = LABELS.get(report["swept"], report["swept"])
     for name, ladder, ax in panels:
-        for size in ladder["rungs"]:
+        for size in ladder["sizes"]:
             shift = lowest_loss(size) if above_best else 0.0
             if np.isfinite(shift):
                 draw_size_curve(ax, size, numeric, colors[size[report["axis"]]], shift)
@@ -179,7 +179,7 @@ def lowest_loss(size):
 
 def loss_limits(ladder):
     """(bottom, top) of the losses of a ladder worth seeing: the best of each size, and some above."""
-    lowest = [lowest_loss(size) for size in ladder["rungs"]]
+    lowest = [lowest_loss(size) for size in ladder["sizes"]]
     lowest = [loss for loss in lowest if np.isfinite(loss)] or [0.0]
     spread = max(lowest) - min(lowest)
     pad = 0.05 * spread + 0.02
@@ -188,7 +188,7 @@ def loss_limits(ladder):
 
 def excess_limits(ladder):
     """(bottom, top) of losses above each size's best: as far as an octave and a half from it costs."""
-    curvatures = [size["curvature"] for size in ladder["rungs"] if size["curvature"] is not None]
+    curvatures = [size["curvature"] for size in ladder["sizes"] if size["curvature"] is not None]
     top = 2.25 * np.median(curvatures) if curvatures else 0.1
     return -0.12 * top, top
 
@@ -201,7 +201,7 @@ def draw_excess(report, pyplot):
 def draw_size(report, pyplot):
     """The best loss of each size against parameters and against compute, or against the axis where these are
     the same for all; with its power law, where it follows one."""
-    sizes = {name: [size for size in ladder["rungs"] if np.isfinite(size["loss"])]
+    sizes = {name: [size for size in ladder["sizes"] if np.isfinite(size["loss"])]
              for name, ladder in sorted(report["ladders"].items())}
     units = {"parameters": "parameters", "flops": "training FLOPs"}
     everything = [size for ladder in sizes.values() for size in ladder]
@@ -237,7 +237,7 @@ def draw_curves(report, pyplot):
     figure, panels = make_panels(report, pyplot)
     colors, limits = size_colors(report), {}
     for name, ladder, ax in panels:
-        for size in ladder["rungs"]:
+        for size in ladder["sizes"]:
             curve = size["curve"][len(size["curve"]) // 10:]
             ax.plot(np.linspace(0.1, 1, len(curve)), curve, color=colors[size[report["axis"]]])
         ax.set(title=title(name), xlabel="fraction of the steps")

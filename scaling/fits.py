@@ -5,40 +5,54 @@ import numpy as np
 POWER_LAW_ERROR = 0.08
 
 
-def optimum(losses):
-    """(log2 of the best x, its loss, curvature) of {x: loss}, from a parabola in log2 x through the points
-    within an octave of the lowest, its two neighbours at least.
+def optimum(losses, octaves=1.0, seeds=None):
+    """(log2 of the best x, its loss, curvature, standard error of the first for each nat of noise in a single
+    loss) of {x: loss}, from a parabola in log2 x through the points within so many octaves of the lowest, its
+    two neighbours at least. seeds: {x: how many single losses its loss is the mean of}, 1 by default.
 
     None where the lowest is at an edge of the grid, or next to a trial that diverged."""
-    points = sorted((np.log2(x), loss if np.isfinite(loss) else np.inf) for x, loss in losses.items())
+    points = sorted((x, loss if np.isfinite(loss) else np.inf) for x, loss in losses.items())
     x, loss = np.array(points).T
     best = int(np.argmin(loss))
     at_edge = best == 0 or best == len(x) - 1
     if at_edge or not np.isfinite(loss[best - 1:best + 2]).all():
         return None
-    fitted = np.abs(x - x[best]) <= 1.01  # an octave, and room for rounding
+    offset = np.log2(x) - np.log2(x[best])
+    fitted = np.abs(offset) <= octaves + 0.01  # room for rounding
     fitted[best - 1:best + 2] = True
     fitted &= np.isfinite(loss)
-    a, b, c = np.polyfit(x[fitted] - x[best], loss[fitted], 2)
+    a, b, c = np.polyfit(offset[fitted], loss[fitted], 2)
     if a <= 0:
         return None
-    return x[best] - b / (2 * a), c - b * b / (4 * a), a
+    by_loss = np.array([b / (2 * a * a), -1 / (2 * a), 0]) @ np.linalg.pinv(np.vander(offset[fitted], 3))
+    variances = [1 / seeds[value] if seeds else 1.0 for value in x[fitted]]
+    return np.log2(x[best]) - b / (2 * a), c - b * b / (4 * a), a, float(np.sqrt(by_loss**2 @ variances))
 
 
-def mean_losses(losses, seeds):
-    """{x: mean loss} of {x: {seed: loss}} over `seeds`, which may repeat, as in a bootstrap draw. Where none
-    of them was trained at an x, the mean there is over all of its seeds."""
-    means = {}
-    for x, by_seed in losses.items():
-        drawn = [by_seed[seed] for seed in seeds if seed in by_seed]
-        means[x] = np.mean(drawn or list(by_seed.values()))
-    return means
+def average_seeds(losses):
+    """({x: mean loss}, sum of squares, degrees of freedom) of {x: {seed: loss}}, all finite: a loss is what
+    its x, its seed and noise contribute, by least squares. So the mean is that over all seeds where some were
+    not trained at an x, and the squares are of noise alone."""
+    points = [(x, seed, loss) for x, by_seed in losses.items() for seed, loss in by_seed.items()]
+    seeds = sorted({seed for _, seed, _ in points})
+    design = [[x == other for other in losses] + [seed == other for other in seeds] for x, seed, _ in points]
+    loss = np.array([loss for *_, loss in points])
+    found, _, rank, _ = np.linalg.lstsq(np.array(design, float), loss)
+    residual = loss - np.array(design, float) @ found
+    means = found[:len(losses)] + found[len(losses):].mean()
+    return dict(zip(losses, means.tolist(), strict=True)), residual @ residual, len(loss) - int(rank)
+
+
+def t_quantile(freedom):
+    """How many standard errors the middle 95% reach to either side; nan of no degree of freedom."""
+    from scipy.stats import t
+    return float(t.ppf(0.975, freedom)) if freedom else np.nan
 
 
 def regret(best, losses, x):
     """What training at log2 x costs, in nats, compared with the optimum `best`: by its parabola within an
     octave, by interpolation in {x: loss} further away. None beyond the grid."""
-    best_x, best_loss, curvature = best
+    best_x, best_loss, curvature, _ = best
     if abs(x - best_x) <= 1:
         return curvature * (x - best_x) ** 2
     grid, loss = zip(*sorted((np.log2(k), y) for k, y in losses.items()), strict=True)
@@ -48,13 +62,14 @@ def regret(best, losses, x):
 
 
 def slope(optima):
-    """Octaves that the best x moves for each doubling of the size, of {size: optimum() or None}; nan where
-    fewer than two sizes have an optimum."""
-    points = [(np.log2(size), best[0]) for size, best in optima.items() if best]
-    if len(points) < 2:
-        return np.nan
-    sizes, best_x = zip(*points, strict=True)
-    return float(np.polyfit(sizes, best_x, 1)[0])
+    """(octaves that the best x moves for each doubling of the size, its standard error for each nat of noise)
+    of {size: optimum() or None}; nan where fewer than two sizes have an optimum."""
+    found = [(np.log2(size), best[0], best[3]) for size, best in optima.items() if best]
+    if len(found) < 2:
+        return np.nan, np.nan
+    size, best_x, errors = np.array(found).T
+    weights = (size - size.mean()) / np.sum((size - size.mean()) ** 2)
+    return float(weights @ best_x), float(np.sqrt(weights**2 @ errors**2))
 
 
 def interval(numbers):

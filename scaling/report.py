@@ -1,19 +1,22 @@
 """What a sweep over learning rates says about transfer: python -m scaling.report DIR [--base=SIZE]
 
 From the rows alone: the best lr of each size (by a parabola in log2 lr), its drift for each doubling of the
-size, and what training a size at the proxy's best lr costs (regret). The proxy is the size at the base
-shape, or --base, or the smallest. Intervals: 95%, by bootstrap over seeds. Where another setting than lr was
-swept, its best value; of one that is no number, such as a schedule, the order of its values too.
-Rows that differ in other settings form ladders of their own, and so does each value of a second axis in a
-grid; --axis=NAME says which axis is the ladder's. --swept=NAME takes only rows that differ in NAME alone from
-the most common settings; --to=DIR is where report.json and the figures go. Several DIRs are read as one.
+size, and two costs at each size: of the lr that is shipped (--shipped=2**-7.5; by default the best that was
+trained at the proxy), and of the proxy's fitted best. The proxy is the size at the base shape, or --base, or
+the smallest. Intervals: 95%, by Student's t, with the noise of seeds pooled over the sizes of a ladder; the
+drift is also fitted in narrower and wider windows around each size's lowest loss.
+
+--swept=NAME takes only rows that differ in NAME alone from the most common settings, and is needed for rows
+of older versions in which another setting than lr was swept; rows say it since. Of a setting that is no
+number, such as a schedule, the best value and the order of all. Rows that differ in other settings form
+ladders of their own, and so does each value of a second axis in a grid; --axis=NAME says which axis is the
+ladder's. --to=DIR is where report.json and the figures go. Several DIRs are read as one.
 
 The figures, as .png and .svg: transfer (loss against the swept setting), excess (the same, less each size's
 best), size (the best loss against parameters and compute, with a power law where there is one), curves
 (training loss along the steps, of each size's best run).
 """
 
-import functools
 import json
 from statistics import mode
 
@@ -21,8 +24,8 @@ import numpy as np
 
 from configure import UserError
 from scaling import figures
-from scaling.cli import command
-from scaling.fits import interval, mean_losses, optimum, rank_correlation, regret, slope
+from scaling.cli import command, format_value
+from scaling.fits import average_seeds, optimum, rank_correlation, regret, slope, t_quantile
 from scaling.rows import (
     AXES,
     axes_beside,
@@ -36,16 +39,19 @@ from scaling.rows import (
     values_of,
     write_report,
 )
-from scaling.trials import FACTS, HASHES, has_failed, swept_axes
+from scaling.trials import HASHES, has_failed, swept_axes
 
-BOOTSTRAP_DRAWS = 1000
-TRUSTED_SEEDS = 5  # of fewer a bootstrap shows too little of their noise
+WINDOWS = (0.75, 1.0, 1.5)  # octaves around the lowest loss to which parabolas are fitted
+WINDOW = 1.0  # the one whose fit is reported and drawn
+NO_INTERVAL = [np.nan, np.nan]
 STARS = {True: "lowest point of the fit", False: "the best"}  # what they are in the figures
 
 
-def analyze(rows, swept="", base=None, axis=""):
+def analyze(rows, swept="", base=None, axis="", shipped=None):
     """The report, as a dict: of all `rows`, or of those that differ from the most common settings in `swept`
-    alone. `base`: the proxy's size. `axis`: the ladder's. Raises UserError when the rows form no ladder."""
+    alone. `base`: the proxy's size. `axis`: the ladder's. `shipped`: the value of the swept setting whose
+    cost is told. Raises UserError when the rows form no ladder."""
+    recorded = swept_axes(rows)
     if swept:
         rows = rows_of_one_setting(rows, swept)
     configs = settings_and_facts(rows)
@@ -54,9 +60,10 @@ def analyze(rows, swept="", base=None, axis=""):
     names = [", ".join([row["parametrization"], *(f"{name}={config[name]}" for name in others)])
              for row, config in zip(rows, configs, strict=True)]
     rows_by_ladder = group(zip(names, rows, strict=True))
-    ladders = {name: analyze_ladder(axis, swept, own, base, fit_sizes if numeric else order_choices)
+    ladders = {name: analyze_ladder(axis, swept, own, base, shipped, numeric)
                for name, own in sorted(rows_by_ladder.items())}
-    return {"axis": axis, "swept": swept, "numeric": numeric, "star": STARS[numeric], "ladders": ladders}
+    return {"axis": axis, "swept": swept, "recorded": recorded, "numeric": numeric, "star": STARS[numeric],
+            "ladders": ladders}
 
 
 def rows_of_one_setting(rows, swept):
@@ -74,18 +81,19 @@ def rows_of_one_setting(rows, swept):
 def choose_axes(rows, configs, swept, axis=""):
     """(ladder axis, swept setting, other settings that tell ladders apart) of what `configs` vary. The axis
     is `axis`, or the one with the most values: further axes tell ladders apart. The swept setting is `swept`,
-    or lr, or the one that the sweeps say (swept_axes), or infer_swept(). Raises UserError."""
+    or lr where it varies, or the one that the sweeps say (swept_axes). Raises UserError."""
     varied = [name for name in configs[0] if len(values_of(configs, name)) > 1]
     axes = [name for name in AXES if name in varied]
     others = [name for name in varied if name not in (*AXES, "seed", "parametrization")]
     recorded = [name for names in swept_axes(rows) for name in names.split(",")]
-    candidates = [name for name in recorded if name in others] or infer_swept(configs, others)
+    candidates = [name for name in recorded if name in others]
     for preferred in ("lr", swept):
         if preferred in others:
             candidates = [preferred]
     if len(candidates) != 1 or swept not in ("", *candidates):
-        raise UserError(f"report: the rows must vary {swept or 'lr or one other setting'}, and any of "
-                        f"{', '.join(AXES)}; these vary {', '.join(varied) or 'nothing'}")
+        raise UserError(f"report: the rows must vary {swept or 'lr'}, or say which other setting was swept "
+                        f"(else give --swept=NAME), and any of {', '.join(AXES)}; these vary "
+                        f"{', '.join(varied) or 'nothing'}")
     if axis and axis not in axes:
         raise UserError(f"axis must be one that varies ({', '.join(axes) or 'none does'}), got {axis}")
     found = candidates[0]
@@ -97,63 +105,89 @@ def choose_axes(rows, configs, swept, axis=""):
     return axis, found, [*axes_beside(axis, axes, configs), *others]
 
 
-def infer_swept(configs, varied):
-    """What older rows, which do not say, may be a sweep of: the numbers among `varied`, or all settings."""
-    settings = [name for name in varied if name not in FACTS]
-    numbers = [name for name in settings if all(type(config[name]) in (int, float) for config in configs)]
-    return numbers or settings
-
-
-def analyze_ladder(axis, swept, rows, base, compare):
-    """The report of one ladder: rows that differ in `axis`, `swept` and seed alone. compare: fit_sizes() or
-    order_choices(). Raises UserError."""
+def analyze_ladder(axis, swept, rows, base, shipped, numeric):
+    """The report of one ladder: rows that differ in `axis`, `swept` and seed alone. Raises UserError."""
     losses = losses_by_size(axis, swept, rows)
     base = choose_base(axis, rows, list(losses), base)
-    found, drift, drift_interval = compare(losses, base)
+    ladder, found = fit_sizes(losses, base, shipped) if numeric else order_choices(losses, base)
     sizes = []
     for size, of_size in losses.items():
         lowest = lowest_row([row for row in rows if row[axis] == size])
         sizes.append({axis: size, "seeds": len(seeds_of(of_size)), "losses": with_text_keys(of_size)}
                      | {name: lowest[name] for name in ("parameters", "flops", "curve")} | found[size])
-    return {"base": base, "drift": drift, "drift_interval": drift_interval, "rungs": sizes}
+    return {"base": base} | ladder | {"sizes": sizes}
 
 
-def fit_sizes(losses, base):
-    """({size: its best value by a parabola, the interval, what the best of `base` costs}, drift, its
-    interval) of losses_by_size(), where the swept values are numbers. One seed gives no interval."""
-    seeds = {size: seeds_of(of_size) for size, of_size in losses.items()}
-    means = {size: mean_losses(of_size, seeds[size]) for size, of_size in losses.items()}
-    optima = {size: optimum(of_size) for size, of_size in means.items()}
-    draws, found = bootstrap(losses, seeds), {}
+def fit_sizes(losses, base, shipped=None):
+    """({of the ladder: its drift, the interval, the shipped value}, {size: its best value by a parabola, the
+    interval, costs}) of losses_by_size(), where the swept values are numbers. There are intervals where a
+    size has a second seed. shipped: by default the best that was trained at `base`."""
+    means, noise, freedom = pool_noise(losses)
+    reach = t_quantile(freedom) * noise  # times the error for each nat of noise: half an interval
+    optima = fit_optima(losses, means, WINDOW)
+    drift, error = slope(optima)
+    shipped = shipped or min(means[base], key=means[base].get)
+    ladder = {"drift": drift, "drift_interval": [drift - reach * error, drift + reach * error],
+              "drift_by_window": {window: slope(fit_optima(losses, means, window))[0] for window in WINDOWS},
+              "noise": noise, "shipped": shipped}
+    found = {}
     for size, best in optima.items():
-        drawn = [draw[size][0] for draw in draws if len(seeds[size]) > 1 and draw[size]]
-        cost = regret(best, means[size], optima[base][0]) if best and optima[base] else None
-        log2_best, fitted_loss, curvature = best or (None, None, None)
-        found[size] = {"edge": best is None, "log2_best": log2_best, "fitted_loss": fitted_loss,
-                       "curvature": curvature, "loss": min(means[size].values()),
-                       "interval": interval(drawn), "regret": cost}
-    drifts = [slope(draw) for draw in draws] if min(map(len, seeds.values())) > 1 else []
-    return found, slope(optima), interval(drifts)
+        found[size] = {"edge": best is None, "loss": min(means[size].values()), "interval": NO_INTERVAL}
+        found[size] |= dict.fromkeys(("log2_best", "fitted_loss", "curvature", "cost", "most", "regret"))
+        if best:
+            log2_best, fitted_loss, curvature, error = best
+            away = abs(log2_best - np.log2(shipped))
+            found[size] |= {"log2_best": log2_best, "fitted_loss": fitted_loss, "curvature": curvature,
+                            "interval": [log2_best - reach * error, log2_best + reach * error],
+                            "cost": regret(best, means[size], np.log2(shipped)),
+                            "most": curvature * (away + reach * error) ** 2 if away <= 1 else None}
+        if best and optima[base]:
+            found[size]["regret"] = regret(best, means[size], optima[base][0])
+    return ladder, found
+
+
+def fit_optima(losses, means, octaves):
+    """{size: its optimum() or None}"""
+    seeds = {size: {value: len(by_seed) for value, by_seed in of_size.items()}
+             for size, of_size in losses.items()}
+    return {size: optimum(of_size, octaves, seeds[size]) for size, of_size in means.items()}
+
+
+def pool_noise(losses):
+    """({size: {value: mean loss}}, standard deviation of the noise of a single loss, its degrees of freedom)
+    of losses_by_size(). The noise is that near each size's lowest loss: further off it is larger."""
+    means, squares, freedom = {}, 0.0, 0
+    for size, of_size in losses.items():
+        means[size] = {value: np.mean(list(by_seed.values())) for value, by_seed in of_size.items()}
+        lowest = min(means[size], key=means[size].get)
+        near = {value: by_seed for value, by_seed in of_size.items() if np.isfinite(means[size][value])
+                and not (is_number(value) and abs(np.log2(value / lowest)) > WINDOW + 0.01)}
+        if near:
+            of_near, more_squares, more_freedom = average_seeds(near)
+            means[size] |= of_near
+            squares, freedom = squares + more_squares, freedom + more_freedom
+    return means, np.sqrt(squares / freedom) if freedom else np.nan, freedom
 
 
 def order_choices(losses, base):
     """fit_sizes() where the swept values are no numbers but choices: which is the best at each size, in what
-    order they are, and what the best of `base` costs."""
-    means = {size: {value: np.mean(list(by_seed.values())) for value, by_seed in of_size.items()}
-             for size, of_size in losses.items()}
+    order they are, and what the best of `base` costs, with its standard error."""
+    means, noise, _ = pool_noise(losses)
     at_base, found = means[base], {}
     favourite = min(at_base, key=at_base.get)
     for size, of_size in means.items():
         order = sorted(of_size, key=of_size.get)
         shared = [value for value in of_size if value in at_base]
         lowest = of_size[order[0]]
+        seeds = [len(losses[size][value]) for value in (favourite, order[0]) if value in of_size]
         found[size] = {
             "edge": not np.isfinite(lowest), "log2_best": None, "fitted_loss": None, "curvature": None,
-            "loss": lowest, "interval": interval([]), "best": order[0], "order": order,
+            "loss": lowest, "interval": NO_INTERVAL, "best": order[0], "order": order,
             "regret": of_size[favourite] - lowest if favourite in of_size else None,
+            "error": noise * np.sqrt(sum(1 / number for number in seeds)),
             "rank_correlation": rank_correlation([at_base[value] for value in shared],
                                                  [of_size[value] for value in shared])}
-    return found, np.nan, interval([])
+    return {"drift": np.nan, "drift_interval": NO_INTERVAL, "noise": noise}, found
 
 
 def is_number(value):
@@ -174,18 +208,6 @@ def losses_by_size(axis, swept, rows):
 def seeds_of(losses):
     """The seeds in {value: {seed: loss}}."""
     return sorted({seed for by_seed in losses.values() for seed in by_seed})
-
-
-def bootstrap(losses, seeds):
-    """[{size: its optimum()}] of BOOTSTRAP_DRAWS draws of as many seeds as it has, with replacement."""
-    random = np.random.default_rng(0)
-
-    @functools.cache  # few seeds make few different draws
-    def fit(size, drawn):
-        return optimum(mean_losses(losses[size], drawn))
-
-    return [{size: fit(size, tuple(random.choice(own, len(own)))) for size, own in seeds.items()}
-            for _ in range(BOOTSTRAP_DRAWS)]
 
 
 def lowest_row(rows):
@@ -213,76 +235,97 @@ def format_rank(correlation):
 
 def format_report(report):
     """The report, for people."""
-    axis, swept, lines = report["axis"], report["swept"], []
+    axis, swept = report["axis"], report["swept"]
+    lines = [f"swept, as the rows say: {', '.join(report['recorded'])}"] if report["recorded"] else []
+    format_ladder = format_numbers if report["numeric"] else format_choices
     for name, ladder in report["ladders"].items():
-        sizes, base = ladder["rungs"], ladder["base"]
-        title = f"{name}: {swept} at each {axis}; regret is that of the best at {base:.0f}"
-        best, orders = "best", []
-        if report["numeric"]:
-            drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
-            title = (f"{name}: best log2 {swept} moves {drift} for each doubling of {axis}, "
-                     + format_interval(ladder["drift_interval"]))
-            best = "best log2"
-        else:
-            orders = [f"{axis} {size[axis]:.0f}, from the best: {', '.join(size['order'])} (rank correlation "
-                      f"with {base:.0f}: {format_rank(size['rank_correlation'])})" for size in sizes]
-        lines += [title, f"{axis:>10}    parameters  seeds{best:>12}          interval     loss   regret",
-                  *(format_size(axis, size) for size in sizes), *orders, judge(ladder, report)]
+        title, *more = format_ladder(ladder, axis, swept)
+        lines += [f"{name}: {title}", *more]
     return "\n".join(lines)
 
 
-def format_size(axis, size):
-    """The line of one size."""
-    if size["edge"]:
-        best = "at the edge"
-    else:
-        best = size["best"] if size["log2_best"] is None else f"{size['log2_best']:.2f}"
-    cost = "-" if size["regret"] is None else f"{size['regret']:.4f}"
-    return (f"{size[axis]:>10.0f}{size['parameters']:>14,.0f}{size['seeds']:>7}{best:>12}"
-            f"{format_interval(size['interval']):>18}{size['loss']:>9.4f}{cost:>9}")
+def format_numbers(ladder, axis, swept):
+    """The lines of a ladder whose swept values are numbers."""
+    drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
+    windows = [f"{moved:+.2f} ({octaves:g})" for octaves, moved in ladder["drift_by_window"].items()]
+    costs = {"cost": f"{format_value(ladder['shipped'])} costs", "most": "at most",
+             "regret": f"best of {ladder['base']:g} costs"}
+    return [f"best log2 {swept} moves {drift} for each doubling of {axis}, "
+            + format_interval(ladder["drift_interval"]),
+            *format_sizes(ladder["sizes"], axis, costs),
+            f"Drift if parabolas are fitted within so many octaves of the lowest loss: {', '.join(windows)}",
+            judge_drift(ladder, axis, swept)]
 
 
-def judge(ladder, report):
+def format_choices(ladder, axis, swept):
+    """The lines of a ladder whose swept values are choices."""
+    base = f"{ladder['base']:g}"
+    orders = [f"{axis} {size[axis]:g}, from the best: {', '.join(size['order'])} (rank correlation with "
+              f"{base}: {format_rank(size['rank_correlation'])})" for size in ladder["sizes"]]
+    return [f"{swept} at each {axis}",
+            *format_sizes(ladder["sizes"], axis, {"regret": f"best of {base} costs", "error": "error"}),
+            *orders, judge_choices(ladder, axis, swept)]
+
+
+def format_sizes(sizes, axis, costs):
+    """The table of a ladder. costs: {key of a size: title of its column}, nats each."""
+    table = [(axis, "parameters", "seeds", "best log2", "interval", "loss", *costs.values())]
+    for size in sizes:
+        best = size.get("best") if size["log2_best"] is None else f"{size['log2_best']:.2f}"
+        table.append((f"{size[axis]:g}", f"{size['parameters']:,.0f}", str(size["seeds"]),
+                      "at the edge" if size["edge"] else best, format_interval(size["interval"]),
+                      f"{size['loss']:.4f}", *(format_cost(size[name]) for name in costs)))
+    widths = [max(map(len, column)) + 3 for column in zip(*table, strict=True)]
+    return ["".join(map(str.rjust, row, widths)) for row in table]
+
+
+def format_cost(cost):
+    """Nats; a dash where they are not known."""
+    return "-" if cost is None or np.isnan(cost) else f"{cost:.4f}"
+
+
+def judge_choices(ladder, axis, swept):
     """What the ladder says of transfer, in plain words, and what it cannot say."""
-    swept, sizes = report["swept"], ladder["rungs"]
-    base = f"{report['axis']} {ladder['base']:g}"
-    costs = [size["regret"] for size in sizes if size["regret"] is not None]
-    few = min(size["seeds"] for size in sizes)
-    if report["numeric"]:
-        return judge_drift(ladder, report["axis"], swept, few, base, costs)
-    said = f"The best {swept} of {base} is the best at every size"
-    if max(costs, default=0) > 0:
-        said = f"The best {swept} of {base} loses up to {max(costs):.4f} nats at another size"
-    if few == 1:
-        said += ". With one seed, nothing says whether that is noise; seed=0,1,2 would tell more"
-    return f"{said}."
+    costs = [(size["regret"], 2 * size["error"]) for size in ladder["sizes"] if size["regret"] is not None]
+    worst, noise = max(costs, default=(0.0, 0.0))
+    best = f"The best {swept} of {axis} {ladder['base']:g}"
+    if worst == 0:
+        return f"{best} is the best at every size."
+    said = f"{best} loses up to {worst:.4f} nats at another size"
+    if np.isnan(noise):
+        return f"{said}. With one seed, nothing says whether that is noise; seed=0,1,2 would tell more."
+    return f"{said}, {'more' if worst > noise else 'no more'} than two standard errors ({noise:.4f})."
 
 
-def judge_drift(ladder, axis, swept, few, base, costs):
-    """judge() where the swept values are numbers. few: seeds, at the size that has the fewest."""
-    text, at_edge = "", [f"{size[axis]:g}" for size in ladder["rungs"] if size["edge"]]
-    if at_edge:
-        text = (f"The best {swept} of {axis} {', '.join(at_edge)} is at the edge of the values tried, so it "
-                "is not in the drift; try values beyond. ")
-    if len(ladder["rungs"]) - len(at_edge) < 2:
+def judge_drift(ladder, axis, swept):
+    """judge_choices() where the swept values are numbers."""
+    sizes, text = ladder["sizes"], ""
+    fitted = [size for size in sizes if not size["edge"]]
+    if at_edge := ", ".join(f"{size[axis]:g}" for size in sizes if size["edge"]):
+        text = (f"The best {swept} of {axis} {at_edge} is at the edge of the values tried, so it is not in "
+                "the drift; try values beyond. ")
+    if len(fitted) < 2:
         return f"{text}No drift can be told: fewer than two sizes have a best {swept} between those tried."
     low, high = ladder["drift_interval"]
-    if few == 1:
+    if np.isnan(low):
         text += "With one seed, nothing says whether this drift is noise; seed=0,1,2 in the sweep would tell"
     elif low <= 0 <= high:
         text += f"The drift is within its noise: as far as these rows tell, one {swept} serves every {axis}"
     else:
         text += f"The drift is larger than its noise: the best {swept} moves with {axis}"
-    if costs:
-        text += f". At the best {swept} of {base} a size loses up to {max(costs):.4f} nats"
-    if 1 < few < TRUSTED_SEEDS:
-        text += f". The interval, of {few} seeds, is too narrow by about half"
+    shipped = np.log2(ladder["shipped"])
+    text += (f". {format_value(ladder['shipped'])} costs up to "
+             f"{max(size['cost'] or 0 for size in fitted):.4f} nats")
+    outside = [f"{size[axis]:g}" for size in fitted if size["interval"][0] > shipped
+               or size["interval"][1] < shipped]
+    if outside:
+        text += f"; it is outside the interval of the best {swept} at {axis} {', '.join(outside)}"
     return f"{text}."
 
 
 @command
 def main(argv):
-    options, folders, to = parse_folders(argv, {"swept": "", "base": 0, "axis": ""}, __doc__)
+    options, folders, to = parse_folders(argv, {"swept": "", "base": 0, "axis": "", "shipped": 0.0}, __doc__)
     rows = read_rows(folders)
     if all(row["diverged"] for row in rows):
         reasons = sorted({row["failure"] for row in rows} - {""}) or ["none failed"]
@@ -291,6 +334,6 @@ def main(argv):
     failed = sum(map(has_failed, rows))
     if failed:
         print(f"{failed} of {len(rows)} trials failed, and count as diverged; their sweep tries them again")
-    report = analyze(rows, options["swept"], options["base"], options["axis"])
+    report = analyze(rows, **{name: options[name] for name in ("swept", "base", "axis", "shipped")})
     write_report(report, to, "report.json")
     print(format_report(report), *figures.draw_report(report, to), sep="\n")
