@@ -62,6 +62,7 @@ from training.run_dir import OWN_FILES, RunDir, open_run_dir
 from training.sample import BETWEEN, sample, sampling_config, write_samples
 from training.schedule import LearningRate, decay_start, describe_more_steps
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left{postfix}"
 READ_SECONDS = 0.5  # the metrics are read after a step that ends so long after the last read
 
 
@@ -429,7 +430,8 @@ def fit(run, quiet):
         learning_rate = LearningRate(run.optimizer, config, graph)
         # The first Ctrl-C or SIGTERM is put into this list: the loop then saves a checkpoint and returns
         signals = during.enter_context(catch_signals())
-        progress = during.enter_context(tqdm(total=config.steps, initial=run.start, disable=quiet))
+        progress = during.enter_context(tqdm(total=config.steps, initial=run.start, disable=quiet,
+                                             bar_format=BAR))
         if run.is_new and is_due_after(config, 0):  # a new run is evaluated before its first step, too
             if evaluates_after(config, 0):
                 run.result.history.append({"step": 0, "tokens": 0})
@@ -453,6 +455,7 @@ def evaluate_finished(run):
 def finish(run):
     """What a run measures of itself and writes at its end."""
     result = run.result
+    run.log.draw()
     result.tokens_per_second = run.metrics.median_speed()
     result.peak_memory = peak_memory(run.device)
     if not (result.stopped or result.diverged):
@@ -463,6 +466,15 @@ def finish(run):
 
 
 # The command line
+
+def describe_files(out):
+    """Where the sample of a finished run is and, where it was drawn, the picture of its loss."""
+    files = os.path.join(out, "sample.txt")
+    picture = os.path.join(out, "loss.png")
+    if os.path.exists(picture):
+        files += f", and its loss over the steps in {picture}"
+    return f"This sample is in {files}"
+
 
 def main(argv):
     if not argv:
@@ -489,8 +501,8 @@ def main(argv):
     if rank() == 0 and result.stopped:
         print(f"{config.out}: stopped; `python train.py {config.out}` resumes it")
     elif rank() == 0:
-        print(f"\n{result.sample}\n\n{config.out}: validation loss {result.val_loss:.4f} nats per token, "
-              f"{result.val_bits_per_byte:.4f} bits per byte")
+        print(f"\n{result.sample}\n\n{describe_files(config.out)}\n{config.out}: validation loss "
+              f"{result.val_loss:.4f} nats per token, {result.val_bits_per_byte:.4f} bits per byte")
     return 130 if result.stopped else 0
 
 

@@ -1,16 +1,19 @@
-"""The numbers of a run: metrics.csv in its directory and, with --wandb=true, Weights & Biases."""
+"""The numbers of a run: metrics.csv and loss.png in its directory; with --wandb=true, Weights & Biases."""
 
 import csv
 import importlib.util
 import io
 import os
 import secrets
+import time
 from dataclasses import asdict
 
 from configure import UserError
 from training.distributed import rank
+from training.loss_plot import FEWEST_STEPS, draw_loss, steps_to_draw
 
 COLUMNS = "step tokens train_loss val_loss val_error val_bits_per_byte lr grad_norm tokens_per_second".split()
+DRAWING_SHARE = 0.02  # of a run's time, at most, before its end
 
 
 def check_wandb(config):
@@ -33,11 +36,14 @@ def start_wandb(run_dir, config):
         wandb_run = wandb.init(project="mup-gpt", name=config.out, dir=config.out, mode=mode, id=run_id,
                                resume="allow", config=asdict(config))
     except (wandb.Error, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"wandb: cannot begin ({type(error).__name__}: {reason}); use --wandb=false, a valid "
-                        "login, or WANDB_MODE=offline in the environment") from None
+        raise UserError(f"wandb: cannot begin ({one_line(error)}); use --wandb=false, a valid login, or "
+                        "WANDB_MODE=offline in the environment") from None
     run_dir.write_text("wandb_id.txt", f"{run_id}\n")
     return wandb_run
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class RunLog:
@@ -47,6 +53,8 @@ class RunLog:
     def __init__(self, run_dir, config, history):
         self.run_dir, self.history = run_dir, history
         self.columns, self.file, self.wandb_run = [*COLUMNS], None, None
+        self.rows_drawn, self.said_why_not = 0, False
+        self.next_drawing = 0.0  # not before this time.perf_counter()
         self.rewrite()
         if config.wandb and rank() == 0:
             self.wandb_run = start_wandb(run_dir, config)
@@ -66,7 +74,7 @@ class RunLog:
         self.file = open(self.run_dir.path("metrics.csv"), "a", buffering=1, newline="")
 
     def write(self, rows):
-        """Log the newest rows of the history."""
+        """Log the newest rows of the history. Of an evaluation the run is drawn, too."""
         if any(name not in self.columns for row in rows for name in row):
             self.rewrite()
         elif self.file is not None:
@@ -74,6 +82,26 @@ class RunLog:
         if self.wandb_run is not None:
             for row in rows:
                 self.wandb_run.log(row, step=row["step"])
+        if any("val_loss" in row for row in rows) and time.perf_counter() >= self.next_drawing:
+            self.draw()
+
+    def draw(self):
+        """Make loss.png the picture of the history. A run does not end for want of one: what is wrong is
+        said once."""
+        if self.run_dir.check_held is None or len(steps_to_draw(self.history)) < FEWEST_STEPS:
+            return
+        if self.rows_drawn == len(self.history):
+            return
+        start = time.perf_counter()
+        try:
+            self.run_dir.write_bytes("loss.png", draw_loss(self.history, self.run_dir.config.out))
+        except Exception as error:  # whatever a library of figures, its fonts or a disk may raise
+            if not self.said_why_not:
+                reason = "; pip install matplotlib" if isinstance(error, ImportError) else ""
+                self.run_dir.say(f"{self.run_dir.path('loss.png')} was not drawn: {one_line(error)}{reason}")
+            self.said_why_not = True
+        self.rows_drawn, end = len(self.history), time.perf_counter()
+        self.next_drawing = end + (end - start) / DRAWING_SHARE
 
     def close_file(self):
         if self.file is not None:

@@ -4,6 +4,7 @@ config.json   the settings; RUN_DIR on the command line stands for this file
 table.txt     the resolved parametrization
 tokenizer.*   the tokenizer, so that the folder is all that it takes to use the model
 metrics.csv   a row per optimizer step, rewritten from the checkpoint when the run resumes (training/log.py)
+loss.png      a picture of it (training/loss_plot.py)
 last.pt       the newest checkpoint; previous.pt the one before it, in case last.pt is damaged
 best.pt       the checkpoint of the lowest validation loss; what that loss is stands in it alone
 stable.pt     of a schedule with a stable phase, the checkpoint before the decay: used to extend the run
@@ -22,7 +23,7 @@ from dataclasses import asdict, replace
 from filelock import FileLock, SoftFileLock, Timeout
 
 from configure import UserError
-from data.files import is_unfinished, write_text
+from data.files import atomic_file, is_unfinished
 from data.tokenizer import keep_tokenizer
 from training.checkpoint import (
     DamagedCheckpoint,
@@ -42,7 +43,7 @@ from training.schedule import decay_start
 LOCK = "run.lock"  # the operating system releases it when the process dies
 OWN_FILES = ("config.json", "table.txt", "tokenizer.json", "tokenizer_config.json", "metrics.csv",
              "tokenizer.tiktoken", "tokenizer.meta.json",  # of older versions
-             "last.pt", "previous.pt", "best.pt", "stable.pt", "sample.txt", "wandb_id.txt")
+             "last.pt", "previous.pt", "best.pt", "stable.pt", "sample.txt", "wandb_id.txt", "loss.png")
 
 
 def claim_folder(name):
@@ -211,9 +212,13 @@ class RunDir:
         keep_tokenizer(tokenizer, self.config.out)
 
     def write_text(self, name, text):
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name, content):
         if self.check_held is not None:
             self.check_held()
-            write_text(self.path(name), text)
+            with atomic_file(self.path(name)) as file:
+                file.write(content)
 
     def checkpoint_to_resume(self):
         """The newest undamaged checkpoint, if its settings are config's; None for a new run."""
