@@ -1,27 +1,17 @@
-"""Two processes in one folder, and folders that hold what others wrote: nothing is lost, mixed or deleted.
-
-`pytest --long` starts a hundred pairs of runs and a hundred of sweeps and searches, at random moments, and
-kills them at random.
-"""
+"""Two processes in one folder, and folders that hold what others wrote: nothing is lost, mixed or deleted."""
 
 import json
 import os
-import random
 import re
 import signal
-import time
 
 import pytest
-from children import hold_folder, run_command, run_train, run_train_with
+from children import hold_folder, run_train, run_train_with
 from conftest import column, read_rows, run, snapshot
-from processes import Fork, lab_words, start_ranks, start_train, to_words, wait_for_rows, wait_until
+from processes import Fork, start_ranks, start_train, to_words, wait_for_rows, wait_until
 
 import train
 from configure import UserError
-from scaling import search, sweep
-from scaling.study import SharedStudy, open_storage
-from scaling.trials import read_trials
-from scaling.worker import Worker
 from training.checkpoint import read_checkpoint
 from training.run_dir import claim_folder, locked_folder
 
@@ -220,93 +210,3 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_training(corpus, tmp_path,
         assert column(resumed, name) == column(expected, name)
     assert float(read_rows(out)[-1]["val_loss"]) == expected.val_loss
     assert resumed.best_step == expected.best_step
-
-
-def start_pair(function, *arguments, choose, folder):
-    """Two processes of function(*arguments) in one folder that start at about the same moment."""
-    pair = []
-    for _ in range(2):
-        pair.append(Fork(function, *arguments, folder=str(folder)))
-        time.sleep(choose.choice([0.0, 0.0, choose.uniform(0.0, 0.5)]))
-    return pair
-
-
-def end_pair(pair, choose, longest):
-    """Ends the pair, some by SIGKILL within `longest` seconds: each process is killed, ends well, or was
-    rejected in a line."""
-    for process in pair:
-        time.sleep(choose.uniform(0.0, longest))
-        if choose.random() < 0.6:
-            process.kill()
-    for process in pair:
-        _, errors = process.communicate()
-        if process.returncode == 2:
-            assert "is in use by" in error_line(errors)
-        else:
-            assert process.returncode in (0, -signal.SIGKILL), errors
-        assert "Traceback" not in errors
-
-
-def test_pairs_of_runs_that_are_killed_lose_and_double_nothing(corpus, tmp_path, request):
-    settings = corpus | {"steps": 60, "checkpoint_every": 7, "eval_every": 20, "sample_tokens": 0}
-    choose, expected = random.Random(0), run(settings)
-    rejected = 0
-    for i in range(34 if request.config.getoption("--long") else 1):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        for _ in range(3):
-            named = {"out": "run"} if choose.random() < 0.7 else {}
-            pair = start_pair(run_train, to_words(settings | named), choose=choose, folder=folder)
-            end_pair(pair, choose, 0.4)
-            rejected += any(process.returncode == 2 for process in pair)
-        for out in [folder / "run", *folder.glob("out/*")]:
-            result = run(settings, out=str(out))
-            assert column(result) == column(expected) and result.val_loss == expected.val_loss
-            assert read_steps(out) == list(range(61)) and not list(out.glob("*.tmp"))
-    print(f"{rejected} second runs were rejected")
-
-
-def losses_in(folder):
-    """[(what tells a trial apart, its loss)] of the rows in a folder of trials, in an order of their own."""
-    return sorted((row["config"], row["val_loss"], row["curve"]) for row in read_trials(folder))
-
-
-def finished_keys(folder):
-    """The keys of all trials with a result in a folder's two studies, in order."""
-    found = []
-    with Worker(str(folder)) as worker:
-        for name in "search", "search, seeds and lr":
-            shared = SharedStudy(open_storage(str(folder / "study.log")), name, worker)
-            found += [trial.user_attrs["key"] for trial in shared.study.get_trials(deepcopy=False)
-                      if trial.state.is_finished() and trial.state.name != "FAIL"]
-    return sorted(found)
-
-
-@pytest.mark.parametrize("name", ["sweep", "search"])
-def test_pairs_in_the_lab_that_are_killed_share_all_trials_and_lose_and_double_none(corpus, tmp_path, request,
-                                                                                    name):
-    long = request.config.getoption("--long")
-    main, longest = sweep.main, 0.3
-    words = [*lab_words(corpus | {"steps": 20}), "lr=2**-8..2**-6", "width=32,64"]
-    if name == "search":
-        if not long:
-            pytest.skip("takes --long")
-        main, longest = search.main, 2.0
-        # One's own range is not widened: of more draws, some may be stopped early, by what came before
-        words = [*lab_words(corpus | {"steps": 10}), "--trials=8", "--seeds=1", "--sampler=tpe",
-                 "--space=lr:2**-11..2**-6"]
-    alone, choose = tmp_path / "alone", random.Random(0)
-    assert main([*words, f"--out={alone}"]) == 0
-    for i in range(17 if long else 1):
-        folder = tmp_path / str(i)
-        for _ in range(3 if long else 1):
-            pair = start_pair(run_command, f"scaling.{name}", [*words, f"--out={folder}"], choose=choose,
-                              folder=tmp_path)
-            end_pair(pair, choose, longest)
-            assert {process.returncode for process in pair} <= {0, -signal.SIGKILL}
-        assert main([*words, f"--out={folder}"]) == 0
-        assert losses_in(folder) == losses_in(alone)
-        if name == "search":
-            assert finished_keys(folder) == finished_keys(alone)
-            assert (folder / "best.py").read_text() == (alone / "best.py").read_text()
-    assert len(losses_in(alone)) >= 6

@@ -3,14 +3,10 @@
 import ast
 import dataclasses
 import glob
-import io
 import json
 import math
 import os
-import pickle
-import random
 import re
-import zipfile
 
 import numpy as np
 import pytest
@@ -182,13 +178,6 @@ def test_a_setting_without_a_group_does_not_import():
             exec(compile(extended, "configure.py", "exec"), {"__name__": "extended"})
 
 
-def test_a_setting_without_dashes_is_answered_with_the_dashes():
-    with pytest.raises(UserError, match=r"^width .*--width=64"):
-        configure(["config/proxy.py", "width=64"])
-    for words in (["--prompt", "width=64"], ["--prompt=width=64"]):
-        assert configure(words).prompt == "width=64"
-
-
 @pytest.mark.parametrize(("name", "implemented"), [("schedule", AFTER_WARMUP), ("parametrization", TABLES)])
 def test_the_choices_of_a_setting_are_those_that_are_implemented(name, implemented):
     assert {*SETTINGS[name].description.split(", ")} == {*implemented}
@@ -210,14 +199,6 @@ def test_a_value_out_of_range_is_rejected_by_the_name_of_its_setting(name, value
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().lr = 1.0
-
-
-def test_multipliers_are_derived_and_cannot_be_typed():
-    config = Config(width=512, base_width=64, depth=6, base_depth=4)
-    assert (config.width_mult, config.depth_mult) == (8, 1.5)
-    for name in ("width_mult", "depth_mult"):
-        with pytest.raises(UserError, match=f"^{name}: no such setting"):
-            configure([f"--{name}=2"])
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -255,41 +236,3 @@ def test_a_committed_file_holds_settings_that_differ_from_what_they_build_on(pat
     assert not same, f"{path} sets what it already has: {', '.join(same)}"
     assert ast.get_docstring(ast.parse(source))
     assert len(source.splitlines()) <= 25
-
-
-def any_file(choose):
-    """(a name, bytes) of a file that somebody may give in place of a configuration."""
-    text = "".join(choose.choice("lr width=\n 128#'\"()[]{}:*-é\0\\\t") for _ in range(choose.randrange(60)))
-    valid = choose.choice(["lr = 0.5\nwidth = 64\n", '{"lr": 0.5}', "lr = [", "class A: pass", "lr = 'é'",
-                           "raise BaseException", "import sys; sys.exit(3)", "lr = 10**9999", "lr: int",
-                           "def f(): f()\nf()", "del lr", "from os import *", "[" * 300, "lr = x = 64"])
-    content = choose.choice([text, valid]).encode(choose.choice(["utf-8", "utf-16", "utf-8-sig", "utf-32"]))
-    if choose.random() < 0.3:
-        content = choose.randbytes(choose.randrange(40))
-    if choose.random() < 0.2:
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w") as file:
-            file.writestr("__main__.py", "open('it ran', 'w').close()")
-        content = packed.getvalue()
-    if choose.random() < 0.1:
-        content = pickle.dumps(content)
-    name = choose.choice(["a.py", "a.pt", "a.txt", "a", "a.json", "a.pyc", "a.zip", "run/config.json"])
-    return name, content
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
-def test_any_file_is_a_configuration_or_rejected_in_a_line(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    os.mkdir("run")
-    choose, accepted = random.Random(0), 0
-    tries = 20_000 if request.config.getoption("--long") else 300
-    for _ in range(tries):
-        name, content = any_file(choose)
-        with open(name, "wb") as file:
-            file.write(content)
-        try:
-            accepted += isinstance(configure(["run" if "/" in name else name]), Config)
-        except UserError as error:
-            assert name.split("/")[0] in str(error)
-        os.remove(name)
-    assert 0 < accepted < tries and os.listdir() == ["run"], "some is a configuration, and no other file ran"

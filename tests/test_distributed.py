@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -48,18 +47,6 @@ def joins(environment):
 def test_variables_that_are_set_in_part_or_wrongly_are_rejected_by_name(environment, name):
     with pytest.raises(UserError, match=f"^{name}"):
         joins(environment)
-
-
-def test_any_environment_is_one_process_several_or_rejected_in_a_line(request):
-    choose, seen = random.Random(0), []
-    for _ in range(20_000 if request.config.getoption("--long") else 500):
-        environment = {}
-        for name, text in (TORCHRUN | SLURM).items():
-            if choose.random() < 0.8:
-                environment[name] = choose.choice([*[text] * 4, "1", "", "x", "-1", "1e9", "\u0663"])
-        with contextlib.suppress(UserError):  # any other error fails
-            seen.append(joins(environment))
-    assert set(seen) == {True, False}
 
 
 def test_a_process_alone_of_several_does_not_wait_a_day(monkeypatch):

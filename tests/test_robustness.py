@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -14,25 +13,22 @@ import shutil
 import signal
 import time
 
-import pyarrow.parquet
 import pytest
 import torch
 from children import run_train_on_a_small_disk, run_train_until_killed, run_train_with
 from conftest import numbers, run, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from processes import Fork, lab_words, start_train, to_words, wait_for_rows
+from processes import Fork, start_train, to_words
 
 import train
 from configure import SETTINGS, Config, UserError, help_text, names_in
-from data.datasets import documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from model import GPT
-from scaling import search
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import read_trials
-from training.checkpoint import read_checkpoint, read_newest, write_checkpoint
+from training.checkpoint import read_checkpoint, read_newest
 from training.device import select_device
 from training.evaluate import evaluate
 from training.run_dir import locked_folder
@@ -207,34 +203,6 @@ def test_a_run_whose_folder_became_another_run_s_writes_nothing_more_there(corpu
     assert snapshot(out) == found[0] and read_checkpoint(str(out / "last.pt"))["step"] == 5
 
 
-def test_a_process_that_slept_while_its_folder_became_another_s_harms_nothing(corpus, tmp_path, request):
-    settings = corpus | {"steps": 60, "checkpoint_every": 5, "eval_every": 20, "sample_tokens": 0}
-    choose, expected = random.Random(0), [numbers(run(settings, seed=seed)) for seed in (0, 1)]
-    ended = []
-    for i in range(40 if request.config.getoption("--long") else 2):
-        out = tmp_path / str(i)
-        old = start_train(settings, out=out)
-        wait_for_rows(old, out, choose.randrange(40))
-        old.send_signal(signal.SIGSTOP)
-        removed = choose.random() < 0.6
-        if removed:
-            shutil.rmtree(out)
-        else:
-            (out / "run.lock").unlink(missing_ok=True)
-        new = start_train(settings, out=out, seed=int(removed))
-        wait_for_rows(new, out, choose.randrange(60))
-        old.send_signal(signal.SIGCONT)
-        for process in (old, new):
-            _, errors = process.communicate()
-            assert "Traceback" not in errors
-            ended.append(process.returncode)
-        assert ended[-1] == 0 and ended[-2] in (0, 2), errors
-        assert numbers(run(settings, out=str(out), seed=int(removed))) == expected[removed]
-        assert not list(out.glob("*.tmp"))
-    print(f"{ended[::2].count(2)} of {len(ended[::2])} old processes were rejected")
-    assert 2 in ended[::2]
-
-
 def test_a_lock_that_another_process_holds_now_is_not_removed(tmp_path):
     lock = tmp_path / "run/run.lock"
     with locked_folder(str(tmp_path / "run")):
@@ -294,43 +262,6 @@ def test_best_pt_is_measured_again_where_the_validation_windows_are_others(corpu
     assert result.best_val_loss == min(expected, result.val_loss)
 
 
-def test_a_run_of_an_earlier_version_resumes(corpus, tmp_path):
-    """Its checkpoint does not name the folder of its tokens; its prepared folder has no checked.json."""
-    settings = corpus | {"out": str(tmp_path / "run"), "data_dir": str(tmp_path / "prepared")}
-    run(settings)
-    path = str(tmp_path / "run/last.pt")
-    checkpoint = read_checkpoint(path)
-    del checkpoint["folder"]
-    write_checkpoint(path, checkpoint)
-    [folder] = (tmp_path / "prepared").iterdir()
-    (folder / "checked.json").unlink()
-    assert len(run(settings, steps=8).history) == 8
-
-
-def test_a_damaged_prepared_folder_is_rejected_or_harmless(corpus, tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    source, config = prepare(Config(**corpus)), corpus | {"steps": 2, "sample_tokens": 3, "eval_tokens": 2000}
-    for name in ("meta.json", "train.bin", "val.bin", "tokenizer.json"):
-        with open(os.path.join(source, name), "rb") as file:
-            content = file.read()
-        for _, damaged in damages(content, 160 if request.config.getoption("--long") else 14):
-            shutil.copytree(source, "folder")
-            with open(os.path.join("folder", name), "wb") as file:
-                file.write(damaged)
-            with contextlib.suppress(UserError):  # any other error fails
-                run(config, dataset="folder")
-            shutil.rmtree("folder")
-    assert os.listdir() == []
-
-
-def test_a_token_beyond_the_vocabulary_is_reported(corpus, tmp_path):
-    shutil.copytree(prepare(Config(**corpus)), tmp_path / "folder")
-    path = tmp_path / "folder/meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
-    with pytest.raises(UserError, match="^data_dir: .* is damaged .*token 256 in a vocabulary of 100"):
-        run(corpus, dataset=str(tmp_path / "folder"))
-
-
 def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(corpus, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -343,34 +274,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(corpus, finishe
     assert f"cannot write {out}" in line and "Traceback" not in errors
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
     assert run(corpus | HARD, out=str(out)).val_loss == read_checkpoint(str(finished / "last.pt"))["past"][1]
-
-
-def test_a_run_killed_after_its_first_checkpoint_begins_once(corpus, tmp_path):
-    config = corpus | HARD | {"out": str(tmp_path / "run")}
-    run(config, steps=0)
-    assert [row["step"] for row in run(config, steps=0).history] == [0]
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(corpus, tmp_path, monkeypatch, capsys):
-    config = corpus | {"steps": 30, "checkpoint_every": 4, "out": str(tmp_path / "run")}
-    forward, training_passes = GPT.forward, 0
-
-    def broken_forward(model, tokens_BT, targets_BT=None, cache=None):
-        nonlocal training_passes
-        out = forward(model, tokens_BT, targets_BT, cache)
-        if targets_BT is None:
-            return out
-        training_passes += 1
-        return out * math.nan if training_passes == 11 else out
-
-    monkeypatch.setattr(GPT, "forward", broken_forward)
-    result = train.train(Config(**config))
-    output = capsys.readouterr().out
-    assert result.diverged and "diverged at step 11, in fp32: train_loss nan, " in output
-    assert "gradient of " in output and "try a smaller --lr" in output
-    assert read_checkpoint(str(tmp_path / "run/last.pt"))["step"] == 8
-    monkeypatch.undo()
-    assert not run(config).diverged
 
 
 @pytest.mark.parametrize(("change", "takes"), [
@@ -445,64 +348,6 @@ def test_help_groups_what_a_resumed_run_may_change():
     assert not names & {"schedule", "decay_fraction", "seed", "width"}, "which change its numbers"
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
-def test_damaged_text_is_rejected_or_read_and_never_half_prepared(tmp_path, monkeypatch, name, request):
-    monkeypatch.chdir(tmp_path)
-    texts = [f"row {i} " + "word " * 50 for i in range(100)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "a.parquet")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (tmp_path / "a.txt").write_text("\n\n".join(texts))
-    content = (tmp_path / name).read_bytes()
-    for _, damaged in damages(content, 49 if request.config.getoption("--long") else 7):
-        (tmp_path / name).write_bytes(damaged)
-        with contextlib.suppress(UserError):
-            prepare(Config(dataset=name, tokenizer="bytes", data_dir="prepared", val_fraction=0.2))
-        assert not [name for name in os.listdir("prepared") if name[0] == "."]
-    assert set(os.listdir()) == {"a.parquet", "a.jsonl", "a.txt", "prepared"}
-
-
-def grow_folder(root, choose):
-    """Fill `root` with files of every format, some empty or odd, and links that lead anywhere in it."""
-    folders = [root]
-    for i in range(choose.randrange(1, 6)):
-        folders.append(choose.choice(folders) / f"d{i}")
-        folders[-1].mkdir()
-    odd = [None, "", " ", "a", "\x00", "\ud800", "text " * 200, "naïve 数"]
-    for i in range(choose.randrange(1, 8)):
-        texts = [f"document {i} {j} " * 9 for j in range(choose.choice([0, 0, 1, 20]))]
-        texts += choose.choices(odd, k=choose.randrange(3))
-        path, form = choose.choice(folders), choose.choice(["parquet", "jsonl", "txt", "csv"])
-        if form == "parquet":
-            clean = [text and text.encode("utf-8", "replace").decode() for text in texts]
-            table = pyarrow.table({"text": pyarrow.array(clean, pyarrow.string())})
-            pyarrow.parquet.write_table(table, path / f"{i}.parquet")
-        elif form == "jsonl":
-            (path / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        else:
-            content = "text\n" * (form == "csv") + "\n".join(text or "" for text in texts)
-            (path / f"{i}.{form}").write_bytes(content.encode("utf-8", "replace"))
-    for i in range(choose.randrange(5)):
-        target = choose.choice([*folders, *root.rglob("*.*"), "nowhere", f"link{i}"])
-        (choose.choice(folders) / f"link{i}").symlink_to(target)
-
-
-def test_any_data_folder_is_read_once_or_rejected_in_a_line(tmp_path, request):
-    choose, read = random.Random(0), 0
-    for i in range(200 if request.config.getoption("--long") else 2):
-        root = tmp_path / str(i)
-        root.mkdir()
-        grow_folder(root, choose)
-        config = Config(dataset=str(root), tokenizer="bytes", data_dir=str(tmp_path / "prepared"))
-        with contextlib.suppress(UserError):  # any other error fails
-            texts = list(documents(config))
-            numbered = [text for text in texts if text.count("document ") == 9]
-            assert len(numbered) == len(set(numbered)), "a document was read twice"
-            read += 1
-        with contextlib.suppress(UserError):
-            prepare(config)
-    assert read > i / 3, "most were rejected: this tests little"
-
-
 def test_a_damaged_trials_csv_is_read_or_rejected_in_a_line(corpus, tmp_path, request):
     configs = trial_configs(Config(**corpus | {"steps": 1}), {"seed": [0, 1, 2]})
     rows = run_trials(configs, str(tmp_path))
@@ -511,23 +356,3 @@ def test_a_damaged_trials_csv_is_read_or_rejected_in_a_line(corpus, tmp_path, re
         (tmp_path / "trials.csv").write_bytes(damaged)
         with contextlib.suppress(UserError):  # any other error fails
             assert len(read_trials(str(tmp_path))) <= len(rows)
-
-
-def test_a_damaged_study_is_read_or_rejected_in_a_line(corpus, tmp_path, request, monkeypatch):
-    if not request.config.getoption("--long"):
-        pytest.skip("takes --long")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search, "RACE", ((1, math.inf),))
-    monkeypatch.setattr(search, "OCTAVES", ())
-    words = [*lab_words(corpus | {"steps": 1}), "--trials=2", "--seeds=1", "--sampler=tpe", "--space=lr"]
-    assert search.main([*words, "--out=search"]) == 0
-    content = (tmp_path / "search/study.log").read_bytes()
-    shutil.copytree("search", "kept")
-    for _, damaged in damages(content, 70):
-        (tmp_path / "search/study.log").write_bytes(damaged)
-        with contextlib.suppress(UserError):  # any other error fails
-            assert search.main([*words, "--out=search"]) == 0
-            assert len(read_trials("search")) >= 2
-        shutil.rmtree("search")
-        shutil.copytree("kept", "search")
-    assert sorted(os.listdir()) == ["kept", "search"], "something in a file was executed"
