@@ -39,7 +39,7 @@ import data.prepare
 from configure import Config, UserError
 from data.datasets import MAX_CHARS, describe, documents, find_matches, stdlib_documents
 from data.files import atomic_file, is_unfinished, write_text
-from data.loader import TokenDataset, prefetch_batches, with_vocab_size
+from data.loader import TokenDataset, prefetch_batches
 from data.prepare import hash_fraction, prepare, remove_stale_folders, tokenizer_training_texts
 from data.tokenizer import PATTERN, SAMPLE, build_tokenizer, cut, keep_tokenizer, load_tokenizer, train_bpe
 
@@ -225,13 +225,6 @@ def test_a_batch_that_cannot_be_divided_is_rejected_at_once(dataset, batch, micr
     config = Config(batch=batch, micro_batch=micro_batch)
     with pytest.raises(UserError, match=f"batch must be a multiple of {divisor} .*processes"):
         prefetch_batches(dataset, config, 0, 0, world_size)
-
-
-def test_the_model_has_at_least_the_rows_that_the_tokenizer_needs(dataset):
-    assert with_vocab_size(Config(), dataset).vocab_size == 257
-    assert with_vocab_size(Config(vocab_size=320), dataset).vocab_size == 320
-    with pytest.raises(UserError, match="vocab_size must be at least .* 257"):
-        with_vocab_size(Config(vocab_size=256), dataset)
 
 
 # Splits and tokenizers

@@ -62,12 +62,6 @@ def test_each_step_has_the_linear_batch_of_the_tokens_before_it_in_multiples_of_
         done += found * context
 
 
-def test_without_a_ramp_every_step_is_alike():
-    config = Config(batch=6, context=5)
-    assert [config.tokens_before(step) for step in (0, 1, 10**9)] == [0, 30, 30 * 10**9]
-    assert config.steps_for(299) == 10 and config.stage(10**12).batch == 6
-
-
 @pytest.fixture(scope="module")
 def dataset(corpus):
     return TokenDataset(prepare(Config(**corpus)))
@@ -309,15 +303,6 @@ def test_a_stack_rejects_a_ramp_and_takes_schedules_in_tokens():
     with pytest.raises(UserError, match="batch_ramp_tokens"):
         check_stackable([Config(batch_start=4, batch_ramp_tokens=100)])
     check_stackable([Config(warmup_tokens=5), Config(decay_tokens=10)])
-
-
-def test_a_search_rejects_a_warmup_that_another_setting_overrides(monkeypatch):
-    from scaling.search import check_search
-    from scaling.space import SPACE
-    options = {"sampler": "gp", "stack": 1, "trials": 1}
-    check_search(Config(), SPACE, options)
-    with pytest.raises(UserError, match="^space.* warmup_tokens"):
-        check_search(Config(warmup_tokens=9), SPACE, options)
 
 
 def test_the_coordinate_check_takes_a_configuration_of_the_recipe():

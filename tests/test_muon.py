@@ -196,24 +196,6 @@ def test_training_with_muon_learns_and_differs_from_adamw(corpus, at_once):
     assert column(at_once)[2] != column(run(corpus | MUON, optimizer="adamw"))[2]
 
 
-def test_micro_batches_give_the_whole_batchs_numbers(corpus, at_once):
-    close_runs(run(corpus | MUON, micro_batch=1), at_once)
-
-
-def test_a_checkpoint_holds_muons_state_and_resumes_to_the_same_bits(corpus, tmp_path):
-    settings = corpus | MUON | {"schedule": "constant", "warmup": 0.0}
-    uninterrupted = run(settings)
-    run(settings, steps=3, out=str(tmp_path / "run"))
-    state = torch.load(tmp_path / "run/last.pt", weights_only=True)["optimizer"]
-    for name, its in state.items():
-        expected = {"momentum_buffer"} if role_of(name) == "hidden" else {"step", "exp_avg", "exp_avg_sq"}
-        assert {*its} == expected, name
-    resumed = run(settings, out=str(tmp_path / "run"))
-    assert column(resumed) == column(uninterrupted) and resumed.val_loss == uninterrupted.val_loss
-    for a, b in zip(resumed.model.parameters(), uninterrupted.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_compiled_bf16_run_ends_its_steps_as_torch_has_it(corpus, compiled):
     settings = corpus | MUON | {"compile": "model", "precision": "bf16"}
     config = Config(**settings | {"vocab_size": 257})

@@ -772,6 +772,7 @@ TYPING_ERRORS = {
                "--trials=1000000000": "trials", "--workers=100000": "workers",
                "--space=zero_query,schedule": "space", "--dataset=nope.txt": "dataset",
                "--stack=2 --dropout=0.1": "stack: dropout", "--log_roles=true": "log_roles",
+               "--space=warmup --warmup_tokens=9": "space",
                "--target=nope.py": "nope.py"},
     "report": {"FOLDER nofolder": "nofolder has no trials",
                "FOLDER --base=3": "base must be one of 32",
@@ -945,6 +946,18 @@ def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
     change_table(monkeypatch, key, wrong)
     optimizer = "muon" if "Muon" in name else "adamw"
     assert failing(Config(**corpus | CHECKED | OPTIMIZERS[optimizer]), axis)
+
+
+def test_the_coordinate_check_sees_a_wrong_eps_where_eps_outweighs_the_gradients(corpus, monkeypatch):
+    config = Config(**corpus | CHECKED | GPT2_BLOCK | {"eps": 0.1, "zero_residual_out": False})
+
+    def power():
+        rows, _ = coordinate_check(config, "width", (64, 256), seeds=1)
+        return next(row["change"] for row in rows if row["layer"] == "attention.qkv")
+
+    assert abs(power()) < 0.3
+    change_table(monkeypatch, "hidden", {"eps": (0, -1)})
+    assert power() < -0.4
 
 
 class GatedMLP(model.MLP):

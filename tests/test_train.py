@@ -133,9 +133,10 @@ def test_a_stopped_run_says_how_to_resume_and_resumes_to_the_same_bits(long, tmp
     assert [float(row["train_loss"]) for row in rows[1:]] == column(uninterrupted)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_accumulation_gives_the_whole_batchs_numbers(corpus, micro_batch):
-    at_once, accumulated = run(corpus), run(corpus, micro_batch=micro_batch)
+@pytest.mark.parametrize(("optimizer", "micro_batch"), [("adamw", 1), ("adamw", 2), ("muon", 1)])
+def test_accumulation_gives_the_whole_batchs_numbers(corpus, optimizer, micro_batch):
+    settings = corpus | {"optimizer": optimizer}
+    at_once, accumulated = run(settings), run(settings, micro_batch=micro_batch)
     assert column(accumulated) == pytest.approx(column(at_once), abs=1e-5)
     assert column(accumulated, "grad_norm") == pytest.approx(column(at_once, "grad_norm"), rel=1e-4)
     for a, b in zip(weights(accumulated).values(), weights(at_once).values(), strict=True):
