@@ -3,8 +3,7 @@
 A law gives the logarithm of the loss, in nats a token, for N parameters and D training tokens. It is fitted
 as in Chinchilla (arXiv 2203.15556, appendix D.3) and its replication (arXiv 2404.10102): the Huber loss of
 the residuals in logs, minimized from many starts; by BFGS, which finds what their L-BFGS does in a twentieth
-of the time. Beside the laws, simpler looks at the same trials: isoFLOP parabolas (Chinchilla's approach 2),
-the frontier of loss against compute, and the loss of the longest runs against N (Kaplan's L(C) and L(N)).
+of the time. Beside the laws, a simpler look at the same trials: isoFLOP parabolas (Chinchilla's approach 2).
 """
 
 from itertools import product
@@ -214,49 +213,6 @@ def noisy(loss, sigma, seed=2):
     noise."""
     random = np.random.default_rng(seed)
     return [loss * np.exp(random.normal(0, sigma, len(loss))) for _ in range(DRAWS)]
-
-
-def power_with_interval(x, y, draws):
-    """{exponent, interval, factor} of y = factor * x^exponent; draws: other (x, y) that might have been."""
-    exponent, _, factor = power_law(x, y)
-    return {"exponent": float(exponent), "factor": float(factor),
-            "interval": interval([power_law(*draw)[0] for draw in draws])}
-
-
-def frontier(flops, loss):
-    """(FLOPs, loss) of the trials that no trial with fewer FLOPs equals."""
-    lowest, kept = np.inf, []
-    for c, mean in cell_means(flops, loss).items():
-        if mean < lowest:
-            lowest = mean
-            kept.append((c, mean))
-    return np.array(kept).T
-
-
-def frontier_law(flops, loss, sigma):
-    """L(C), a power law through the frontier; None where that has fewer than 3 points."""
-    x, y = frontier(flops, loss)
-    draws = [frontier(flops, drawn) for drawn in noisy(loss, sigma)]
-    if len(x) < 3 or any(len(draw[0]) < 3 for draw in draws):
-        return None
-    return power_with_interval(x, y, draws) | {"flops": list(x), "loss": list(y)}
-
-
-def largest_horizon_law(N, D, loss, sigma):
-    """L(N), a power law through the models of the largest number of tokens that at least 3 models have; None
-    where there is none."""
-    for tokens in sorted(set(D), reverse=True):
-        chosen = tokens == D
-        if len(set(N[chosen])) >= 3:
-            break
-    else:
-        return None
-
-    def points(drawn):
-        means = cell_means(N[chosen], drawn[chosen])
-        return np.array([*means]), np.array([*means.values()])
-    return power_with_interval(*points(loss), [points(drawn) for drawn in noisy(loss, sigma)]) | {
-        "tokens": float(tokens)}
 
 
 def isoflop_budgets(flops):

@@ -59,15 +59,8 @@ def format_cell(points):
     return f"{loss:.4f} ({residual:+.4f})"
 
 
-def format_slices(report):
+def format_isoflop(isoflop):
     lines = []
-    longest, frontier, isoflop = report["longest"], report["frontier"], report["isoflop"]
-    if longest:
-        lines.append(f"L(N) at {longest['tokens']:.2e} tokens ~ N^"
-                     f"{with_interval(longest['exponent'], longest['interval'])} (Kaplan: -0.076)")
-    if frontier:
-        lines.append(f"L(C) on the frontier ~ C^{with_interval(frontier['exponent'], frontier['interval'])} "
-                     "(Kaplan: -0.050)")
     if np.isfinite(isoflop["exponent"]):
         lines.append("isoFLOP parabolas: N_opt ~ C^"
                      f"{with_interval(isoflop['exponent'], isoflop['interval'])} (Chinchilla: 0.49)")
@@ -115,7 +108,7 @@ def format_laws(report):
     form, count = report["chosen"]
     best = "forecasts best" if all_tested(report["fits"]) else "has the least residuals"
     lines.append(f"the one that {best}, used below: {form}, {COUNTS[count]}")
-    lines += [*format_residuals(report), *format_slices(report), format_data_rule(report)]
+    lines += [*format_residuals(report), *format_isoflop(report["isoflop"]), format_data_rule(report)]
     return "\n".join(lines + [line for forecast in report["forecasts"] for line in format_forecast(forecast)])
 
 

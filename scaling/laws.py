@@ -8,7 +8,7 @@
 
 Fits L(N, D), loss by parameters and training tokens, in Chinchilla's form (arXiv 2203.15556) and in Kaplan's
 (arXiv 2001.08361), with N counted with the embedding and readout and without. From it: how N and D should
-grow with the FLOPs; beside it isoFLOP parabolas, and power laws on the longest runs and on the frontier.
+grow with the FLOPs; beside it isoFLOP parabolas.
 Under μP one tuned setting serves every size of the grid. Where other settings vary, a pair (N, D) is taken
 at its best one. Intervals: 95%, by a parametric bootstrap with the noise of pairs and of seeds; that of a
 forecast beyond the fit also has how far the laws are apart there (their standard deviation), and what a law
@@ -94,9 +94,7 @@ def analyze(trials):
         points.append(shape | {"tokens": trial.tokens, "flops": trial.flops, "parameters": trial.parameters,
                                "loss": trial.loss, "residual": trial.loss - float(predicted)})
     return {"trials": len(trials), "flops": [flops.min(), flops.max()], "chosen": chosen, "fits": fits,
-            "points": points, "isoflop": law_fits.isoflop(N, D, flops, loss, sigma),
-            "frontier": law_fits.frontier_law(flops, loss, sigma),
-            "longest": law_fits.largest_horizon_law(N, D, loss, sigma)}
+            "points": points, "isoflop": law_fits.isoflop(N, D, flops, loss, sigma)}
 
 
 def forecast(report, config):
