@@ -29,12 +29,6 @@ def test_the_benchmark_prints_a_number_under_each_name(monkeypatch, capsys):
     assert [values[i:i + 15].strip() for i in (0, 15, 30)] == [*numbers.values()]
 
 
-def test_a_slip_is_one_line_and_nothing_is_trained(monkeypatch):
-    monkeypatch.setattr(bench, "train", None)
-    with pytest.raises(UserError, match="^width.*--width=64"):
-        bench.main(["width=64"])
-
-
 def test_the_cost_of_a_loss_is_what_a_run_spent_until_then(corpus):
     config = Config(**corpus | {"steps": 6, "eval_every": 2, "lr": 2**-6})
     history = train.train(config, quiet=True).history

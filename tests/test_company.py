@@ -13,7 +13,7 @@ from processes import Fork, start_ranks, start_train, to_words, wait_for_rows, w
 import train
 from configure import UserError
 from training.checkpoint import read_checkpoint
-from training.run_dir import claim_folder, locked_folder
+from training.run_dir import locked_folder
 
 ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
 
@@ -110,13 +110,6 @@ def test_a_rejected_run_leaves_no_folder_behind(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file"):
         run(corpus, dataset="nope.txt", out="a/b/c")
     assert os.listdir() == []
-
-
-def test_folders_are_claimed_once(tmp_path):
-    claimed = [claim_folder(str(tmp_path / "deep/run")) for _ in range(3)]
-    assert [os.path.basename(path) for path, _ in claimed] == ["run", "run-2", "run-3"]
-    assert claimed[0][1] == [str(tmp_path / "deep"), str(tmp_path / "deep/run")]
-    assert claimed[1][1] == [str(tmp_path / "deep/run-2")]
 
 
 @pytest.mark.parametrize("names", [["config.json"], ["sample.txt", "metrics.csv"], ["thesis.tmp"],

@@ -142,7 +142,8 @@ def test_a_function_setting_that_no_one_taught_the_export_is_refused(monkeypatch
 
 
 @pytest.mark.parametrize("change", ["softcap", "untrained softcap", "grouped keys"])
-def test_an_edit_of_the_model_that_no_class_computes_is_neither_exported_nor_read(proxy, tmp_path, change, monkeypatch):
+def test_an_edit_of_the_model_that_no_class_computes_is_neither_exported_nor_read(proxy, tmp_path, change,
+                                                                                  monkeypatch):
     if change == "grouped keys":  # as if each pair of heads had one key and one value
         def grouped(*arguments):
             q_BHTD, k_BHTD, v_BHTD = original(*arguments)

@@ -7,11 +7,8 @@ import torch
 from conftest import GPT2_BLOCK, column, cuda, run
 
 from configure import Config, UserError
-from data.loader import TokenDataset
-from data.prepare import prepare
 from model import GPT
 from parametrization import param_groups
-from scaling.coordinate_check import measure_run
 from training import fused_step
 from training.device import select_device
 from training.optimizer import build_optimizer, clip_gradients
@@ -47,17 +44,10 @@ def check_roles_equal(first, second, noise):
         assert first[name] == pytest.approx(second[name], rel=noise), name
 
 
-def test_fused_updates_are_those_of_torch(corpus, fused_run):
-    plain = run(corpus | FUSED, compile=False, log_roles=True)
-    check_equal(fused_run, plain, 1e-4)
-    check_roles_equal(fused_run, plain, 2e-3)
-
-
-def test_fused_updates_are_those_of_torch_with_every_other_setting(corpus, compiled, monkeypatch):
-    settings = corpus | FUSED | HARD | {"log_roles": True}
-    fused = run(settings)
-    monkeypatch.setattr(fused_step, "can_fuse", lambda *arguments: False)
-    plain = run(settings)
+@pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
+def test_fused_updates_are_those_of_torch(corpus, compiled, settings):
+    settings = corpus | FUSED | settings | {"log_roles": True}
+    fused, plain = run(settings), run(settings, compile=False)
     check_equal(fused, plain, 1e-4)
     check_roles_equal(fused, plain, 2e-3)
 
@@ -96,14 +86,6 @@ def test_another_trial_with_fused_updates_compiles_nothing(corpus, compiled):
 
 def test_the_model_is_left_without_copies_that_another_optimizer_would_not_update(fused_run):
     assert not any("forward" in layer.__dict__ for layer in fused_run.model.blocks.modules())
-
-
-def test_a_coordinate_check_reads_the_weights_and_no_copies(corpus):
-    found = []
-    for compile in ("model", False):
-        config = Config(**corpus | FUSED | {"compile": compile})
-        found.append(measure_run(config, TokenDataset(prepare(config)), 2))
-    assert found[0] == found[1]
 
 
 def is_fused(corpus, optimizer_class=torch.optim.AdamW, changes=None, group=None, **options):

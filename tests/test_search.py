@@ -122,15 +122,6 @@ def test_the_name_of_a_data_set_does_not_run_as_code_in_best_py(corpus, tmp_path
     assert (config.dataset, config.width) == (HOSTILE, Config.width) and not os.path.exists("executed")
 
 
-def test_the_rows_of_a_search_are_those_of_train(corpus, tmp_path):
-    run(corpus, tmp_path, {"readout_std": Range(0.5, 2.0)}, trials=3)
-    rows = read_trials(tmp_path)
-    assert len(rows) == len({row["config"] for row in rows}) == 5, "3 draws, and two on another seed"
-    settings = settings_of(rows[2]["config"])
-    alone = train(Config(**corpus | settings | {"eval_every": None}), quiet=True)
-    assert rows[2]["val_loss"] == alone.val_loss
-
-
 def test_every_setting_of_the_space_makes_the_trip_through_the_study_and_back():
     config = replace(Config(), **{name: 2.0**-5 for name in ("weight_decay", "final_lr", "warmup")})
     for name, domain in SPACE.items():
@@ -325,16 +316,6 @@ def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp
     assert f"The best of {len(draws)} trials" in output
 
 
-def test_a_search_that_is_stopped_leaves_its_figure_and_table(corpus, tmp_path):
-    process = start_search(corpus | {"steps": 40}, tmp_path, "--trials=500")
-    wait_until(lambda: len(read_trials(tmp_path)) >= 3, process)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate()
-    assert process.returncode == 130 and "run the same command again to resume" in output, errors
-    assert {"best.py", "search.png", "search.txt", "study.log", "trials.csv"} <= {*os.listdir(tmp_path)}
-    assert "the search is not finished" in (tmp_path / "best.py").read_text()
-
-
 def test_a_half_written_line_of_the_journal_is_cut_off(corpus, tmp_path):
     run(corpus, tmp_path, LR_ONLY, trials=2, steps=2)
     with open(tmp_path / "study.log", "ab") as file:
@@ -367,6 +348,8 @@ def test_the_workers_of_a_search_that_is_ended_end_too(corpus, tmp_path, request
     output, _ = process.communicate()
     if number == signal.SIGTERM:
         assert process.returncode == 130 and "run the same command again to resume" in output
+        assert {"best.py", "search.png", "search.txt", "study.log"} <= {*os.listdir(tmp_path)}
+        assert "the search is not finished" in (tmp_path / "best.py").read_text()
     start = time.monotonic()
     with Worker(str(tmp_path)) as worker:
         while not worker._lock(1):  # the other worker has ended when its lock is free

@@ -166,14 +166,6 @@ def test_a_schedule_has_its_shape(settings, expected):
     assert [lr_factor(config, step) for step in range(10)] == pytest.approx(expected, abs=5e-5)
 
 
-def test_wsd_does_not_depend_on_the_number_of_steps_up_to_the_decay():
-    short = Config(schedule="wsd", steps=100, warmup=0.1, decay_fraction=0.2)
-    longer = Config(schedule="wsd", steps=400, warmup=0.025, decay_fraction=0.2)  # 10 steps of warmup too
-    factors = [[lr_factor(config, step) for step in range(81)] for config in (short, longer)]
-    assert factors[0][:80] == factors[1][:80] and factors[0][80] < factors[1][80] == 1
-    assert set(factors[0][9:80]) == {1}
-
-
 def test_more_steps_that_end_worse_leave_best_pt_as_it_is(corpus, tmp_path, monkeypatch):
     settings = corpus | {"schedule": "wsd", "warmup": 0.0, "out": str(tmp_path / "run")}
     numbers = {"val_error": 0.1, "val_bits_per_byte": 1.0}
