@@ -323,8 +323,7 @@ def replace_old(settings):
 
 
 def complete_saved(settings):
-    """All settings, from those that this or an older version saved. A setting that did not exist yet gets its
-    default, or what versions without it did."""
+    """All settings, from those that an older version saved; one that is younger as it was before it."""
     before = {name: declared.default if declared.before is None else declared.before
               for name, declared in SETTINGS.items()}
     return before | replace_old(settings)
@@ -371,8 +370,7 @@ def closest(word, words):
 
 
 def advice_for(name, more=()):
-    """The end of an error line about the unknown setting `name`: which setting, or which of the names `more`,
-    was meant; or nothing."""
+    """The end of an error line about the unknown setting `name`: what may have been meant, or nothing."""
     plain = name.lower().replace("-", "_")
     for setting, others in OTHER_NAMES.items():
         if plain in others.split():
@@ -502,8 +500,7 @@ def read_settings(source):
 
 
 def closest_source(source):
-    """The end of an error line about a config file or run directory that does not exist: the most similar
-    one, by path or by name alone."""
+    """The end of an error line about a missing config file or run directory: the most similar one."""
     folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
     files = [str(path) for path in Path(folder).rglob("*.py") if path.name != "config.py"]
     runs = [str(path.parent) for path in Path("out").glob("*/config.json")]

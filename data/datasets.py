@@ -147,8 +147,7 @@ def reject_unsupported_settings(config):
 
 
 def parse_mixture(name):
-    """[(data set, weight)] of a mixture such as stdlib:0.7,texts/:0.3; [] of a single data set. Raises
-    UserError."""
+    """[(data set, weight)] of a mixture, stdlib:0.7,texts/:0.3; [] of one data set. Raises UserError."""
     found = [re.fullmatch(r"(.+):(\d*\.?\d+)", part) for part in name.split(",")]
     if not any(found) or os.path.exists(os.path.expanduser(name)):
         return []

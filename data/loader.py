@@ -36,8 +36,7 @@ def read_meta(folder):
 
 @functools.lru_cache(maxsize=8)  # a chunk of steps can reach into the next epoch; mixtures have several
 def epoch_order(seed, epoch, windows, phases):
-    """(phase, order) of an epoch: the first window's first token, 0 to phases - 1, and a permutation of the
-    window numbers 0 to windows - 1."""
+    """(phase, order) of an epoch: its first token, from 0 to phases - 1, and a permutation of its windows."""
     generator = np.random.default_rng((seed, epoch))
     order = np.arange(windows, dtype=np.uint32 if windows < 2**32 else np.uint64)
     generator.shuffle(order)  # in place: a file may hold 10**10 tokens
@@ -220,8 +219,7 @@ class TokenDataset:
         return torch.from_numpy(windows[..., :-1].copy()), torch.from_numpy(windows[..., 1:].copy())
 
     def _windows(self, seed, numbers, context):
-        """Sequences of the training stream by their `numbers`, int64, (..., context + 1): one more than
-        context, as targets are the next tokens."""
+        """Sequences of the stream by their `numbers`, (..., context + 1) int64: inputs and targets in one."""
         if self.parts:
             return self._mixed_windows(seed, numbers, context)
         starts = self._window_starts(seed, numbers, context)
@@ -289,8 +287,7 @@ class TokenDataset:
         return self._check_tokens(self.val[starts[:, None] + np.arange(context + 1)])
 
     def target_bytes(self, windows):
-        """UTF-8 bytes of the windows' target tokens, an int: what bits per byte divides by. The end of text
-        counts as 0 bytes."""
+        """UTF-8 bytes of the windows' targets, by which bits per byte divide; the end of text has 0."""
         return int(self.tokenizer.byte_lengths[windows[:, 1:]].sum())
 
 

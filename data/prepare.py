@@ -301,8 +301,7 @@ def encoded_parts(config, tokenizer, documents):
 
 
 def batches_of_parts(config, documents):
-    """Yields lists of (split, part of a document, whether it is the last), each of about BATCH_CHARS
-    characters."""
+    """Yields lists of (split, part of a document, is it the last), each of about BATCH_CHARS characters."""
     batch, size = [], 0
     for text, split in documents:
         parts = parts_of(text, config)

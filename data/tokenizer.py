@@ -131,8 +131,7 @@ class Tokenizer:
 
     @functools.cached_property
     def encoding(self):
-        """A tiktoken.Encoding of the same tokens; None where tiktoken could give others, as for some files of
-        other programs."""
+        """A tiktoken.Encoding of the same tokens; None where tiktoken could give others."""
         written = self.bpe.to_str()
         match json.loads(written)["pre_tokenizer"]:
             case {"pretokenizers": [{"pattern": {"Regex": pattern}}, _]}:
@@ -260,8 +259,7 @@ def from_ranks(ranks, pattern, special_tokens):
 
 
 def merge_by_rank(ranks, pattern, special_tokens):
-    """The tokenizers.Tokenizer that merges as tiktoken does: of all pairs in a piece, first the one that
-    makes the token of the lowest rank."""
+    """The tokenizers.Tokenizer that merges as tiktoken does: first the pair that makes the lowest rank."""
     halves = [halves_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     merges = [tuple(map(spell, pair)) for pair in halves if pair]  # the others are whole pieces only
     vocab = {spell(token): rank for token, rank in ranks.items()} | special_tokens

@@ -118,8 +118,7 @@ LARGEST_NUMBER = 2**31 - 1
 
 
 def family_of(config):
-    """The Family that computes the block of `config`. Raises UserError that names the setting for which the
-    nearest one has no place."""
+    """The Family that computes the block of `config`. Raises UserError that names what stands in the way."""
     for name in names_in("function"):
         default = SETTINGS[name].default
         if name not in KNOWN_SETTINGS and getattr(config, name) != default:

@@ -40,8 +40,7 @@ def hub_commit(repository):
 
 @functools.cache
 def download(repository, pattern):
-    """The local folder of a model of the hub, with those of its files that match. Without a network it is
-    what was downloaded before. Raises UserError."""
+    """The local folder of a hub model, with the files that match `pattern`. Raises UserError."""
     from huggingface_hub import snapshot_download
     try:
         commit = hub_commit(repository)

@@ -56,8 +56,7 @@ def check_same_logits(model, theirs):
 
 @torch.no_grad()
 def with_large_weights(model):
-    """A copy of `model` with random weights under which every part of its function shows in the logits, as it
-    may not under those of a model that is hardly trained."""
+    """A copy of `model` with random weights under which every part of its function shows in the logits."""
     model, generator = copy.deepcopy(model).eval(), torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.normal_(std=p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0, generator=generator)

@@ -134,8 +134,7 @@ def load_by_transformers(source, model, eot):
 
 
 def time_in_turn(functions, device):
-    """The seconds that each of `functions` takes: of 3 rounds, after one that warms up, the fastest. In turn,
-    as other processes come and go."""
+    """The seconds each of `functions` takes: the fastest of 3 rounds in turn, after one to warm up."""
     functions, rounds = [*functions], []
     for _ in range(4):
         rounds.append([])

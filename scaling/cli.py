@@ -87,8 +87,7 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
 
 
 def parse_option(name, text, kind):
-    """`text` as the value of a command's own option: a str (with ~ for the home directory), a bool, an int
-    from 1 on, or a float above 0. Raises UserError."""
+    """`text` as a command's own option: str (~ expanded), bool, int >= 1, float > 0. Raises UserError."""
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise UserError(f"{name} must be true or false, got {text!r}")
@@ -152,8 +151,7 @@ def parse_range(name, item):
 
 
 def reject_unused(words, unused, command):
-    """Raises UserError where one of the --name=value `words` names a setting in `unused`: `command` would
-    give the same without it."""
+    """Raises UserError where a --name=value word names a setting in `unused`, which changes nothing there."""
     for word in words:
         name = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and name in unused:

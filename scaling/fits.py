@@ -100,8 +100,7 @@ def follows_power_law(x, y):
 
 
 def rank_correlation(x, y):
-    """Spearman's: 1 where x and y put everything in the same order; infinite values come last. nan for fewer
-    than three, or where all are alike."""
+    """Spearman's, infinite values last; nan for fewer than three, or where all are alike."""
     from scipy.stats import rankdata
     ranks = [rankdata(np.where(np.isfinite(values), values, np.inf)) for values in (x, y)]
     if len(x) < 3 or min(np.ptp(values) for values in ranks) == 0:
@@ -110,8 +109,7 @@ def rank_correlation(x, y):
 
 
 def rank_interval(rank, count):
-    """[low, high], 95%, of a rank_correlation() of so many pairs, by Fisher's transform with the error of
-    Bonett and Wright (2000); nan for fewer than four pairs."""
+    """[low, high], 95%, of a rank_correlation(), by Bonett and Wright (2000); nan for under four pairs."""
     if count < 4 or np.isnan(rank):
         return [np.nan, np.nan]
     error = np.sqrt((1 + rank**2 / 2) / (count - 3))

@@ -124,8 +124,7 @@ def minimize_huber(function, starts, log_loss, *logs):
 
 
 def fit_law(form, N, D, loss, starts=None):
-    """The Law of `form` for arrays of parameters, tokens and losses, a number for each trial. starts: thetas,
-    or None for a grid of them."""
+    """The Law of `form` for arrays of a number for each trial. starts: thetas, or None for a grid of them."""
     log_n, log_d, log_loss = np.log(N), np.log(D), np.log(loss)
     n0, d0 = log_n.mean(), log_d.mean()
     if starts is None:
@@ -209,8 +208,7 @@ def cell_means(keys, losses):
 
 
 def noisy(loss, sigma, seed=2):
-    """Draws of `loss`, each number with relative noise `sigma`: what is fitted to them shows its own
-    noise."""
+    """Draws of `loss` with relative noise `sigma`: what is fitted to them shows its own noise."""
     random = np.random.default_rng(seed)
     return [loss * np.exp(random.normal(0, sigma, len(loss))) for _ in range(DRAWS)]
 

@@ -113,8 +113,7 @@ def format_laws(report):
 
 
 def draw_laws(report, folder):
-    """Writes frontier.png, sizes.png and, where budgets have a best size, isoflop.png to `folder`; returns
-    their paths."""
+    """Writes frontier.png, sizes.png and, where a budget has a best size, isoflop.png; returns the paths."""
     pyplot = load_pyplot()
     figures = {"frontier": draw_frontier, "sizes": draw_sizes}
     if any(budget["best"] for budget in report["isoflop"]["budgets"]):
@@ -206,8 +205,7 @@ def draw_sizes(report, pyplot):
 
 
 def draw_isoflop(report, pyplot):
-    """Loss against N at equal FLOPs, with the parabola of each budget; beside it, where three budgets or more
-    have a best N, that against the FLOPs."""
+    """Loss against N at equal FLOPs, with parabolas; beside it the best N by FLOPs, if there are three."""
     budgets, label = report["isoflop"]["budgets"], PARAMETERS[report["chosen"][1]]
     beside = sum(its["best"] is not None for its in budgets) > 2
     figure, axes = pyplot.subplots(1, 1 + beside, figsize=(13 if beside else 8, 4.6), squeeze=False,

@@ -70,8 +70,7 @@ def finished_trials(folders):
 
 
 def best_settings(trials):
-    """Of each pair of model and tokens, the trials of the setting with the lowest mean loss over its
-    seeds."""
+    """Of each pair (model, tokens) the trials of the setting with the lowest mean loss over its seeds."""
     pairs = group(((trial.config.width, trial.config.depth, trial.tokens), trial) for trial in trials)
     found = []
     for _, own in sorted(pairs.items()):

@@ -36,8 +36,7 @@ SAME = ("dataset", "tokenizer", "val_fraction", "context", "init_from")  # of al
 
 
 def read_folders(folders):
-    """The Trials of all finished rows. Raises UserError where there are none, or they are of different
-    data."""
+    """The Trials of all finished rows. Raises UserError where there are none, or of different data."""
     trials = finished_trials(folders)
     if not trials:
         raise UserError(f"laws: every trial of {', '.join(folders)} diverged or failed: there is no loss")

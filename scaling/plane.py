@@ -60,8 +60,7 @@ def between(start, end, init, updates):
 
 
 def register(init, updates):
-    """The name, as a value of the setting `parametrization`, of a point between sp and mup: from now on its
-    table is there."""
+    """Makes the table of a point between sp and mup; returns its name, a value of `parametrization`."""
     if (init, updates) == (1, 1):
         return "mup"
     name = f"plane_{init:g}_{updates:g}"

@@ -268,8 +268,7 @@ class Search:
         return sorted(found, key=lambda result: result[0])
 
     def tune_lr(self):
-        """Moves the lr of `best` to the bottom of its own curve, if that is confirmed. Draws are far apart:
-        one is seldom in the middle, where transfer costs least."""
+        """Moves the lr of `best` to the bottom of its curve, if that is confirmed: draws are far apart."""
         _, _, best = self.best
         seeds = min(CURVE_SEEDS, self.options["seeds"])
         around = [replace(best, lr=best.lr * 2**octave) for octave in OCTAVES]
@@ -508,8 +507,7 @@ def storage_place(options):
 
 
 def open_dataset(config, target):
-    """The TokenDataset of the proxy. Raises UserError where it is too short for it, or for the sizes of the
-    verification, which read it as the target does."""
+    """The TokenDataset of the proxy. Raises UserError where it is too short, for the verification too."""
     dataset = TokenDataset(prepare(config))
     for reader in (config, target) if target else (config,):
         dataset.check_fills_batch(reader.context, reader.batch)

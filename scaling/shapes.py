@@ -32,8 +32,7 @@ SPEED_STEPS = 12  # of a run that is only timed
 
 
 def shapes_of(config, depths, equal):
-    """[Config]: of each depth the width whose cost is nearest to that of `config`; with equal="flops" the
-    steps make up for the rest. Raises UserError."""
+    """[Config]: of each depth the width (and steps, for equal="flops") of nearest cost, or UserError."""
     if equal not in COSTS:
         raise UserError(f"equal must be {' or '.join(COSTS)}, got {equal}")
     vocab_size = with_vocab_size(config, TokenDataset(prepare(config))).vocab_size

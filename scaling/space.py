@@ -68,8 +68,7 @@ SAME_AS = {"embedding_mult": ("embedding_std", "embedding_lr_mult"),
 
 
 def unused_names(config):
-    """Settings of SPACE that a search of `config` does not draw unless --space names them: they do nothing
-    there, or nothing that others do not do as well."""
+    """Settings of SPACE that do nothing in `config`, or nothing that others do not do as well."""
     unused = {"embedding_mult", "logit_mult"}
     if config.tied:  # one matrix, by the embedding's rules: only logit_mult scales the logits alone
         unused = {"embedding_mult", "readout_std", "readout_lr_mult"}
@@ -186,8 +185,7 @@ def at_edge(config, space):
 
 
 def widened(space, config):
-    """{setting: wider Range} for each setting of `config`, the winner, at an end of its range. A range of
-    one's own stays as it is."""
+    """{setting: wider Range} where the winner `config` lies at an end of a range that is the default's."""
     found = {}
     for name, _ in at_edge(config, space):
         domain = space[name]
@@ -258,8 +256,7 @@ def equivalent_in(config, other):
 
 
 def trains_alike(config, other):
-    """Whether two Configs are the same but for what transfers, and that is equivalent, to the digits that a
-    draw has."""
+    """Whether two Configs train alike: equal but for what is equivalent, to the digits of a draw."""
     same = equivalent_in(config, other)
     pairs = [(getattr(config, name), getattr(same, name)) for name in TUNED]
     return all(a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=DIGITS) for a, b in pairs)

@@ -164,8 +164,7 @@ def stacked_adamw(p, grad, clip, lr_factor, exp_avg, exp_avg_sq, settings, step_
 
 
 def stacked_muon(p, grad, clip, lr_factor, momentum_buffer, settings, rows):
-    """Muon, in place, of one parameter of K models, (K, outputs, inputs), which stacks matrices of so many
-    `rows`."""
+    """Muon, in place, of one parameter of K models, (K, outputs, inputs), of matrices of so many `rows`."""
     direction = nesterov(momentum_buffer, clip * grad, settings["momentum"])
     updates = [orthogonal_update(matrices_KOI) for matrices_KOI in direction.split(rows, dim=1)]
     decay_and_move(p, torch.cat(updates, 1).to(p.dtype), lr_factor * settings["lr"], settings["weight_decay"])

@@ -203,8 +203,7 @@ class SharedStudy:
         return {key: trial for key, trial in self.trials().items() if trial.state.is_finished()}
 
     def failed_keys(self):
-        """The keys of the trials that failed here, but for those that another worker has tried or is trying
-        again."""
+        """The keys of the trials that failed here, and that no other worker tries again."""
         return self.failed.keys() - self.trials().keys()
 
     def claim(self, keys, propose):

@@ -100,8 +100,7 @@ def exact_flops_per_token(config):
 
 
 def shape_of(config):
-    """The Config that all trials have in common which may be stacked with `config`: what they may differ in,
-    and what changes no number, is at its default."""
+    """`config` with the default of all that trials of one stack may differ in, or that changes no number."""
     fixed = {name: value for name, value in vars(config).items()
              if name not in MAY_DIFFER and name not in names_in("run")}
     return Config(**fixed)
@@ -109,8 +108,7 @@ def shape_of(config):
 
 @functools.cache
 def flops_per_token(shape):
-    """Of a trial of this shape_of(), from the model. 0 for a shape that model.py rejects: its trial will fail
-    at once, and its row say why."""
+    """Of a trial of this shape_of(); 0 where model.py rejects it, as its row will say."""
     try:
         return model_size(replace(shape, vocab_size=shape.vocab_size or TYPICAL_VOCAB_SIZE)).flops_per_token
     except UserError:
@@ -175,8 +173,7 @@ def group_trials(trials, size):
 
 
 def torchrun_rank():
-    """(rank, world size), by torchrun or srun. Sweeping processes train apart, so none joins a group. Raises
-    UserError."""
+    """(rank, world size), by torchrun or srun; sweeping processes train apart. Raises UserError."""
     if PARENT in os.environ:  # a worker of a search
         return 1, 2
     environment = os.environ | torchrun_variables(os.environ)
@@ -271,8 +268,7 @@ def train_group(trials, pad_to=1, stop_early=None):
 
 
 def say_failed(folder, failed, count):
-    """What a command prints when the trials of the rows `failed`, of `count`, failed; returns its exit code,
-    0 where none did."""
+    """Prints how many of `count` trials failed, and why; returns the exit code, 0 where none did."""
     if not failed:
         return 0
     print(f"{folder}: {len(failed)} of {count} trials failed ({failed[0]['failure']}); the same command "

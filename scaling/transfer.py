@@ -42,8 +42,7 @@ def pretrain(config, folder):
 
 
 def finetuned(config, run, dataset):
-    """`config` on the text `dataset`, in the tokens of its own text, and from the weights in `run`; from
-    scratch if that is None."""
+    """`config` on the text `dataset`, in its own tokens, from the weights in `run` or, if None, scratch."""
     return replace(config, tokenizer=prepare(config), dataset=dataset, init_from=run)
 
 
@@ -116,8 +115,7 @@ def fit_transfer(points):
 
 
 def analyze(scratch, tuned):
-    """{points, exponents, law, unified_error}: see format_transfer(). Raises UserError where too little is
-    known."""
+    """{points, exponents, law, unified_error}. Raises UserError where rows of one kind are missing."""
     if not scratch or not tuned:
         raise UserError("laws: --transfer needs rows with init_from and rows without, such as those that "
                         "scaling.transfer leaves")

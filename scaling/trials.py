@@ -54,8 +54,7 @@ def swept_axes(rows):
 
 
 def trial_row(config, key, result, seconds):
-    """The row of a trial, as read_trials() returns it. key: its identity(). result: the Result of train(), or
-    the exception that it raised."""
+    """The row of the trial `key`, an identity(). result: of train(), or the exception that it raised."""
     row = dict.fromkeys(NUMBER_COLUMNS, math.nan) | {name: getattr(config, name) for name in SETTING_COLUMNS}
     row |= {"seconds": round(seconds, 2), "config": key, "curve": [], "diverged": True, "swept": ""}
     if isinstance(result, Exception):

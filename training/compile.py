@@ -13,8 +13,7 @@ from training.kernel_check import kernels_that_agree
 
 
 def fall_back_or_raise(name, config, error, say):
-    """Setting `name` does not work here. Says so, for the caller to do without; raises UserError when the
-    setting was asked for, not only tried."""
+    """Says that setting `name` does not work here; raises UserError where it was asked for."""
     reason = f"{name}: fails here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     if getattr(config, name) != "auto":
         raise UserError(f"{reason}; try --{name}=false") from None
@@ -34,8 +33,7 @@ def methods_to_compile(model, config, device):
 
 
 def compile_for_training(method):
-    """`method` compiled where gradients are on, as it is where they are off, as in evaluation: its shapes
-    would each be compiled anew."""
+    """`method`, compiled where gradients are on: evaluation's shapes would each be compiled anew."""
     fast = torch.compile(method, dynamic=False)
 
     def call(*args, **options):
@@ -148,8 +146,7 @@ def try_one_pass(model, parallel_model, config, device, autocast):
 
 
 def use_cuda_graph(config, device):
-    """Whether the optimizer step is to be one CUDA graph. Raises UserError where that is asked for but
-    impossible."""
+    """Whether the step is to be one CUDA graph. Raises UserError where that is asked for but impossible."""
     possible = device.type == "cuda" and world_size() == 1 and not config.shard
     if config.graph is True and not possible:
         raise UserError("graph must be false, except on one GPU with --shard=false, got True")

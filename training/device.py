@@ -172,7 +172,6 @@ def least_memory(config, size, autocast, micro_batch):
 
 
 def batches_on_device(chunks, device):
-    """Yields the batch of each step, (2, passes, B, T), on `device`, from chunks of several steps: one copy
-    serves many small steps."""
+    """Yields each step's batch, (2, passes, B, T), on `device`; one copy serves a chunk of steps."""
     for chunk in chunks:
         yield from chunk.to(device, non_blocking=True)

@@ -35,8 +35,7 @@ def init_distributed():
 
 
 def check_torchrun(environment):
-    """Whether torchrun's variables say that this process is one of several, or of one. Raises UserError where
-    they are set in part, or wrongly."""
+    """Whether torchrun's variables say that this is one of several processes. Raises UserError."""
     if not {"RANK", "WORLD_SIZE"} & environment.keys():
         return False
     read_count(environment, "RANK", below=read_count(environment, "WORLD_SIZE"))
@@ -168,8 +167,7 @@ def local_part(tensor):
 
 
 def copy_into_shard(destination, value):
-    """Copy all of `value` into `destination`, or this rank's part of it. Raises RuntimeError when their
-    shapes differ."""
+    """Copy `value`, or this rank's part of it, into `destination`, of the same shape, or RuntimeError."""
     if value.shape != destination.shape:
         raise RuntimeError(f"shape {tuple(value.shape)} for {tuple(destination.shape)}")
     if hasattr(destination, "full_tensor"):

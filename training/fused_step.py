@@ -54,8 +54,7 @@ def scaled_grad_norm(grad, factor):
 
 def clip_and_update(p, grad, factor, scaled, exp_avg, exp_avg_sq, clip, lr, weight_decay, eps, weights,
                     bias_corrections):
-    """One parameter's clipping, AdamW update and bf16 copy, in place: compiled, they are one pass over
-    memory."""
+    """One parameter's clipping, AdamW update and bf16 copy, in place: compiled, one pass over memory."""
     adamw_update(p, grad.float() * (factor * clip), exp_avg, exp_avg_sq, lr, weight_decay, eps, weights,
                  bias_corrections)
     if scaled is not None:

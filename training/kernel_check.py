@@ -57,8 +57,7 @@ def outputs_and_gradients(function, inputs):
 
 
 def difference(function, other, inputs):
-    """The largest distance between a result of `function` and of `other`, outputs and gradients, as a share
-    of its norm; inf where their shapes differ."""
+    """The largest relative distance of outputs and gradients; inf where their shapes differ."""
     pairs = [outputs_and_gradients(f, inputs) for f in (function, other)]
     if [x.shape for x in pairs[0]] != [x.shape for x in pairs[1]]:
         return float("inf")

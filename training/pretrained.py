@@ -36,8 +36,7 @@ class Pretrained(NamedTuple):
 
 
 def checkpoint_paths(source):
-    """The checkpoints that `source`, a run or one of its checkpoints, stands for: the first undamaged one of
-    them. Raises UserError where there is none."""
+    """The checkpoints that `source` may stand for, in order of preference. Raises UserError."""
     names = [os.path.basename(source)] if source.endswith(".pt") else ["best.pt", "last.pt", "previous.pt"]
     paths = [os.path.join(run_of(source), name) for name in names]
     paths = [path for path in paths if os.path.exists(path)]

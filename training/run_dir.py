@@ -64,8 +64,7 @@ def claim_folder(name):
 
 
 def make_folders(path):
-    """Makes the folder `path` and those above it that are missing. Returns the paths of those that it made,
-    from the top. Raises UserError."""
+    """Makes the folder `path` and those above it; returns those it made, from the top. Raises UserError."""
     missing = []
     while path and not os.path.isdir(path):
         missing.append(path)
@@ -136,8 +135,7 @@ def file_number(path):
 
 
 def write_holder(lock, path):
-    """Write into the lock file who holds it. Where a file system has no locks, the file's existence is the
-    lock, and filelock has written that."""
+    """Write into the lock file who holds it; where the system has no locks, filelock has done that."""
     if isinstance(lock, SoftFileLock):
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -238,8 +236,7 @@ class RunDir:
         return self.before_decay(checkpoint)
 
     def check_nothing_is_lost(self):
-        """Raises UserError where a new run would replace trained weights, which are all that is left of an
-        older one."""
+        """Raises UserError where a new run would replace the only trained weights of an older one."""
         for name in ("best.pt", "stable.pt"):
             path = self.path(name)
             # Killed between its first two files, a run leaves a best.pt of step 0, which is no loss

@@ -68,8 +68,7 @@ def sampling_config(argv):
 
 
 def sample(source, config):
-    """Print what the model of `source` writes after config.prompt or, where that is -, after each line of
-    standard input. Raises UserError."""
+    """Print what the model writes after config.prompt or, for -, after each line of standard input."""
     device, autocast = select_device(config, training=False)
     try:
         model, tokenizer = load(source, device)

@@ -87,8 +87,7 @@ def decay_start(config):
 
 
 def describe_more_steps(config, steps_before, done):
-    """What giving a run `config.steps` in place of `steps_before` does to its learning rate, after `done`
-    steps, for people."""
+    """What `config.steps` in place of `steps_before` does to lr after `done` steps, for people."""
     before = replace(config, steps=steps_before)
     text = f"steps: {config.steps:,} after {steps_before:,}; "
 
