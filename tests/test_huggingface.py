@@ -6,7 +6,6 @@ import json
 import math
 import os
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -479,14 +478,6 @@ def test_without_the_optional_package_a_line_says_what_to_install(proxy, tmp_pat
         export(str(proxy / "run"), str(tmp_path / "out"))
     with pytest.raises(UserError, match="pip install transformers"):
         load(str(proxy / "hf"))
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_the_former_name_of_the_command_runs_it(monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["export.py", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_module("training.export", run_name="__main__")
-    assert "python -m interop.export" in capfd.readouterr().out
 
 
 TASK = """
