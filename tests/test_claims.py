@@ -1,0 +1,65 @@
+"""The numbers of the READMEs, against the committed rows."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configure import UserError
+from scaling import claims
+
+# Numbers with decimals that are settings of an experiment, or another's result, and so no claim of the rows
+SETTINGS = (r"2\^-[\d.]+", r"\^-0\.32", r"α = 0\.[58]", r"ELTeC-eng 1\.0\.1", r"Linux 6\.12",
+            r"Python [\d.]+( and [\d.]+)?", r"torch [\d.]+", r"ln 2048 = 7\.6", r"[\d.]+ M tokens",
+            r"read them 1\.3 times and 4,800 steps 2\.5", r"0\.75, 1 and 1\.5 octaves",
+            r"rates 0\.7 octaves apart", r"at most 0\.3 of its blocks", r"Depth-μP \(0\.5\)",
+            r"upward, 0\.8 and 1", r"favour 0\.8", r"has 0\.18 and 0\.38 for text")
+
+
+@pytest.fixture(scope="module")
+def recomputed():
+    """{document: {claim: its texts}}"""
+    found = {}
+    for name, (document, function) in claims.load_claims().items():
+        found.setdefault(document, {})[name] = [*map(claims.one_line, function())]
+    return found
+
+
+def test_each_number_that_is_claimed_is_what_its_rows_give(recomputed):
+    differ = [f"{document}, {name}: the rows say {text}" for document, texts in recomputed.items()
+              for name, of_claim in texts.items() for text in of_claim
+              if text not in claims.read_document(document)]
+    assert not differ, "\n".join(differ)
+
+
+@pytest.mark.parametrize("document", ["README.md", "scaling/results/README.md"])
+def test_each_number_with_decimals_is_claimed_or_a_setting(recomputed, document):
+    texts = [text for of_claim in recomputed[document].values() for text in of_claim]
+    assert claims.uncovered(document, texts, SETTINGS) == []
+
+
+def test_a_claim_whose_rows_change_is_reported_and_fails_the_command(monkeypatch, tmp_path, capsys):
+    assert claims.main(["plane"]) == 0
+    claim = claims.load_claims()["plane"]
+    monkeypatch.setattr(claims, "load_claims", lambda: {"plane": claim})
+    shutil.copytree(f"{ROOT}/scaling/results/plane", tmp_path / "plane")
+    rows = tmp_path / "plane/trials.csv"
+    rows.write_text(rows.read_text().replace("4.908600020222366", "4.918600020222366"))
+    monkeypatch.setitem(claim[1].__globals__, "HERE", tmp_path)
+    assert claims.main(["plane"]) == 1
+    text = capsys.readouterr().out
+    assert "the rows say\n    4.884 for μP and 4.919 for SP\n" in text
+    assert "4.884 for μP and 4.909 for SP" in text.partition("the rows say")[2]
+    with pytest.raises(UserError, match="^claims: plain is no claim"):
+        claims.main(["plain"])
+
+
+def test_a_forecasts_interval_holds_what_was_measured():
+    """Each size of each committed ladder, forecast from sizes of at most 0.3 of its blocks' parameters."""
+    functions = next(iter(claims.load_claims().values()))[1].__globals__
+    for kind in functions["LADDERS"]:
+        held, size, _ = functions["forecasts"](kind)
+        assert len(held) >= 4, kind
+        assert held.mean() >= 0.9, kind
+        assert np.median(size) < 0.15, kind
