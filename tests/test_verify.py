@@ -1,6 +1,5 @@
 """What a search found, tried between the proxy and the target: scaling/verify.py and scaling/forecast.py."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +8,6 @@ import pytest
 
 from configure import Config, UserError
 from scaling.forecast import forecast
-from scaling.trials import read_trials
 from scaling.verify import count_trainings, size_below, sizes_between, verify
 
 PROXY = Config(width=128, depth=4, context=64, batch=8, steps=40, vocab_size=256)
@@ -153,43 +151,6 @@ def test_the_forecast_holds_a_target_on_the_law():
     assert low < law(TARGET) < high
     assert high - low < 0.15
     assert len(found.points) == 4
-
-
-LADDERS = {"width": ("width", "width_default", "width_embedding"),
-           "width, Muon": ("width_muon", "width_muon_batch", "width_muon_batch_fixed"),
-           "depth": ("depth", "depth_alpha_1", "depth_default", "depth_longer", "depth_cpu"),
-           "depth, Muon": ("depth_muon",), "both": ("laws", "laws_cpu")}
-
-
-def ladders_of(folder):
-    """[{(width, depth): losses of its seeds}] of a committed ladder in muP, for each learning rate."""
-    ladders = {}
-    for row in read_trials(f"scaling/results/{folder}"):
-        settings = json.loads(row["config"])
-        size, _ = (settings.pop("width"), settings.pop("depth")), settings.pop("seed")
-        if settings["parametrization"] == "mup" and not row["diverged"]:
-            ladders.setdefault(json.dumps(settings), {}).setdefault(size, []).append(row["val_loss"])
-    return ladders.values()
-
-
-@pytest.mark.parametrize("kind", LADDERS)
-def test_the_interval_holds_what_was_measured(kind):
-    """Each size of a ladder, forecast from those of at most 0.3 of its blocks, three at least, with up to two
-    seeds each. The table of scaling/results/README.md: pytest tests/test_verify.py -k measured -s"""
-    found = []
-    for ladder in (ladder for folder in LADDERS[kind] for ladder in ladders_of(folder)):
-        for (width, depth), losses in ladder.items():
-            points = [(*size, 0, np.mean(of_size[:2]), 0.01 / np.sqrt(len(of_size[:2])))
-                      for size, of_size in ladder.items() if size[1] * size[0]**2 <= 0.3 * depth * width**2]
-            if len(points) > 2:
-                low, middle, high = forecast(points, (width, depth), 0.01, 5)
-                found += [(low < loss < high, high - low, abs(loss - middle)) for loss in losses[:2]]
-    held, sizes, errors = np.array(found).T
-    print(f"\n{kind}: {len(found)}, held {held.mean():.2f}, median size {np.median(sizes):.3f}, at most 0.15 "
-          f"in {np.mean(sizes <= 0.15):.2f}, rms error {np.sqrt(np.mean(errors**2)):.3f}")
-    assert len(found) >= 4
-    assert held.mean() >= 0.9
-    assert np.median(sizes) < 0.15
 
 
 def test_a_forecast_is_wider_of_fewer_sizes_and_of_more_noise():
