@@ -219,12 +219,13 @@ def test_an_error_of_the_prefetching_thread_reaches_the_caller(dataset):
         next(prefetch_batches(broken, Config(batch=4, context=16, steps=3), 0))
 
 
-@pytest.mark.parametrize(("batch", "micro_batch", "world_size", "divisor"), [
-    (12, 4, 2, 8), (6, None, 4, 4), (1, None, 2, 2)])
-def test_a_batch_that_cannot_be_divided_is_rejected_at_once(dataset, batch, micro_batch, world_size, divisor):
-    config = Config(batch=batch, micro_batch=micro_batch)
-    with pytest.raises(UserError, match=f"batch must be a multiple of {divisor} .*processes"):
-        prefetch_batches(dataset, config, 0, 0, world_size)
+@pytest.mark.parametrize(("settings", "world_size", "line"), [
+    ({"batch": 12, "micro_batch": 4}, 2, "batch must be a multiple of 8 "),
+    ({"batch": 6}, 4, "batch must be a multiple of 4 "), ({"batch": 1}, 2, "batch must be a multiple of 2 "),
+    ({"batch": 16, "batch_start": 4, "batch_ramp_tokens": 1000}, 8, "batch_start must be a multiple of 8 ")])
+def test_a_batch_that_cannot_be_divided_is_rejected_at_once(dataset, settings, world_size, line):
+    with pytest.raises(UserError, match=f"^{line}.*processes"):
+        prefetch_batches(dataset, Config(**settings), 0, 0, world_size)
 
 
 # Splits and tokenizers

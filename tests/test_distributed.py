@@ -67,30 +67,25 @@ def test_a_process_that_fails_as_another_died_is_not_ended_before_it_has_said_so
         signal.signal(signal.SIGTERM, before)
 
 
-def interrupt_torchrun(settings, folder, number):
-    """(exit code, output) of an endless run by torchrun, one of whose two processes gets a signal midway."""
+def interrupt_torchrun(settings, folder):
+    """(exit code, output) of an endless run by torchrun, one of whose two processes is killed midway."""
     process = start_command(settings, processes=2, out=folder, steps=100_000, checkpoint_every=20)
     wait_for_rows(process, folder, 60)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     children = found.stdout.split()
     if len(children) == 2:
-        os.kill(int(children[1]), number)
+        os.kill(int(children[1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=TIMEOUT)
     return process.returncode, output + errors
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interrupted_by(corpus, tmp_path_factory, request):
-    """{signal: (run directory, future of interrupt_torchrun)}: they start while the other tests run."""
+def interrupted(corpus, tmp_path_factory):
+    """(run directory, future of interrupt_torchrun), which starts while the other tests run: unlike forks,
+    its processes import torch anew."""
     with ThreadPoolExecutor() as threads:
-        runs = {}
-        numbers = [signal.SIGKILL]  # ranks that are forks are tested with both; these import torch anew
-        if request.config.getoption("--long"):
-            numbers.append(signal.SIGTERM)
-        for number in numbers:
-            folder = tmp_path_factory.mktemp("torchrun") / "run"
-            runs[number] = folder, threads.submit(interrupt_torchrun, corpus, folder, number)
-        yield runs
+        folder = tmp_path_factory.mktemp("torchrun") / "run"
+        yield folder, threads.submit(interrupt_torchrun, corpus, folder)
 
 
 def read_columns(folder, names=FLOAT_COLUMNS):
@@ -170,11 +165,8 @@ def test_a_process_that_ends_ends_the_run_with_one_line_and_a_good_checkpoint(co
     check_interrupted(folder, output, number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_torchrun_ends_a_run_that_lost_a_process(interrupted_by, number):
-    if number not in interrupted_by:
-        pytest.skip("takes --long")
-    folder, future = interrupted_by[number]
+def test_torchrun_ends_a_run_that_lost_a_process(interrupted):
+    folder, future = interrupted
     code, output = future.result()
     assert code != 0
-    check_interrupted(folder, output, number)
+    check_interrupted(folder, output, signal.SIGKILL)

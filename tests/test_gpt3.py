@@ -104,11 +104,6 @@ def test_any_number_of_processes_reads_the_stream_of_a_ramp_from_any_step(datase
     assert shapes == {(micro_batch or 4 // world_size, 10)}, "the passes become more, and not larger"
 
 
-def test_a_start_that_the_processes_cannot_share_is_rejected(dataset):
-    with pytest.raises(UserError, match=r"^batch_start\b.* 8"):
-        prefetch_batches(dataset, Config(**RAMP), 0, 0, 8)
-
-
 def test_metrics_count_the_tokens_that_were_seen(corpus, capsys):
     result = run(corpus, **RECIPE, eval_every=4)
     config = Config(**corpus | RECIPE)
