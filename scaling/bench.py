@@ -6,22 +6,18 @@ The first, under torchrun on all processes together, prints tokens per second (m
 second, and their range), milliseconds a step, the share of the device's peak (MFU), memory, the time to a
 first step. The second trains CONFIG and prints the seconds, tokens and FLOPs until an evaluation (each
 --eval_every steps, by default 20 in a run) finds that loss or less: seconds from the start of set-up,
-compiling included, evaluations left out. The third takes a run or a Hugging Face model, and compares with
-transformers, where that is installed, on the same weights: --sample_tokens tokens, the likeliest each time,
-after each of --samples prompts of 8 tokens.
+compiling included, evaluations left out. The third takes a run or a Hugging Face model: --sample_tokens
+tokens, the likeliest each time, after each of --samples prompts of 8 tokens.
 """
 
 import functools
-import importlib.util
 import math
-import tempfile
 import time
 from dataclasses import replace
 
 import torch
 
-from configure import SETTINGS, UserError, configure, is_from_run
-from interop.weights import write_model
+from configure import SETTINGS, UserError, configure
 from scaling.cli import command, parse_options, reject_unused
 from train import train
 from training.device import GIB, peak_flops, precision_name, select_device, use_sensible_threads
@@ -99,38 +95,18 @@ def bench_sampling(source, config):
     model, tokenizer = load(source, device)
     n = min(config.sample_tokens, model.config.context - PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(config.seed)
-    prompts_BT = torch.randint(tokenizer.eot, (config.samples, PROMPT_TOKENS), generator=generator)
-    prompts = prompts_BT.tolist()
+    prompts = torch.randint(tokenizer.eot, (config.samples, PROMPT_TOKENS), generator=generator).tolist()
 
-    def ours(graphed):
+    def write(graphed):
         with autocast:
             for _ in model.generate(prompts, n, temperature=0, graphed=graphed):
                 pass
 
-    writers = {f"this, {precision_name(autocast)}": functools.partial(ours, None)}
+    writers = {f"this, {precision_name(autocast)}": functools.partial(write, None)}
     if graphed := faster_on_gpu(device):
-        writers["this, a CUDA graph"] = functools.partial(ours, graphed)
-    if importlib.util.find_spec("transformers") is not None:
-        dtype = torch.bfloat16 if precision_name(autocast) == "bf16" else torch.float32
-        theirs = load_by_transformers(source, model, tokenizer.eot).to(device, dtype)
-        prompts_BT = prompts_BT.to(device)
-        inputs = {"input_ids": prompts_BT, "attention_mask": torch.ones_like(prompts_BT)}
-        for cache in ("dynamic", "static") if device.type == "cuda" else ("dynamic",):
-            writers[f"transformers, {cache} cache"] = functools.partial(
-                theirs.generate, **inputs, do_sample=False, max_new_tokens=n, min_new_tokens=n,
-                pad_token_id=0, cache_implementation=cache)
+        writers["this, a CUDA graph"] = functools.partial(write, graphed)
     seconds = time_in_turn(writers.values(), device)
     return {name: config.samples * n / s for name, s in zip(writers, seconds, strict=True)}
-
-
-def load_by_transformers(source, model, eot):
-    """The model of transformers with the weights of `model`, which load(source) made."""
-    import transformers
-    with tempfile.TemporaryDirectory() as folder:
-        if is_from_run(source):
-            write_model(model, folder, eot)
-        path = folder if is_from_run(source) else source
-        return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
 def time_in_turn(functions, device):

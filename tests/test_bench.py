@@ -50,7 +50,6 @@ def test_a_loss_that_is_not_reached_is_one_line_with_the_lowest(corpus):
 
 def test_sampling_is_measured_in_tokens_of_all_texts(corpus, tmp_path, monkeypatch, capsys):
     run(corpus, out=str(tmp_path / "run"), steps=1)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)  # transformers takes seconds
     monkeypatch.setattr(bench, "time_in_turn", lambda functions, device: [[f() for f in functions], 0.5][1:])
     bench.main([f"--sample={tmp_path}/run", "--samples=3", "--sample_tokens=5", "--device=cpu"])
     assert capsys.readouterr().out.split() == ["this,", "fp32", "30", "tokens/s"]
