@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from scaling.figures import BESIDE, COLORS, LOSS, line_style, load_pyplot, save, shades
+from scaling.figures import BESIDE, COLORS, LOSS, load_pyplot, save, shades
 from scaling.law_fits import all_tested, cell_means, missed_by
 from scaling.law_trials import COUNTS
 from scaling.rows import group
@@ -113,9 +113,9 @@ def format_laws(report):
 
 
 def draw_laws(report, folder):
-    """Writes frontier.png, sizes.png and, where a budget has a best size, isoflop.png; returns the paths."""
+    """Writes frontier.png and, where a budget has a best size, isoflop.png; returns their paths."""
     pyplot = load_pyplot()
-    figures = {"frontier": draw_frontier, "sizes": draw_sizes}
+    figures = {"frontier": draw_frontier}
     if any(budget["best"] for budget in report["isoflop"]["budgets"]):
         figures["isoflop"] = draw_isoflop
     return [save(draw(report, pyplot), os.path.join(folder, f"{name}.png"), pyplot)
@@ -136,14 +136,6 @@ def label_size(axis):
     axis.set_minor_formatter("")
 
 
-def draw_law_curve(ax, x, points, law, label, **style):
-    """The mean of the `points` at each x, and the law, a function of x, as a line."""
-    means = cell_means(x, [point["loss"] for point in points])
-    line = np.geomspace(min(means), max(means), 50)
-    ax.plot(line, law(line), color=style["color"], linewidth=1)
-    ax.plot([*means], [*means.values()], linestyle="none", markersize=5, label=label, **style)
-
-
 def draw_frontier(report, pyplot):
     """Loss against training FLOPs, a line for each model: its measured losses, and the law through them. The
     dashed line is the law's own frontier; forecasts have their intervals."""
@@ -154,9 +146,10 @@ def draw_frontier(report, pyplot):
     for (name, points), color in zip(models.items(), shades(len(models)), strict=True):
         N, per_token = points[0]["parameters"][count], points[0]["flops"] / points[0]["tokens"]
         sizes.append((N, per_token))
-        draw_law_curve(ax, [point["flops"] for point in points], points,
-                       lambda flops, N=N, per_token=per_token: law.loss(N, flops / per_token), name,
-                       marker="o", color=color)
+        means = cell_means([point["flops"] for point in points], [point["loss"] for point in points])
+        flops = np.geomspace(min(means), max(means), 50)
+        ax.plot(flops, law.loss(N, flops / per_token), color=color, linewidth=1)
+        ax.plot([*means], [*means.values()], "o", color=color, markersize=5, label=name)
     top_flops = max([report["flops"][1], *(float(forecast["flops"]) for forecast in report["forecasts"])])
     budgets = np.geomspace(report["flops"][0], top_flops, 200)
     ax.plot(budgets, law_frontier(law, sizes, budgets), "--", color=COLORS[3], label="frontier of the law")
@@ -182,26 +175,6 @@ def law_frontier(law, models, budgets):
     sizes = np.linspace(n.min() - 3, n.max() + 8, 400)
     tokens = budgets[None] / np.exp(offset + slope * sizes)[:, None]
     return law.loss(np.exp(sizes)[:, None], tokens).min(axis=0)
-
-
-def draw_sizes(report, pyplot):
-    """Loss against N, a line for each number of tokens (where many models share it), and the law's lines."""
-    figure, ax = pyplot.subplots(figsize=(8, 5))
-    law, count = report["fits"][report["chosen"]]["law"], report["chosen"][1]
-    by_tokens = group((point["tokens"], point) for point in report["points"])
-    shared = {tokens: points for tokens, points in sorted(by_tokens.items())
-              if len({point["parameters"][count] for point in points}) > 1}
-    for i, ((tokens, points), color) in enumerate(zip(shared.items(), shades(len(shared)), strict=True)):
-        draw_law_curve(ax, [point["parameters"][count] for point in points], points,
-                       lambda N, tokens=tokens: law.loss(N, tokens), f"{tokens:.1e}",
-                       **line_style(i) | {"color": color})
-    ax.set(xscale="log", xlabel=PARAMETERS[count], ylabel=LOSS,
-           title="Loss against size; lines: the fitted law")
-    label_size(ax.xaxis)
-    label_loss(ax)
-    if shared:
-        ax.legend(title="training tokens", fontsize=10, **BESIDE)
-    return figure
 
 
 def draw_isoflop(report, pyplot):

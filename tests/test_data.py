@@ -116,14 +116,6 @@ def test_batches_are_the_same_stream_however_it_is_divided(any_dataset):
     assert sorted(strided.tolist()) == sorted(any_dataset.batch(7, 3, 24, 16)[0].tolist())
 
 
-def test_batches_depend_on_seed_and_step_alone(any_dataset):
-    again = TokenDataset(any_dataset.folder)
-    later = {step: any_dataset.batch(3, step, 4, 16)[0] for step in (900, 2, 0)}  # in any order
-    assert all(torch.equal(later[step], again.batch(3, step, 4, 16)[0]) for step in (0, 2, 900))
-    assert not torch.equal(any_dataset.batch(3, 0, 4, 16)[0], any_dataset.batch(4, 0, 4, 16)[0])
-    assert not torch.equal(any_dataset.batch(3, 0, 4, 16)[0], any_dataset.batch(3, 1, 4, 16)[0])
-
-
 def test_targets_are_the_tokens_shifted_by_one(dataset):
     tokens, targets = dataset.batch(0, 5, 8, 32)
     assert tokens.dtype == targets.dtype == torch.int64 and tokens.shape == targets.shape == (8, 32)

@@ -158,7 +158,7 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     assert best["flops"] == pytest.approx(1e14, rel=0.01) and best["width"] % 32 == 0
     assert best["steps"] <= 5_000
     assert len(report["points"]) == 25 and max(abs(p["residual"]) for p in report["points"]) < 0.1
-    assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png", "sizes.png"}
+    assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png"}
     missed = seen | {"measured": seen["interval"][1] + 0.01}
     assert "nats, OUTSIDE the interval" in "\n".join(format_forecast(missed))
 
