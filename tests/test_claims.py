@@ -1,16 +1,20 @@
-"""The numbers of the READMEs, against the committed rows."""
+"""The numbers of the READMEs against the committed rows, and the README's commands."""
 
+import os
+import re
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from configure import UserError
+from configure import SETTINGS, UserError, check_setting, parse_value
 from scaling import claims
+from scaling.__main__ import commands
 
 # Numbers with decimals that are settings of an experiment, or another's result, and so no claim of the rows
-SETTINGS = (r"2\^-[\d.]+", r"\^-0\.32", r"α = 0\.[58]", r"ELTeC-eng 1\.0\.1", r"Linux 6\.12",
+NO_CLAIM = (r"2\^-[\d.]+", r"\^-0\.32", r"α = 0\.[58]", r"ELTeC-eng 1\.0\.1", r"Linux 6\.12",
             r"Python [\d.]+( and [\d.]+)?", r"torch [\d.]+", r"ln 2048 = 7\.6", r"[\d.]+ M tokens",
             r"read them 1\.3 times and 4,800 steps 2\.5", r"0\.75, 1 and 1\.5 octaves",
             r"rates 0\.7 octaves apart", r"at most 0\.3 of its blocks", r"Depth-μP \(0\.5\)",
@@ -36,7 +40,7 @@ def test_each_number_that_is_claimed_is_what_its_rows_give(recomputed):
 @pytest.mark.parametrize("document", ["README.md", "scaling/results/README.md"])
 def test_each_number_with_decimals_is_claimed_or_a_setting(recomputed, document):
     texts = [text for of_claim in recomputed[document].values() for text in of_claim]
-    assert claims.uncovered(document, texts, SETTINGS) == []
+    assert claims.uncovered(document, texts, NO_CLAIM) == []
 
 
 def test_a_claim_whose_rows_change_is_reported_and_fails_the_command(monkeypatch, tmp_path, capsys):
@@ -63,3 +67,35 @@ def test_a_forecasts_interval_holds_what_was_measured():
         assert len(held) >= 4, kind
         assert held.mean() >= 0.9, kind
         assert np.median(size) < 0.15, kind
+
+
+def commands_in(document):
+    """The words of each Python command in the code of a document."""
+    text = "".join(re.findall(r"^```\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL))
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[words.index(program):] for words in found for program in ("train.py", "scaling")
+            if program in words]
+
+
+def read(document):
+    with open(f"{ROOT}/{document}", encoding="utf-8") as file:
+        return file.read()
+
+
+def test_each_command_of_the_readme_can_be_typed():
+    typed = commands_in("README.md")
+    assert len(typed) > 15
+    for program, *words in typed:
+        files = [word for word in words if word.startswith("config/")]
+        assert all(os.path.exists(f"{ROOT}/{file}") for file in files), words
+        help_text = ", --help"
+        if program == "scaling":
+            assert words[0] in commands(), words
+            help_text += read(f"scaling/{commands()[words[0]][0]}.py")
+        for flag in (word for word in words if word.startswith("--")):
+            name, _, value = flag[2:].partition("=")
+            if name in SETTINGS:
+                check_setting(name, parse_value(name, value))
+            else:
+                assert f"--{name}" in help_text, flag
