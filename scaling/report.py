@@ -57,6 +57,8 @@ def analyze(rows, swept="", base=None, axis="", shipped=None):
     configs = settings_and_facts(rows)
     axis, swept, others = choose_axes(rows, configs, swept, axis)
     numeric = all(is_number(config[swept]) for config in configs)
+    if shipped and not numeric:
+        raise UserError(f"shipped needs a setting that is a number, and {swept} was swept; remove --shipped")
     names = [", ".join([row["parametrization"], *(f"{name}={config[name]}" for name in others)])
              for row, config in zip(rows, configs, strict=True)]
     rows_by_ladder = group(zip(names, rows, strict=True))
@@ -247,13 +249,15 @@ def format_report(report):
 def format_numbers(ladder, axis, swept):
     """The lines of a ladder whose swept values are numbers."""
     drift = f"{ladder['drift']:+.3f} octaves" if np.isfinite(ladder["drift"]) else "an unknown way"
-    windows = [f"{moved:+.2f} ({octaves:g})" for octaves, moved in ladder["drift_by_window"].items()]
+    windows = [f"{moved:+.2f} ({octaves:g})" for octaves, moved in ladder["drift_by_window"].items()
+               if np.isfinite(moved)]
     costs = {"cost": f"{format_value(ladder['shipped'])} costs", "most": "at most",
              "regret": f"best of {ladder['base']:g} costs"}
     return [f"best log2 {swept} moves {drift} for each doubling of {axis}, "
             + format_interval(ladder["drift_interval"]),
             *format_sizes(ladder["sizes"], axis, costs),
-            f"Drift if parabolas are fitted within so many octaves of the lowest loss: {', '.join(windows)}",
+            f"Drift if parabolas are fitted within so many octaves of the lowest loss: "
+            f"{', '.join(windows) or 'unknown'}",
             judge_drift(ladder, axis, swept)]
 
 
@@ -314,8 +318,8 @@ def judge_drift(ladder, axis, swept):
     else:
         text += f"The drift is larger than its noise: the best {swept} moves with {axis}"
     shipped = np.log2(ladder["shipped"])
-    text += (f". {format_value(ladder['shipped'])} costs up to "
-             f"{max(size['cost'] or 0 for size in fitted):.4f} nats")
+    if costs := [size["cost"] for size in fitted if size["cost"] is not None]:
+        text += f". {format_value(ladder['shipped'])} costs up to {max(costs):.4f} nats"
     outside = [f"{size[axis]:g}" for size in fitted if size["interval"][0] > shipped
                or size["interval"][1] < shipped]
     if outside:

@@ -602,6 +602,11 @@ def test_choices_are_ordered_at_each_size_and_what_the_proxys_favourite_costs_is
     assert [size["rank_correlation"] for size in sizes] == pytest.approx([1, 0.5, 0.5])
     text = format_report(report)
     assert "width 256, from the best: linear, cosine, constant (rank correlation with 64: +0.50)" in text
+    assert "loses up to 0.1000 nats at another size, more than two standard errors" in text
+    noisy = [row | {"val_loss": row["val_loss"] + 0.2 * (i % 4 == 0)} for i, row in enumerate(rows)]
+    assert "no more than two standard errors" in format_report(analyze(noisy))
+    with pytest.raises(UserError, match="^shipped needs a setting that is a number"):
+        analyze(rows, shipped=2**-7)
     [ax] = figures.draw_transfer(report, pyplot := figures.load_pyplot()).axes
     stars = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "*"]
     expected = [[1, 4.005], [2, 3.805], [2, 3.755]]  # of constant, cosine, linear

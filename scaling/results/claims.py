@@ -1,7 +1,8 @@
 """What the READMEs say in numbers, as functions of the rows in this folder: python -m scaling claims
 
-A function yields texts that must stand in its document. Where rows or a document change, this or the document
-does, too; a number of the documents that stands in no text is one that `tests/test_claims.py` asks for."""
+To claim a number: write a function that yields the text, marked with the document in which it must stand, and
+copy what `python -m scaling claims NAME` prints. It may stand anywhere there; line breaks do not matter.
+tests/test_claims.py fails where a text is not in its document, or a number with decimals is in no text."""
 
 import csv
 import functools
@@ -158,7 +159,6 @@ def windows_of(ladder):
 
 
 SHIPPED = 2**-7.5  # the rate of config/gpt2_proxy.py
-
 
 
 # Width
