@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configure import UserError
 from scaling.fits import interval, power_law
 from scaling.rows import group
 
@@ -102,11 +101,8 @@ class Law(NamedTuple):
 
 def minimize_huber(function, starts, log_loss, *logs):
     """The theta of the lowest Huber loss that BFGS finds from the best of `starts`. function: of theta and
-    `logs`, gives log loss and derivatives. Raises UserError where scipy is not installed."""
-    try:
-        from scipy.optimize import minimize
-    except ImportError:
-        raise UserError("laws: needs scipy; pip install -r requirements.txt brings it") from None
+    `logs`, gives log loss and derivatives."""
+    from scipy.optimize import minimize
 
     def objective(theta):
         predicted, derivatives = function(theta, *logs)

@@ -145,8 +145,6 @@ def test_a_sampler_proposes_the_same_again_and_keeps_away_from_what_is_running(c
 
     The seed shows in the first draws, which are random. Afterwards a Gaussian process proposes the place
     where it expects the most, which every seed may find, on some processors to the last bit."""
-    if sampler == "gp":
-        pytest.importorskip("scipy")
     domains = space.distributions(LR_ONLY)
     with Worker(str(tmp_path)) as worker:
         shared = study.SharedStudy(study.open_storage(str(tmp_path / "study.log")), "search", worker)
