@@ -288,9 +288,9 @@ def draw_scatter(axis, pairs, folder):
         best = np.argmin(pair["proxy"])
         ax.plot(x[best], y[best], "*", color=COLORS[4], markersize=14, mec="k", label="best by the proxy")
         name = f"{title(pair['cloud'])}\n" if several else ""
+        proxy, target = (f"{axis} {pair[which]}".strip().replace("_", " ") for which in ("base", "size"))
         ax.set(title=f"{name}{len(x)} pairs, rank correlation {pair['rank']:+.2f}",
-               xlabel=f"loss at {axis} {pair['base']:g}, nats per token",
-               ylabel=f"loss at {axis} {pair['size']:g}, nats per token")
+               xlabel=f"loss at {proxy}, nats per token", ylabel=f"loss at {target}, nats per token")
     figure.legend(handles=axes[0].lines, fontsize=10, loc="outside right center")
     return save(figure, os.path.join(folder, "scatter.png"), pyplot)
 

@@ -7,9 +7,13 @@ rank correlation with its 95% interval, over all pairs and over the better half 
 proxy's favourite costs on the target. Trials whose losses do not compare, as those of two texts, are pairs of
 their own. Draws scatter.png and .svg into DIR, or --to=DIR. The trials may be a sweep over width, or width
 and depth together, and other settings, or searches at several widths.
+
+With --target=DIR each folder is a proxy of its own and that one the target, so that proxies that differ in
+more than one thing, as in depth and context, stand side by side: a panel for each.
 """
 
 import json
+import os
 
 import numpy as np
 
@@ -94,6 +98,28 @@ def pair_clouds(axis, rows, base):
     return pairs
 
 
+def pair_folders(folders, target):
+    """[pair_losses() of a folder with the folder `target`], each with its `cloud`, the folder's name; seeds
+    apart, any size is compared with any. Raises UserError where one has trials of several sizes."""
+    losses = {}
+    for folder in (*folders, target):
+        rows = read_rows([folder])
+        sizes = values_of(settings_and_facts(rows), *AXES)
+        if len(sizes) > 1:
+            raise UserError(f"target: {folder} must hold trials of one size, got {len(sizes)}; without "
+                            "--target the sizes of a sweep are compared")
+        losses[folder], = losses_at("width", rows).values()
+    pairs = []
+    for folder in folders:
+        of_two = {os.path.basename(os.path.normpath(each)): losses[each] for each in (folder, target)}
+        base = [*of_two][0]
+        pairs += [pair | {"cloud": base.replace("_", " ")} for pair in pair_losses(of_two, base)]
+    if len(pairs) < len(folders):
+        raise UserError(f"target: {FEWEST} trials of each folder must have the same settings as trials in "
+                        f"{target}")
+    return pairs
+
+
 def choose_axis(rows, axis):
     """The axis whose sizes are compared: `axis`, or the one that varies. Raises UserError."""
     configs = [json.loads(row["config"]) for row in rows]
@@ -118,9 +144,9 @@ def format_pairs(axis, pairs):
     for cloud, own in clouds.items():
         if len(clouds) > 1:
             lines.append(cloud)
-        lines.append(f"{axis} {own[0]['base']:g} and   pairs      rank correlation    of the better half   "
+        lines.append(f"{axis} {own[0]['base']} and   pairs      rank correlation    of the better half   "
                      "cost of its favourite")
-        lines += [f"{pair['size']:>10g}{len(pair['proxy']):>10}"
+        lines += [f"{pair['size']:>10}{len(pair['proxy']):>10}"
                   f"{format_interval(pair['rank'], len(pair['proxy'])):>22}"
                   f"{format_interval(pair['rank_of_better_half'], pair['better_half']):>22}"
                   f"{pair['cost']:>24.4f}" for pair in own]
@@ -129,9 +155,12 @@ def format_pairs(axis, pairs):
 
 @command
 def main(argv):
-    options, folders, to = parse_folders(argv, {"axis": "", "base": 0}, __doc__)
-    rows = read_rows(folders)
-    axis = choose_axis(rows, options["axis"])
-    pairs = pair_clouds(axis, rows, options["base"])
+    options, folders, to = parse_folders(argv, {"axis": "", "base": 0, "target": ""}, __doc__)
+    if options["target"]:
+        axis, pairs = "", pair_folders(folders, options["target"])
+    else:
+        rows = read_rows(folders)
+        axis = choose_axis(rows, options["axis"])
+        pairs = pair_clouds(axis, rows, options["base"])
     make_folder(to)
     print(format_pairs(axis, pairs), figures.draw_scatter(axis, pairs, to), sep="\n")

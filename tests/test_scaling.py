@@ -681,6 +681,25 @@ def test_a_scatter_draws_trials_whose_losses_do_not_compare_apart(tmp_path):
         "dataset=other", "dataset=stdlib"}
 
 
+def test_a_scatter_pairs_each_folder_with_that_of_the_target_whatever_their_sizes(tmp_path):
+    """A proxy of another width and context that ranks as the target does, and one that ranks otherwise."""
+    for name, width, context, sign in (("near", 64, 32, 1), ("far", 128, 256, -1), ("target", 256, 256, 1)):
+        rows = [row | {"config": json.dumps(json.loads(row["config"]) | {"context": context}),
+                       "val_loss": sign * row["val_loss"]}
+                for row in ladder([-7, -7, -7], seeds=1) if row["width"] == width and not row["diverged"]]
+        (tmp_path / name).mkdir()
+        append_rows(str(tmp_path / name / "trials.csv"), rows)
+    folders, target = [str(tmp_path / "near"), str(tmp_path / "far")], str(tmp_path / "target")
+    near, far = scatter.pair_folders(folders, target)
+    assert (near["cloud"], far["cloud"]) == ("near", "far") and near["rank"] > 0.95 > -0.95 > far["rank"]
+    assert near["cost"] == 0 < far["cost"]
+    scatter.main([*folders, f"--target={target}", f"--to={tmp_path}"])
+    assert (tmp_path / "scatter.png").exists()
+    append_rows(str(tmp_path / "near" / "trials.csv"), ladder([-7, -7, -7], seeds=1))
+    with pytest.raises(UserError, match="^target: .*near must hold trials of one size, got [45]"):
+        scatter.pair_folders(folders, target)
+
+
 @pytest.mark.parametrize(("optima", "seeds", "intervals", "sentence"), [
     ([-7, -7.02, -7], 3, 3, "The drift is within its noise"),
     ([-7, -7.5, -8], 3, 3, "The drift is larger than its noise"),
