@@ -3,8 +3,8 @@
 import numpy as np
 
 EXPONENTS = np.linspace(0.03, 1.5, 50)  # r of L = E + A N^-r
-USUAL_EXPONENT, SPREAD = 0.35, 0.5  # the prior on r: log-normal, median and standard deviation of ln r
-OFF_LAW = 0.008  # nats: how far a size lies off the law besides seed noise, standard deviation
+USUAL_EXPONENT, SPREAD = 0.35, 0.4  # the prior on r: log-normal, median and standard deviation of ln r
+OFF_LAW = 0.004  # nats: how far a size lies off the law besides seed noise, standard deviation
 COVERAGE = 0.025, 0.5, 0.975
 
 
