@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling import law_fits, report
+from scaling import law_fits, report, scatter
 from scaling.forecast import forecast
 from scaling.law_trials import read_trial
 from scaling.rows import group
 from scaling.trials import parse_row, read_trials, settings_of
+from scaling.verify import pooled_noise
 
 HERE = Path(__file__).parent
 CLAIMS = {}  # {name: (document, function)}
@@ -301,49 +302,108 @@ PRESETS = {"adamw": 2**-7.6, "muon": 0.0217}  # learning rates, which no search 
 
 
 def journey_of(text, optimizer):
-    """{who: (losses at 128 x 4, seeds 1 and 2; at 256 x 6; at the target)} of the shipped preset, of the best
-    of the search at the proxy, and of what was chosen at 256 x 6."""
+    """{who: (its lr, losses at 128 x 4 on seeds 1 and 2, at 256 x 6, at the target)} of the shipped preset, of
+    what was best at the proxy where that was trained at the target too, and of what was chosen at 256 x 6."""
     rows = rows_of(f"journey/{text}-{optimizer}")
-    targets = select("journey/targets", dataset=text, optimizer=optimizer)
+    targets = group((row["lr"], row) for row in select("journey/targets", dataset=text, optimizer=optimizer))
     middle = group((row["lr"], row["val_loss"]) for row in rows if row["width"] == 256)
-    preset = next(lr for lr in middle if near(lr, PRESETS[optimizer]))
-    best = next(row["lr"] for row in targets if row["lr"] != preset)
-    confirmed = {lr: np.mean(found) for lr, found in middle.items() if len(found) > 1 and lr != preset}
-    chosen = min(confirmed, key=confirmed.get)
     at_proxy = group((row["lr"], row["val_loss"]) for row in rows if (row["width"], row["depth"]) == (128, 4)
                      and row["seed"] in (1, 2))
-    return {who: (at_proxy[lr], middle[lr], losses([row for row in targets if row["lr"] == lr]))
-            for who, lr in (("preset", preset), ("best", best), ("chosen", chosen))}
+    preset = next(lr for lr in targets if near(lr, PRESETS[optimizer]))
+    chosen, *others = sorted(targets.keys() - {preset}, key=lambda lr: np.mean(middle[lr]))
+    return {who: (lr, at_proxy[lr], middle[lr], losses(targets[lr]))
+            for who, lr in (("preset", preset), ("chosen", chosen), *(("best", lr) for lr in others))}
 
 
-JOURNEYS = ("manuals", "adamw"), ("manuals", "muon"), ("novels", "adamw")
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+TEXTS, OPTIMIZERS = ("manuals", "novels", "code"), {"adamw": "AdamW", "muon": "Muon"}
+JOURNEYS = [(text, optimizer) for text in TEXTS for optimizer in OPTIMIZERS]
+
+
+def gains(optimizer, who="preset", size=3):
+    """[nats by which what was chosen is lower than `who`] on each text; size: 1 the proxy, 3 the target."""
+    found = [journey_of(text, optimizer) for text in TEXTS]
+    return [np.mean(each[who][size]) - np.mean(each["chosen"][size]) for each in found if who in each]
+
+
+def forecast_of(text, optimizer):
+    """(low, middle, high) for the target, of what was chosen: from 128 x 4, 256 x 6 and 384 x 8."""
+    rows, lr = rows_of(f"journey/{text}-{optimizer}"), journey_of(text, optimizer)["chosen"][0]
+    noise = pooled_noise([*group((row["lr"], row) for row in rows if row["width"] == 256).values()])
+    of_size = group(((row["width"], row["depth"]), row["val_loss"]) for row in rows
+                    if near(row["lr"], lr) and (row["width"] > 128 or row["seed"] in (1, 2)))
+    points = [(*size, 0, np.mean(of_size[size]), noise[0] / np.sqrt(len(of_size[size])))
+              for size in ((128, 4), (256, 6), (384, 8))]
+    return forecast(points, (768, 12), *noise)
+
+
+def nanochat(text):
+    """[loss] at 2, 4 and 8 times its rates."""
+    return [line["val_loss"] for line in lines_of("journey/nanochat.jsonl") if line["text"] == text]
 
 
 @claims_of(RESULTS)
 def journey():
-    names = {"preset": "shipped preset", "best": "best of the search at the proxy",
-             "chosen": "chosen at 256 x 6"}
-    rows, gaps, apart = [], [], {"adamw": [], "muon": []}
+    names = {"preset": "shipped preset", "chosen": "searched, chosen at 256 x 6",
+             "best": "searched, best at the proxy"}
+    rows = [["", "proxy 128 x 4", "at 256 x 6", "target, seeds 1 and 2", "forecast, 95%"]]
     for text, optimizer in JOURNEYS:
-        found = journey_of(text, optimizer)
-        if found["chosen"] == found["best"]:
-            del found["chosen"]
-        for who, (proxy, middle, target) in found.items():
-            measured = ", ".join(f"{loss:.3f}" for loss in target) or "not trained"
-            rows.append([f"{text}, {OPTIMIZERS[optimizer]}: {names[who]}", f"{np.mean(proxy):.3f}",
-                         f"{np.mean(middle):.3f}", measured])
-        gaps.append(np.mean(found["best"][2]) - np.mean(found["preset"][2]))
-        apart[optimizer].append(np.ptp(found["preset"][2]))
-    yield table(["", "proxy 128 x 4", "at 256 x 6", "target, seeds 1 and 2"], *rows)
-    yield "by {:+.3f}, {:+.3f} and {:+.3f} nats in the mean".format(*gaps)
-    yield f"{max(apart['adamw']):.2f} nats with AdamW, {max(apart['muon']):.2f} with Muon"
+        low, middle, high = forecast_of(text, optimizer)
+        for who, (_, *sizes, target) in journey_of(text, optimizer).items():
+            rows.append([f"{text}, {OPTIMIZERS[optimizer]}: {names[who]}",
+                         *(f"{np.mean(found):.3f}" for found in sizes),
+                         ", ".join(f"{loss:.3f}" for loss in target),
+                         f"{middle:.3f}, {low:.3f} to {high:.3f}" if who == "chosen" else ""])
+        if optimizer == "muon":
+            rows.append([f"{text}: nanochat, lr x 2, 4, 8", "", "",
+                         ", ".join(f"{loss:.3f}" for loss in nanochat(text)), ""])
+    yield table(*rows)
+    adamw, muon = map(gains, OPTIMIZERS)
+    yield f"lower by {np.mean(adamw + muon):.3f} nats in the mean over the six"
+    for name, found in (("AdamW", adamw), ("Muon", muon)):
+        yield "with {} {:+.3f}, {:+.3f} and {:+.3f} on manuals, novels and code".format(
+            name, *(-gain for gain in found))
+    yield "{:.3f} and {:.3f} nats lower than the proxy's best".format(*gains("adamw", "best"))
+    behind = [np.mean(journey_of(text, "muon")["chosen"][3]) - min(nanochat(text)) for text in TEXTS]
+    yield "{:.2f}, {:.2f} and {:.2f} nats below Muon's".format(*behind)
+    apart = [[np.ptp(sizes[-1]) for which in JOURNEYS if which[1] == optimizer
+              for sizes in journey_of(*which).values()] for optimizer in OPTIMIZERS]
+    yield f"up to {max(apart[0]):.2f} nats with AdamW, {max(apart[1]):.2f} with Muon"
 
 
-def gains_of_the_search():
-    """[nats by which the best of the search beats the preset at the proxy], [at the target]."""
-    found = [journey_of(*which) for which in JOURNEYS]
-    return [[np.mean(one["preset"][size]) - np.mean(one["best"][size]) for one in found] for size in (0, 2)]
+@claims_of(RESULTS)
+def forecasts_of_targets():
+    found = [(forecast_of(*which), journey_of(*which)["chosen"][3]) for which in JOURNEYS]
+    held = [low < loss < high for (low, _, high), target in found for loss in target]
+    widths = sorted(high - low for (low, _, high), _ in found)
+    yield f"held {sum(held)} of {len(held)}"
+    yield f"{widths[0]:.2f} to {widths[-2]:.2f} nats wide, {widths[-1]:.2f} for"
+    errors = [abs(middle - np.mean(target)) for (_, middle, _), target in found]
+    yield f"missed the mean of the two seeds by {min(errors):.3f} to {max(errors):.3f}"
+
+
+@claims_of(RESULTS)
+def settings_at_four_sizes():
+    folders = [str(HERE / f"journey/settings/{name}") for name in ("proxy_half_context", "proxy", "256x6")]
+    pairs = scatter.pair_folders(folders, str(HERE / "journey/settings/target"))
+    yield table(["24 settings", "rank correlation with the target", "of the better half",
+                 "what its favourite costs at the target"],
+                *([name, f"{pair['rank']:+.2f}", f"{pair['rank_of_better_half']:+.2f}", f"{pair['cost']:.3f}"]
+                  for name, pair in zip(("128 x 4, context 256", "128 x 4, context 512",
+                                         "256 x 6, context 512"), pairs, strict=True)))
+
+
+@claims_of(RESULTS)
+def half_context():
+    """Of candidates, which differ in hidden_std, each at the lr of most trainings: not those for lr alone."""
+    found = {size: group((row["hidden_std"], row) for row in select("journey/half_context", width=size,
+                         context=context) if row["seed"] in (1, 2) and not row["diverged"])
+             for size, context in ((128, 256), (256, 512))}
+    means = {}
+    for which, rows in found[256].items():
+        lr = max(group((row["lr"], row) for row in rows).items(), key=lambda item: len(item[1]))[0]
+        means[which] = [mean([row for row in found[size][which] if row["lr"] == lr]) for size in (128, 256)]
+    favourite, chosen = min(means.values()), min(means.values(), key=lambda pair: pair[1])
+    yield f"ends at {favourite[1]:.3f} at 256 x 6, and `config/proxy.py` at {chosen[1]:.3f}"
 
 
 # Forecasts
@@ -611,10 +671,14 @@ def front_page_of_targets():
 
 @claims_of(README)
 def front_page_of_searches():
-    at_proxy, at_target = gains_of_the_search()
-    low, high = sorted(at_proxy[:2])
-    yield f"by {low:.2f} and {high:.2f} nats at the proxy on one text, by {at_proxy[2]:.2f} on the other"
-    yield f"({-max(at_target):+.2f} to {-min(at_target):+.2f} nats)"
+    adamw, muon = gains("adamw"), gains("muon")
+    yield "{:.2f}, {:.2f} and {:.2f} nats lower with AdamW".format(*sorted(adamw))
+    yield f"with Muon level ({-max(muon):+.2f} to {-min(muon):+.2f})"
+    at_proxy = gains("adamw", size=1) + gains("muon", size=1)
+    yield f"{min(at_proxy):.2f} to {max(at_proxy):.2f} nats at the proxy"
+    found = [(forecast_of(*which), journey_of(*which)["chosen"][3]) for which in JOURNEYS]
+    errors = [abs(middle - np.mean(target)) for (_, middle, _), target in found]
+    yield f"off by at most {max(errors):.2f} nats"
 
 
 @claims_of(README)
