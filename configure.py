@@ -125,9 +125,9 @@ class Config:
     readout_lr_mult: Positive = setting(1.0, "optimizer", "x lr, readout", tuned=True)
     norm_lr_mult: Positive = setting(1.0, "optimizer", "x lr, norms and biases", tuned=True)
     base_batch: Count | None = setting(None, "optimizer", tuned=True,
-        help="sequences per step of the tuned proxy: lr, decay, beta2 scale with batch; None: fixed")
+        help="sequences per step of the tuned proxy: lr, decay, beta2, eps scale with batch; None: fixed")
     base_tokens: Count | None = setting(None, "optimizer", tuned=True,
-        help="tokens of the tuned proxy's run: lr x (tokens / base_tokens)^-0.32; None: fixed")
+        help="tokens of the tuned proxy's run: lr x (tokens / base_tokens)^-0.32, decay, eps; None: fixed")
     weight_decay: NotNegative = setting(0.0, "optimizer", tuned=True,
         help="coupled decay per step, lr * weight_decay, at the base shape")
     beta1: Fraction = setting(0.9, "optimizer", "Adam's decay of the gradient average", tuned=True)

@@ -119,19 +119,18 @@ def hyperparameters(config, role, fan_in=None):
     muon = config.optimizer == "muon" and exponents.muon_lr is not None
     lr_exponents = exponents.muon_lr if muon else exponents.lr
     decay_exponents = exponents.muon_weight_decay if muon else exponents.weight_decay
-    lr_batch_mult, decay_batch_mult, beta2 = batch_rule(config)
+    mults = batch_and_horizon(config)
     std = None
     if exponents.std is not None:
         std = base_std(config, role, fan_in or config.width) * scale(config, exponents.std)
-    lr_mult = base_lr_mult(config, role) * horizon_rule(config)
     weight_decay = 0.0
     if decay_exponents is not None:
-        weight_decay = config.weight_decay * decay_batch_mult * scale(config, decay_exponents)
+        weight_decay = config.weight_decay * mults.weight_decay * scale(config, decay_exponents)
     found = {"std": std,
-             "lr": config.lr * lr_mult * lr_batch_mult * scale(config, lr_exponents),
+             "lr": config.lr * base_lr_mult(config, role) * mults.lr * scale(config, lr_exponents),
              "weight_decay": weight_decay,
-             "eps": config.eps * scale(config, exponents.eps),
-             "betas": (config.beta1, beta2)}
+             "eps": config.eps * mults.eps * scale(config, exponents.eps),
+             "betas": (config.beta1, config.beta2 ** mults.beta2_power)}
     if muon:
         found["momentum"] = config.momentum
     return found
@@ -157,21 +156,49 @@ def base_lr_mult(config, role):
     return config.norm_lr_mult
 
 
-def horizon_rule(config):
-    """Factor on lr for training tokens: (tokens / base_tokens)^-0.32 (arXiv 2409.19913)."""
-    tokens = config.tokens_before(max(config.steps, 1))
-    return (tokens / (config.base_tokens or tokens)) ** -0.32
+class BatchAndHorizon(NamedTuple):
+    """Factors on lr, weight decay and eps, and the power to which beta2 is raised."""
+    lr: float
+    weight_decay: float
+    eps: float
+    beta2_power: float
 
 
-def batch_rule(config):
-    """(factor on lr, factor on weight decay, beta2) for batch / base_batch.
+def batch_and_horizon(config):
+    """The rule for kappa = batch / base_batch and tau = tokens / base_tokens, each 1 where its base is None.
 
-    lr goes with its square root (arXiv 2205.10287); so does the decay, as then lr * decay per token stays
-    (arXiv 2405.13698); beta2 keeps its half-life in tokens (arXiv 2507.07101).
+    lr x sqrt(kappa) (arXiv 2205.10287) x tau^-a (arXiv 2409.19913); the decay so that lr * decay * steps
+    stays (arXiv 2405.13698); beta2 so that its half-life in tokens stays (arXiv 2507.07101); eps x
+    sqrt(tau / kappa) (arXiv 2512.22382). beta1 and Muon's momentum stay.
     """
-    batch_mult = config.batch / (config.base_batch or config.batch)
-    root = math.sqrt(batch_mult)
-    return root, root, config.beta2 ** batch_mult
+    kappa, tau = batch_and_horizon_mults(config)
+    root = math.sqrt(kappa)
+    return BatchAndHorizon(lr=root * tau ** -HORIZON_POWER, weight_decay=root * tau ** (HORIZON_POWER - 1),
+                           eps=math.sqrt(tau / kappa), beta2_power=kappa)
+
+
+HORIZON_POWER = 0.32  # a, arXiv 2409.19913
+MEASURED_BATCHES = 1/8, 4  # batch / base_batch
+MEASURED_STEPS = 300, 9600
+
+
+def batch_and_horizon_mults(config):
+    """(kappa, tau) of batch_and_horizon()."""
+    tokens = config.tokens_before(max(config.steps, 1))
+    return config.batch / (config.base_batch or config.batch), tokens / (config.base_tokens or tokens)
+
+
+def lines_beyond_measured(config):
+    """A line for people for each way in which batch_and_horizon() is used beyond where it was measured."""
+    (kappa, tau), lines = batch_and_horizon_mults(config), []
+    least, most = MEASURED_BATCHES
+    if not least <= kappa <= most:
+        lines.append(f"batch / base_batch is {kappa:g}; its rule was measured from {least:g} to {most:g}")
+    least, most = MEASURED_STEPS
+    if (kappa, tau) != (1, 1) and not least <= config.steps <= most:
+        lines.append(f"steps: {config.steps:,}; the rule for batch and tokens was measured from {least:,} to "
+                     f"{most:,} steps")
+    return lines
 
 
 def forward_multipliers(config):
@@ -207,4 +234,4 @@ def format_table(model):
     factors = ", ".join(f"{name} x {value:.4g}" for name, value in forward_multipliers(config).items())
     lines.append(f"{config.parametrization}: width_mult {config.width_mult:g}, depth_mult "
                  f"{config.depth_mult:g}; {factors}; beta2 {groups[0]['betas'][1]:.4g}")
-    return "\n".join(lines)
+    return "\n".join(lines + lines_beyond_measured(config))

@@ -10,7 +10,7 @@ power of -0.32. These reach far beyond what was measured here. Settings apply to
 from dataclasses import replace
 
 from configure import SETTINGS, UserError, configure
-from parametrization import batch_rule, horizon_rule, hyperparameters
+from parametrization import batch_and_horizon, hyperparameters
 from scaling.cli import command, parse_options, reject_unused
 from scaling.sweep import TYPICAL_VOCAB_SIZE
 from training.model_size import model_size
@@ -30,9 +30,11 @@ def transferred(config, proxy):
 def both_rules(config, proxy):
     """What the rules for a batch and for a run of other tokens than the proxy's multiply lr by."""
     sequences = max(1, config.batch * config.context // proxy.context)  # base_batch counts the proxy's
-    by_batch, _, _ = batch_rule(replace(proxy, batch=sequences, base_batch=proxy.batch, micro_batch=None,
-                                        batch_start=None, batch_ramp_tokens=None))
-    return by_batch * horizon_rule(replace(config, base_tokens=proxy.tokens_before(max(1, proxy.steps))))
+    by_batch = batch_and_horizon(replace(proxy, batch=sequences, base_batch=proxy.batch, base_tokens=None,
+                                         micro_batch=None, batch_start=None, batch_ramp_tokens=None))
+    by_tokens = batch_and_horizon(replace(config, base_batch=None,
+                                          base_tokens=proxy.tokens_before(max(1, proxy.steps))))
+    return by_batch.lr * by_tokens.lr
 
 
 def row_of(name, config, proxy):

@@ -320,23 +320,48 @@ def test_a_tuned_setting_scales_the_quantities_of_its_own_roles_and_no_others(na
         assert after == expected, role
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_learning_rates_depend_on_batch_and_tokens_where_a_base_for_them_is_given(role):
-    bases = {}, {"base_batch": 4}, {"base_tokens": 3200}, {"base_batch": 4, "base_tokens": 3200}
+# Batch x 16 and tokens x 32: (lr, weight decay, eps, beta2), retyped: square roots of the batch (arXiv
+# 2205.10287, 2405.13698, 2512.22382), 0.32988 = 32^-0.32 (2409.19913) and 0.0947323 = 32^-0.68, so that lr x
+# decay x steps stays; 0.851458 = 0.99^16, one half-life in tokens (2507.07101)
+BATCH_AND_HORIZON = [({}, (1, 1, 1, 0.99)), ({"base_batch": 4}, (4, 4, 0.25, 0.851458)),
+                     ({"base_tokens": 3200}, (0.32988, 0.0947323, 5.65685, 0.99)),
+                     ({"base_batch": 4, "base_tokens": 3200}, (1.31951, 0.378929, 1.41421, 0.851458))]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("bases", "expected"), BATCH_AND_HORIZON, ids=["none", "batch", "tokens", "both"])
+def test_the_rule_for_batch_and_horizon_is_that_of_the_literature_for_every_role(bases, expected, optimizer):
     shape = {"batch": 64, "context": 16, "steps": 100, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.99}
-    plain, batch, tokens, both = (hyperparameters(tiny(**shape, **base), role) for base in bases)
-    assert batch == plain | {
-        "lr": pytest.approx(4 * plain["lr"]),  # the square root, arXiv 2205.10287
-        "weight_decay": pytest.approx(4 * plain["weight_decay"]),  # lr x decay x steps stays, 2405.13698
-        "betas": (0.8, pytest.approx(0.851458))}  # 0.99^16: one half-life in tokens, 2507.07101
-    assert tokens == plain | {"lr": pytest.approx(0.32988 * plain["lr"], rel=1e-4)}, "32^-0.32, 2409.19913"
-    assert both["lr"] == pytest.approx(4 * 0.32988 * plain["lr"], rel=1e-4)
+    plain, scaled = (tiny(**shape, **base, bias=True, optimizer=optimizer) for base in ({}, bases))
+    for role in ROLES:
+        before, after = hyperparameters(plain, role), hyperparameters(scaled, role)
+        lr, decay, eps, beta2 = expected
+        assert after == before | {
+            "lr": pytest.approx(lr * before["lr"], rel=1e-5),
+            "eps": pytest.approx(eps * before["eps"], rel=1e-5),
+            "weight_decay": pytest.approx(decay * before["weight_decay"], rel=1e-5),
+            "betas": (0.8, pytest.approx(beta2, rel=1e-5))}, role
+
+
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"steps": 1}, []), ({"base_batch": 8}, []), ({"batch": 32, "base_batch": 8}, []),
+    ({"batch": 1, "base_batch": 8}, []), ({"batch": 64, "base_batch": 8}, ["base_batch is 8"]),
+    ({"batch": 1, "base_batch": 16}, ["base_batch is 0.0625"]), ({"steps": 100, "base_batch": 8}, []),
+    ({"steps": 100, "base_tokens": 10**6}, ["steps: 100"]),
+    ({"steps": 9601, "base_batch": 4}, ["steps: 9,601"]),
+    ({"steps": 9600, "base_tokens": 10**6}, []),
+    ({"steps": 299, "batch": 1024, "base_batch": 8}, ["base_batch is 128", "steps: 299"])], ids=str)
+def test_the_printed_table_says_where_batch_or_steps_lie_beyond_what_was_measured(settings, named):
+    table = format_table(GPT(tiny(**{"batch": 8, "steps": 1000, **settings}))).splitlines()
+    beyond = table[2 + [line.startswith("mup:") for line in table[1:]].index(True):]
+    assert len(beyond) == len(named)
+    assert all(name in line for name, line in zip(named, beyond, strict=True))
 
 
 def test_a_run_by_the_batch_rule_equals_the_run_with_its_numbers_set_by_hand(corpus):
-    settings = corpus | {"batch": 8, "lr": 2**-8, "weight_decay": 0.5, "beta2": 0.9, "steps": 8}
+    settings = corpus | {"batch": 8, "lr": 2**-8, "weight_decay": 0.5, "beta2": 0.9, "eps": 2**-24}
     rule = train.train(Config(**settings, base_batch=2), quiet=True)
-    by_hand = settings | {"lr": 2**-7, "weight_decay": 1.0, "beta2": 0.9**4}
+    by_hand = settings | {"lr": 2**-7, "weight_decay": 1.0, "beta2": 0.9**4, "eps": 2**-25}
     assert rule.val_loss == train.train(Config(**by_hand), quiet=True).val_loss
     assert rule.val_loss != train.train(Config(**by_hand | {"beta2": 0.9}), quiet=True).val_loss
 

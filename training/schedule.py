@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from parametrization import horizon_rule
+from parametrization import batch_and_horizon
 
 
 class Clock(NamedTuple):
@@ -92,7 +92,7 @@ def describe_more_steps(config, steps_before, done):
     text = f"steps: {config.steps:,} after {steps_before:,}; "
 
     def lr(sized, step):
-        return sized.lr * horizon_rule(sized) * lr_factor(sized, step)
+        return sized.lr * batch_and_horizon(sized).lr * lr_factor(sized, step)
 
     is_past_the_same = all(lr(before, step) == lr(config, step) for step in range(done))
     if is_past_the_same or abs(lr(config, done) / lr(before, done - 1) - 1) < 0.01:
