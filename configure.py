@@ -97,6 +97,7 @@ class Config:
     norm_eps: Positive | None = setting(None, "function", "added to variances; None: 1e-5, for rms 1e-6")
     tied: Flag = setting(False, "function", "one matrix for embedding and readout, by the embedding's rules")
     bias: Flag = setting(False, "function", "biases in the blocks' linear layers and in every LayerNorm")
+    smear: Flag = setting(False, "function", "add a learned share of the previous token's embedding")
     vocab_size: Count | None = setting(None, "function",
         help="rows of embedding and readout; None: the tokenizer's count, never fewer")
     base_width: Count = setting(128, "function", "residual channels of the tuned proxy", tuned=True)

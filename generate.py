@@ -25,6 +25,7 @@ class Cache:
     def __init__(self, size, pad_B, static=False, window=None):
         self.size, self.window, self.static = size, window, static
         self.kept = {}  # {attention layer: (keys_BHSD, values_BHSD)}
+        self.last_B1C = None  # embedding of the last token, for a model with smear
         self.slot_S = torch.arange(size, device=pad_B.device)
         self.next = torch.zeros((), dtype=torch.long, device=pad_B.device)  # the next token's slot
         self.pad_B1 = pad_B[:, None].clone()
@@ -70,6 +71,14 @@ class Cache:
         keys.index_copy_(2, self.slot_T, k_BHTD)
         values.index_copy_(2, self.slot_T, v_BHTD)
         return keys[:, :, :self.end], values[:, :, :self.end]
+
+    def shift(self, x_BTC, positions_BT):
+        """The embedding before each of the new tokens' x_BTC; 0 before the first of a text."""
+        if self.last_B1C is None:
+            self.last_B1C = torch.zeros_like(x_BTC[:, :1])
+        before_BTC = torch.cat((self.last_B1C, x_BTC[:, :-1]), dim=1)
+        self.last_B1C.copy_(x_BTC[:, -1:])
+        return torch.where(positions_BT[..., None] > 0, before_BTC, 0.0)
 
 
 def choose_token(logits_BV, temperature, top_k, generator):

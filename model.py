@@ -195,6 +195,8 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.context, config.width)
         else:
             self.rotary_cos, self.rotary_sin = map(constant, rotary_table(config))
+        if config.smear:
+            self.smear = nn.Parameter(torch.empty(config.width))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = make_norm(config)
@@ -212,10 +214,10 @@ class GPT(nn.Module):
             if p.is_meta:  # of model_size(), in each training: no numbers, and drawing them takes long
                 continue
             std = hyperparameters(config, role_of(name), fan_in=p.shape[-1])["std"]
-            if std is not None:
-                p.normal_(std=std, generator=generator)
-            elif name.endswith("bias"):
+            if name.endswith(("bias", "smear")):
                 p.zero_()
+            elif std is not None:
+                p.normal_(std=std, generator=generator)
             else:
                 p.fill_(1.0)
             if config.zero_residual_out and name.endswith(("attention.out.weight", "mlp.down.weight")):
@@ -232,7 +234,7 @@ class GPT(nn.Module):
         if T > self.config.context:
             raise UserError(f"context must hold all tokens ({T}), got {self.config.context}")
         positions = torch.arange(T, device=tokens_BT.device) if cache is None else cache.advance(T)  # T or BT
-        x_BTC, rotary = self.embed(tokens_BT, positions), None
+        x_BTC, rotary = self.embed(tokens_BT, positions, cache), None
         if self.config.position == "rotary":
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
             if cache is not None:  # rows may be at different positions; all heads are at the same
@@ -250,12 +252,16 @@ class GPT(nn.Module):
             return None, None
         return None, torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
 
-    def embed(self, tokens_BT, positions):
+    def embed(self, tokens_BT, positions, cache=None):
         """The residual stream x_BTC that enters the first block; in autocast's type, if any: fewer bytes."""
         x_BTC = self.token_embedding(tokens_BT)
         if self.config.position == "learned":
             x_BTC = x_BTC + self.position_embedding(positions)
-        x_BTC = self.dropout(self.embedding_mult * x_BTC)
+        x_BTC = self.embedding_mult * x_BTC
+        if self.config.smear:  # of the first token of a text, nothing is before it
+            before_BTC = F.pad(x_BTC, (0, 0, 1, -1)) if cache is None else cache.shift(x_BTC, positions)
+            x_BTC = x_BTC + self.smear * before_BTC
+        x_BTC = self.dropout(x_BTC)
         device_type = x_BTC.device.type
         if torch.is_autocast_enabled(device_type):
             x_BTC = x_BTC.to(torch.get_autocast_dtype(device_type))

@@ -69,7 +69,7 @@ def table_of(config):
 
 # Role: the names of its parameters. Nothing is attached to tensors, where DDP or compile could lose it.
 ROLES = {
-    "embedding": r"(token|position)_embedding\.weight",
+    "embedding": r"(token|position)_embedding\.weight|smear",  # smear: as what it is a share of
     "hidden": r"blocks\.\d+\.(attention|mlp)\.\w+(?<!_norm)\.weight",
     "norm": r"blocks\.\d+\.(\w+\.)?\w+_norm\.weight",
     "bias": r"blocks\.\d+\..+\.bias",

@@ -122,8 +122,8 @@ def family_of(config):
     for name in names_in("function"):
         default = SETTINGS[name].default
         if name not in KNOWN_SETTINGS and getattr(config, name) != default:
-            raise UserError(f"{name} must be {default} for an export, got {getattr(config, name)}: "
-                            "interop/families.py does not know this setting")
+            raise UserError(f"{name} must be {default} for an export, got {getattr(config, name)}: no class "
+                            "of transformers in interop/families.py computes it")
     if config.window is not None:
         raise UserError(f"window must be none for an export, got {config.window}: no class of transformers "
                         "has a window in every other block")

@@ -30,7 +30,8 @@ GPT2_BLOCK = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "
 BLOCKS = {"default": {}, "gpt2": GPT2_BLOCK, "learned": {"position": "learned"}, "layer": {"norm": "layer"},
           "no qk_norm": {"qk_norm": False}, "relu2": {"mlp": "relu2"}, "gelu": {"mlp": "gelu"},
           "gpt2 rotary": GPT2_BLOCK | {"position": "rotary"}, "gpt2 rms": GPT2_BLOCK | {"norm": "rms"},
-          "gpt2 qk_norm": GPT2_BLOCK | {"qk_norm": True}, "gpt2 swiglu": GPT2_BLOCK | {"mlp": "swiglu"}}
+          "gpt2 qk_norm": GPT2_BLOCK | {"qk_norm": True}, "gpt2 swiglu": GPT2_BLOCK | {"mlp": "swiglu"},
+          "smear": {"smear": True}}
 
 
 # At these settings the coordinate check sees every rule: no random start hides what is learned
@@ -146,6 +147,8 @@ def plain_logits(model, tokens_BT, branch, logits, attention):
     if config.position == "learned":
         x = x + weight["position_embedding.weight"][:tokens_BT.size(1)]
     x = config.embedding_mult * x
+    if config.smear:
+        x = torch.cat([x[:, :1], x[:, 1:] + weight["smear"] * x[:, :-1]], 1)
     for i in range(config.depth):
         block = f"blocks.{i}"
         normed = norm(weight, f"{block}.attention_norm", x)

@@ -19,7 +19,8 @@ from training.distributed import check_torchrun, init_distributed, torchrun_vari
 DEEP = {"steps": 8, "micro_batch": 2, "batch": 16, "weight_decay": 0.1, "zero_residual_out": True,
         "eval_every": 4, "checkpoint_every": 4, "embedding_lr_mult": 8.0}
 GPT3 = {"batch_start": 8, "batch_ramp_tokens": 500, "warmup_tokens": 300, "decay_tokens": 1100, "window": 5}
-SETTINGS = {"gpt3": GPT3, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True}}
+SETTINGS = {"gpt3": GPT3, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True,
+                                 "smear": True}}
 FLOAT_COLUMNS = ("train_loss", "val_loss", "grad_norm")
 
 

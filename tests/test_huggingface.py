@@ -65,10 +65,10 @@ def write(model, folder):
     write_model(model, folder, eot=0)
 
 
-# What none of the classes computes: a learned position beside anything that is not GPT-2's, and LayerNorm
-# beside anything else
+# What none of the classes computes: a learned position beside anything that is not GPT-2's, LayerNorm beside
+# anything else, and smear
 NOT_HELD = {"learned": "position", "gpt2 rms": "norm", "gpt2 qk_norm": "qk_norm", "gpt2 swiglu": "mlp",
-            "layer": "norm", "gpt2 rotary": "position"}
+            "layer": "norm", "gpt2 rotary": "position", "smear": "smear"}
 HELD = {name: block for name, block in BLOCKS.items() if name not in NOT_HELD}
 EXPORTED = [
     *[(block, MULTIPLIERS) for block in HELD.values()],

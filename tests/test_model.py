@@ -257,9 +257,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_k(temper
 
 
 @pytest.mark.parametrize("context", [1, 2, 5, 16])
-@pytest.mark.parametrize("position", ["learned", "rotary"])
-def test_generation_continues_past_the_context_from_its_last_half(context, position):
-    model = lively(context=context, position=position)
+@pytest.mark.parametrize("settings", [{"position": "learned"}, {}, {"smear": True}], ids=str)
+def test_generation_continues_past_the_context_from_its_last_half(context, settings):
+    model = lively(context=context, **settings)
     x_BT, _ = tokens(model.config, length=1)
     expected, read = x_BT, 1
     for _ in range(40):
@@ -285,9 +285,9 @@ def test_generation_uses_no_dropout_and_leaves_the_training_mode_unchanged(train
     assert model.training is model.blocks[0].dropout.training is training
 
 
-@pytest.mark.parametrize("position", ["learned", "rotary"])
-def test_a_prompt_gets_what_it_gets_alone_whatever_the_lengths_of_the_others(position):
-    model = lively(position=position)
+@pytest.mark.parametrize("settings", [{"position": "learned"}, {}, {"smear": True}], ids=str)
+def test_a_prompt_gets_what_it_gets_alone_whatever_the_lengths_of_the_others(settings):
+    model = lively(**settings)
     prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
     together = [*zip(*model.generate(prompts, 11, temperature=0), strict=True)]
     assert together == [tuple(model.generate(prompt, 11, temperature=0)) for prompt in prompts]

@@ -241,7 +241,7 @@ def test_every_parameter_is_in_exactly_one_group_and_that_is_the_group_of_its_ro
 
 
 ROLE_OF_NAME = {  # as a reader of the table would say it
-    "token_embedding.weight": "embedding", "position_embedding.weight": "embedding",
+    "token_embedding.weight": "embedding", "position_embedding.weight": "embedding", "smear": "embedding",
     "blocks.1.mlp.up.weight": "hidden", "blocks.10.mlp.down.weight": "hidden",
     "blocks.0.mlp.gate_up.weight": "hidden", "blocks.1.mlp.gate_up.bias": "bias",
     "blocks.0.attention.q_norm.weight": "norm", "blocks.12.attention.k_norm.weight": "norm",

@@ -68,7 +68,8 @@ def test_what_starts_from_a_run_computes_what_the_run_computed(corpus, tmp_path)
     """All that changes the function at once: with any of it lost, the first loss would be another."""
     out = str(tmp_path / "out")
     changed = {"window": 3, "norm_eps": 0.1, "rotary_base": 50.0, "mlp_ratio": 3.0, "attention_mult": 2.0,
-               "logit_mult": 1.5, "embedding_mult": 2.0, "depth_alpha": 0.5, "qk_norm": False, "bias": True}
+               "logit_mult": 1.5, "embedding_mult": 2.0, "depth_alpha": 0.5, "qk_norm": False, "bias": True,
+               "smear": True}
     before = run(corpus, out=out, base_batch=2, base_tokens=100, lr=0.03, **changed)
     words = start_words(corpus, out, corpus["dataset"], "--tokenizer=bytes", "--steps=0")
     config = configure(words)
@@ -78,7 +79,8 @@ def test_what_starts_from_a_run_computes_what_the_run_computed(corpus, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["width=64", "depth=1", "mlp=gelu", "logit_mult=1", "base_width=32",
-                                    "window=4", "vocab_size=512", "tokenizer=bytes", "tokenizer=bpe:280"])
+                                    "smear=true", "window=4", "vocab_size=512", "tokenizer=bytes",
+                                    "tokenizer=bpe:280"])
 def test_what_does_not_fit_the_weights_is_rejected_by_name(corpus, pretrained, other_text, change):
     with pytest.raises(UserError, match=f"^{change.partition('=')[0]} must be .*best.pt"):
         train.train(configure(start_words(corpus, pretrained[0], other_text, f"--{change}")), quiet=True)

@@ -71,7 +71,7 @@ def losses(result):
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))])
 @pytest.mark.parametrize(("block", "seeds"), [
-    ({}, None), ({"window": 5}, 3), (GPT2_BLOCK | {"position": "rotary"}, None),
+    ({}, None), ({"window": 5}, 3), (GPT2_BLOCK | {"position": "rotary", "smear": True}, None),
     ({"optimizer": "muon", "head_dim": 8, "kv_heads": 2}, 3)],
     ids=["own texts", "one text, a window", "gpt2 rotary", "muon, kv_heads"])
 def test_stacked_models_are_those_trained_alone(corpus, block, seeds, where):
@@ -829,7 +829,7 @@ OPTIMIZERS = {"adamw": {}, "muon": {"optimizer": "muon", "lr": 2**-3, "embedding
 # products cost most there
 DEPTHS, WIDTHS = (4, 16), {"adamw": (64, 256), "muon": (32, 128)}
 VARIANTS = [(name, "adamw") for name in BLOCKS if "gpt2 " not in name]
-VARIANTS += [("default", "muon"), ("gpt2", "muon")]
+VARIANTS += [("default", "muon"), ("gpt2", "muon"), ("smear", "muon")]
 
 
 def failing(config, axis="width"):
@@ -899,8 +899,8 @@ def test_the_seeds_of_the_coordinate_check_go_on_from_the_configured_one(corpus)
 # do nothing here is right
 CHANGED = {"seed": 1, "head_dim": 32, "position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu",
            "mlp_ratio": 2.0, "rotary_base": 10.0, "norm_eps": 0.1, "tied": True, "bias": True, "depth": 3,
-           "vocab_size": 300, "kv_heads": 1, "base_width": 32, "base_depth": 2, "base_head_dim": 8,
-           "parametrization": "sp",
+           "vocab_size": 300, "kv_heads": 1, "smear": True, "base_width": 32, "base_depth": 2,
+           "base_head_dim": 8, "parametrization": "sp",
            "depth_alpha": 0.5, "embedding_mult": 2.0, "logit_mult": 2.0, "attention_mult": 9.0,
            "embedding_std": 0.5, "hidden_std": 0.5, "readout_std": 0.3, "zero_residual_out": False,
            "zero_query": True, "optimizer": "muon", "lr": 2**-6, "embedding_lr_mult": 2.0,

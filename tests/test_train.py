@@ -32,7 +32,7 @@ HARD = GPT2_BLOCK | {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "ti
 # GPT-3's recipe: 4 sequences a step, after 9 steps (576 tokens) 8, after 13 (1,088 tokens) 12
 GPT3 = {"batch": 16, "batch_start": 4, "batch_ramp_tokens": 1600, "warmup_tokens": 300, "decay_tokens": 900,
         "window": 5}
-MUON = {"optimizer": "muon", "micro_batch": 2, "weight_decay": 0.1, "zero_query": True}
+MUON = {"optimizer": "muon", "micro_batch": 2, "weight_decay": 0.1, "zero_query": True, "smear": True}
 
 
 def weights(result):
@@ -84,7 +84,7 @@ def test_a_run_twice_or_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpu
 
 
 YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum",
-                    "window", "batch_start", "batch_ramp_tokens", "warmup_tokens", "decay_tokens")
+                    "window", "smear", "batch_start", "batch_ramp_tokens", "warmup_tokens", "decay_tokens")
 
 
 def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(corpus, tmp_path, monkeypatch):
@@ -141,6 +141,12 @@ def test_accumulation_gives_the_whole_batchs_numbers(corpus, optimizer, micro_ba
     assert column(accumulated, "grad_norm") == pytest.approx(column(at_once, "grad_norm"), rel=1e-4)
     for a, b in zip(weights(accumulated).values(), weights(at_once).values(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_smear_starts_as_no_change_and_lowers_the_loss(corpus):
+    settings = corpus | {"steps": 60, "embedding_lr_mult": 8.0, "embedding_std": 1.0, "lr": 2**-7}
+    plain, smeared = run(settings), run(settings, smear=True)
+    assert column(smeared)[0] == column(plain)[0] and smeared.val_loss < plain.val_loss - 0.02
 
 
 H = math.sqrt(0.5)
@@ -216,7 +222,8 @@ SETTINGS = {
     "batch_start": (2, "losses", {"batch_start": 1, "batch_ramp_tokens": 100}),
     "batch_ramp_tokens": (200, "losses", {"batch_start": 1, "batch_ramp_tokens": 100}),
     "window": (3, "losses"), "warmup_tokens": (99, "lrs"), "decay_tokens": (200, "lrs"),
-    "head_dim": (8, "first loss"), "kv_heads": (1, "shapes"), "position": ("learned", "shapes"),
+    "head_dim": (8, "first loss"), "kv_heads": (1, "shapes"), "smear": (True, "shapes"),
+    "position": ("learned", "shapes"),
     "norm": ("layer", "first loss"),
     "qk_norm": (False, "shapes"), "mlp": ("relu2", "shapes"), "tied": (True, "shapes"),
     "mlp_ratio": (2.0, "shapes"), "rotary_base": (10.0, "first loss", {"embedding_std": 1.0}),
