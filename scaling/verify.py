@@ -345,5 +345,6 @@ class Verification:
                         textcoords="offset points", fontsize=10, ha="right")
         ax.set(title="the chosen settings, width x depth", xscale="log", xlabel="parameters",
                ylabel="validation loss, nats per token")
+        ax.xaxis.set_minor_formatter("")  # these overlap
         if self.points:
             ax.legend(fontsize=10)
