@@ -103,8 +103,9 @@ class RoleStatistics(Observer):
         weight_rms = self.rms(after)
         update_rms = self.rms(torch._foreach_sub(after, self.before))
         grad_norm = self.sum_by_role(grad_norms.square()).sqrt()
-        return dict(zip(self.columns, torch.cat((grad_norm, weight_rms, update_rms / weight_rms)),
-                        strict=True))
+        # Weights that start at 0, behind others that do, have not moved after the first step
+        ratio = torch.where(update_rms == 0, 0.0, update_rms / weight_rms)
+        return dict(zip(self.columns, torch.cat((grad_norm, weight_rms, ratio)), strict=True))
 
 
 def divergence_message(row, roles, grad_norms, precision):
