@@ -98,6 +98,8 @@ class Config:
     tied: Flag = setting(False, "function", "one matrix for embedding and readout, by the embedding's rules")
     bias: Flag = setting(False, "function", "biases in the blocks' linear layers and in every LayerNorm")
     smear: Flag = setting(False, "function", "add a learned share of the previous token's embedding")
+    value_embeddings: Flag = setting(False, "function",
+        help="add to the values of every second block what a table, of all tokens, has for the token")
     vocab_size: Count | None = setting(None, "function",
         help="rows of embedding and readout; None: the tokenizer's count, never fewer")
     base_width: Count = setting(128, "function", "residual channels of the tuned proxy", tuned=True)

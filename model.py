@@ -20,6 +20,12 @@ def constant(value):
     return nn.Buffer(torch.as_tensor(value), persistent=False)
 
 
+def in_autocast_type(x):
+    """`x` in the type of autocast's matrix products, if any: fewer bytes."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Linear(nn.Linear):
     """nn.Linear with weights and biases times `factor`: costs nothing when the weights are cast to bf16."""
 
@@ -112,13 +118,15 @@ class Attention(nn.Module):
                                               is_causal=is_causal, scale=1.0,
                                               enable_gqa=q_BHTD.size(1) != k_BHSD.size(1))
 
-    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None, added_BTC=None):
         """`cache`, if given, has the keys and values of all earlier tokens; the new ones are added. mask_TS:
-        which of these S tokens each of the T sees; None: all that are earlier."""
+        which of these S tokens each of the T sees; None: all that are earlier. added_BTC: to the values."""
         B, T, C = x_BTC.shape
         qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.head_dim)
         q_BHTD, k_BHSD, v_BHSD = self.queries_keys_values(qkv_BTHD, self.kv_heads, self.q_norm, self.k_norm,
                                                           rotary)
+        if added_BTC is not None:
+            v_BHSD = v_BHSD + added_BTC.view(B, T, -1, self.head_dim).transpose(1, 2).type_as(v_BHSD)
         if cache is not None:
             k_BHSD, v_BHSD = cache.extend(self, k_BHSD, v_BHSD)
         y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD, mask_TS, is_causal=mask_TS is None and cache is None,
@@ -174,8 +182,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None):
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache, mask_TS))
+    def forward(self, x_BTC, rotary=None, cache=None, mask_TS=None, added_BTC=None):
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, cache, mask_TS,
+                                                    added_BTC))
         return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
 
 
@@ -195,6 +204,9 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.context, config.width)
         else:
             self.rotary_cos, self.rotary_sin = map(constant, rotary_table(config))
+        if config.value_embeddings:  # the tables of all blocks that have one, side by side
+            kv_channels = (config.kv_heads or config.width // config.head_dim) * config.head_dim
+            self.value_embedding = nn.Embedding(config.vocab_size, (config.depth + 1) // 2 * kv_channels)
         if config.smear:
             self.smear = nn.Parameter(torch.empty(config.width))
         self.dropout = nn.Dropout(config.dropout)
@@ -214,7 +226,7 @@ class GPT(nn.Module):
             if p.is_meta:  # of model_size(), in each training: no numbers, and drawing them takes long
                 continue
             std = hyperparameters(config, role_of(name), fan_in=p.shape[-1])["std"]
-            if name.endswith(("bias", "smear")):
+            if name.endswith(("bias", "smear", "value_embedding.weight")):
                 p.zero_()
             elif std is not None:
                 p.normal_(std=std, generator=generator)
@@ -240,8 +252,9 @@ class GPT(nn.Module):
             if cache is not None:  # rows may be at different positions; all heads are at the same
                 rotary = self.rotary_cos[positions][:, None], self.rotary_sin[positions][:, None]
         masks = self.attention_masks(T, tokens_BT.device) if cache is None else cache.masks
+        added = self.added_values(tokens_BT)
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, rotary, cache, masks[i % 2])
+            x_BTC = block(x_BTC, rotary, cache, masks[i % 2], added[i])
         return self.read_out(x_BTC, targets_BT)
 
     def attention_masks(self, T, device):
@@ -253,7 +266,7 @@ class GPT(nn.Module):
         return None, torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
 
     def embed(self, tokens_BT, positions, cache=None):
-        """The residual stream x_BTC that enters the first block; in autocast's type, if any: fewer bytes."""
+        """The residual stream x_BTC that enters the first block."""
         x_BTC = self.token_embedding(tokens_BT)
         if self.config.position == "learned":
             x_BTC = x_BTC + self.position_embedding(positions)
@@ -261,11 +274,16 @@ class GPT(nn.Module):
         if self.config.smear:  # of the first token of a text, nothing is before it
             before_BTC = F.pad(x_BTC, (0, 0, 1, -1)) if cache is None else cache.shift(x_BTC, positions)
             x_BTC = x_BTC + self.smear * before_BTC
-        x_BTC = self.dropout(x_BTC)
-        device_type = x_BTC.device.type
-        if torch.is_autocast_enabled(device_type):
-            x_BTC = x_BTC.to(torch.get_autocast_dtype(device_type))
-        return x_BTC
+        return in_autocast_type(self.dropout(x_BTC))
+
+    def added_values(self, tokens_BT):
+        """What is added to the values of each block, (B, T, kv_heads * D), or None: the last block has a
+        table for it, and every second one before that (value embeddings, arXiv 2410.17897)."""
+        added, depth = [None] * self.config.depth, self.config.depth
+        if self.config.value_embeddings:
+            rows = in_autocast_type(self.value_embedding(tokens_BT))
+            added[(depth - 1) % 2::2] = rows.chunk((depth + 1) // 2, dim=-1)
+        return added
 
     def read_out(self, x_BTC, targets_BT=None):
         """The logits; or only their loss, as logits that leave compiled code cost 3% of a step."""

@@ -32,6 +32,7 @@ def mup(a):
     """Maximal update parametrization; residual branches shrink with depth to the power a (depth_alpha)."""
     roles = {  #                   std         lr          decay    eps       Muon: lr  decay
         "embedding":    Exponents((0, 0),    (0, 0),     (0, 0),  (-1, 0)),
+        "value_embedding": Exponents(None,   (0, a-1),   (0, 0),  (-1, -a)),  # inside residual branches
         "hidden":       Exponents((-1/2, 0), (-1, a-1),  (1, 0),  (-1, -a), (0, a-1), (0, 0)),
         "norm":         Exponents(None,      (0, a-1),   None,    (-1, -a)),
         "bias":         Exponents(None,      (0, a-1),   None,    (-1, -a)),
@@ -47,6 +48,7 @@ def sp(a):
     same = (0, 0)
     roles = {  #                   std         lr    decay eps   Muon: lr, decay
         "embedding":    Exponents(same,      same, same, same),
+        "value_embedding": Exponents(None,   same, same, same),
         "hidden":       Exponents((-1/2, 0), same, same, same, same, same),
         "norm":         Exponents(None,      same, None, same),
         "bias":         Exponents(None,      same, None, same),
@@ -70,6 +72,7 @@ def table_of(config):
 # Role: the names of its parameters. Nothing is attached to tensors, where DDP or compile could lose it.
 ROLES = {
     "embedding": r"(token|position)_embedding\.weight|smear",  # smear: as what it is a share of
+    "value_embedding": r"value_embedding\.weight",
     "hidden": r"blocks\.\d+\.(attention|mlp)\.\w+(?<!_norm)\.weight",
     "norm": r"blocks\.\d+\.(\w+\.)?\w+_norm\.weight",
     "bias": r"blocks\.\d+\..+\.bias",
@@ -149,7 +152,7 @@ def base_lr_mult(config, role):
     """The tuned factor on lr."""
     if role == "hidden":
         return 1.0
-    if role == "embedding":
+    if role in ("embedding", "value_embedding"):
         return config.embedding_lr_mult
     if role == "readout":
         return config.readout_lr_mult
@@ -222,14 +225,14 @@ def param_groups(model):
 def format_table(model):
     """The resolved parametrization, for people: a line per role, then the factors of the forward pass."""
     config = model.config
-    lines = ["role         tensors     parameters        init std         lr   lr*decay        eps"]
+    lines = ["role             tensors     parameters        init std         lr   lr*decay        eps"]
     groups = param_groups(model)
     for group in groups:
         role, params, lr = group["role"], group["params"], group["lr"]
         stds = dict.fromkeys(hyperparameters(config, role, p.shape[-1])["std"] for p in params)
         std = "/".join("-" if value is None else f"{value:.3g}" for value in stds)
         parameters = sum(p.numel() for p in params)
-        lines.append(f"{role:<12}{len(params):>8}{parameters:>15,}{std:>16}"
+        lines.append(f"{role:<16}{len(params):>8}{parameters:>15,}{std:>16}"
                      f"{lr:>11.3g}{lr * group['weight_decay']:>11.3g}{group['eps']:>11.3g}")
     factors = ", ".join(f"{name} x {value:.4g}" for name, value in forward_multipliers(config).items())
     lines.append(f"{config.parametrization}: width_mult {config.width_mult:g}, depth_mult "

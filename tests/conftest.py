@@ -31,7 +31,7 @@ BLOCKS = {"default": {}, "gpt2": GPT2_BLOCK, "learned": {"position": "learned"},
           "no qk_norm": {"qk_norm": False}, "relu2": {"mlp": "relu2"}, "gelu": {"mlp": "gelu"},
           "gpt2 rotary": GPT2_BLOCK | {"position": "rotary"}, "gpt2 rms": GPT2_BLOCK | {"norm": "rms"},
           "gpt2 qk_norm": GPT2_BLOCK | {"qk_norm": True}, "gpt2 swiglu": GPT2_BLOCK | {"mlp": "swiglu"},
-          "smear": {"smear": True}}
+          "smear": {"smear": True}, "value_embeddings": {"value_embeddings": True}}
 
 
 # At these settings the coordinate check sees every rule: no random start hides what is learned
@@ -118,9 +118,9 @@ PLAIN_MLPS = {"swiglu": plain_swiglu, "relu2": plain_mlp(plain_relu2), "gelu": p
               "gelu_tanh": plain_mlp(plain_gelu_tanh)}
 
 
-def plain_attention(weight, name, x, config, factor, window):
+def plain_attention(weight, name, x, config, factor, window, added=None):
     """Causal self-attention, one head after the other; attention logits are q . k times `factor`. A token
-    sees the latest `window` tokens, itself included."""
+    sees the latest `window` tokens, itself included. `added`: to the values of all heads."""
     T, C, D = x.size(1), config.width, config.head_dim
     unseen = torch.tensor([[not 0 <= t - s < window for s in range(T)] for t in range(T)])
     qkv, outputs = plain_linear(weight, f"{name}.qkv", x), []
@@ -129,6 +129,8 @@ def plain_attention(weight, name, x, config, factor, window):
     for head in range(heads):
         shared = heads + head // (heads // kv_heads)  # of keys and values, which follow the queries
         q, k, v = (qkv[..., i * D:][..., :D] for i in (head, shared, shared + kv_heads))
+        if added is not None:
+            v = v + added[..., (shared - heads) * D:][..., :D]
         if config.qk_norm:
             q, k = plain_rms_norm(weight, f"{name}.q_norm", q), plain_rms_norm(weight, f"{name}.k_norm", k)
         if config.position == "rotary":
@@ -153,7 +155,12 @@ def plain_logits(model, tokens_BT, branch, logits, attention):
         block = f"blocks.{i}"
         normed = norm(weight, f"{block}.attention_norm", x)
         window = config.window if config.window and i % 2 else config.context
-        x = x + branch * plain_attention(weight, f"{block}.attention", normed, config, attention, window)
+        added = None
+        if config.value_embeddings and (config.depth - 1 - i) % 2 == 0:  # the last block, and every second
+            channels = (config.kv_heads or config.width // config.head_dim) * config.head_dim
+            added = weight["value_embedding.weight"][tokens_BT][..., i // 2 * channels:][..., :channels]
+        x = x + branch * plain_attention(weight, f"{block}.attention", normed, config, attention, window,
+                                         added)
         x = x + branch * mlp(weight, f"{block}.mlp", norm(weight, f"{block}.mlp_norm", x))
     readout = weight["token_embedding.weight" if config.tied else "readout.weight"]
     return logits * norm(weight, "final_norm", x) @ readout.T

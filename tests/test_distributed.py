@@ -20,7 +20,7 @@ DEEP = {"steps": 8, "micro_batch": 2, "batch": 16, "weight_decay": 0.1, "zero_re
         "eval_every": 4, "checkpoint_every": 4, "embedding_lr_mult": 8.0}
 GPT3 = {"batch_start": 8, "batch_ramp_tokens": 500, "warmup_tokens": 300, "decay_tokens": 1100, "window": 5}
 SETTINGS = {"gpt3": GPT3, "sp": {"parametrization": "sp", "tied": True, "position": "rotary", "bias": True,
-                                 "smear": True}}
+                                 "smear": True, "value_embeddings": True}}
 FLOAT_COLUMNS = ("train_loss", "val_loss", "grad_norm")
 
 
@@ -106,7 +106,7 @@ def test_any_number_of_processes_gives_the_numbers_of_one(corpus, tmp_path, name
     assert sorted(os.listdir(many)) == sorted(os.listdir(one))
     assert len(read_columns(one)) == 8 + 3 + 8
     assert read_columns(many) == pytest.approx(read_columns(one), abs=1e-5, rel=1e-4)
-    assert len(of_roles) == 5 * 3
+    assert len(of_roles) == {"gpt3": 5, "sp": 6}[name] * 3
     assert read_columns(many, of_roles) == pytest.approx(read_columns(one, of_roles), rel=1e-3)
     ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (many, one))
     for name, weight in theirs["model"].items():

@@ -66,9 +66,10 @@ def write(model, folder):
 
 
 # What none of the classes computes: a learned position beside anything that is not GPT-2's, LayerNorm beside
-# anything else, and smear
+# anything else, smear, and value embeddings
 NOT_HELD = {"learned": "position", "gpt2 rms": "norm", "gpt2 qk_norm": "qk_norm", "gpt2 swiglu": "mlp",
-            "layer": "norm", "gpt2 rotary": "position", "smear": "smear"}
+            "layer": "norm", "gpt2 rotary": "position", "smear": "smear",
+            "value_embeddings": "value_embeddings"}
 HELD = {name: block for name, block in BLOCKS.items() if name not in NOT_HELD}
 EXPORTED = [
     *[(block, MULTIPLIERS) for block in HELD.values()],

@@ -24,6 +24,8 @@ VARIANTS = BLOCKS | {
     "sp": {"parametrization": "sp"}, "multipliers": {"logit_mult": 3.0, "embedding_mult": 5.0,
                                                       "attention_mult": 2.0, "embedding_std": 1.0},
     "kv_heads": {"head_dim": 8, "kv_heads": 2, "bias": True}, "gpt2 kv_heads": GPT2_BLOCK | {"kv_heads": 1},
+    "value_embeddings kv_heads": {"head_dim": 8, "kv_heads": 2, "value_embeddings": True, "depth": 4,
+                                  "base_depth": 2},
     "kv_heads window": {"head_dim": 8, "kv_heads": 1, "window": 5}}
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
@@ -173,7 +175,8 @@ def test_flops_per_token_are_those_that_torch_counts(settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True, "bias": True}, GPT2_BLOCK | {"depth": 1},
-                                      {"depth": 7, "parametrization": "sp"}])
+                                      {"depth": 7, "parametrization": "sp"}, {"value_embeddings": True},
+                                      {"depth": 5, "value_embeddings": True, "smear": True}])
 def test_the_size_of_a_model_is_known_without_making_it(settings):
     config = tiny(**settings)
     model, size = GPT(config), model_size(config)

@@ -67,6 +67,9 @@ PAPERS = {
 # sqrt(fan_out / fan_in) (arXiv 2512.05620), and AdamW's of 8. Everything else is as above.
 MUON = {("mup", 1.0): (1, 1), ("mup", 0.5): (0.353553, 0.353553), ("mup", 0.0): (0.125, 0.125),
         ("sp", 1.0): (1, 1)}
+# As embedding, with the powers of 8 that the branches bring in: hidden's
+VALUE_EMBEDDING = {("mup", 1.0): (None, 1, 1, 0.03125), ("mup", 0.5): (None, 0.353553, 0.353553, 0.0883883),
+                   ("mup", 0.0): (None, 0.125, 0.125, 0.25), ("sp", 1.0): (None, 1, 1, 1)}
 VARIANTS = [*BLOCKS.values(), {"tied": True}, {"bias": True}, {"parametrization": "sp"},
             {"tied": True, "bias": True, "dropout": 0.1, "depth_alpha": 0.5},
             GPT2_BLOCK | {"tied": True, "bias": True, "position": "rotary", "depth_alpha": 0.5}]
@@ -76,9 +79,10 @@ VARIANTS += [settings | {"optimizer": "muon"} for settings in VARIANTS]
 def check_table():
     """The optimizer's groups and the forward factors are PAPERS', with Muon MUON's where it steps."""
     for (name, alpha), rows in PAPERS.items():
+        rows = rows | {"value_embedding": VALUE_EMBEDDING[name, alpha]}
         for optimizer in ("adamw", "muon"):
             config = tiny(**SHAPE, **UNITS, bias=True, parametrization=name, depth_alpha=alpha,
-                          optimizer=optimizer)
+                          optimizer=optimizer, value_embeddings=True)
             check_rows(config, rows, MUON[name, alpha] if optimizer == "muon" else rows["hidden"][1:3])
 
 
@@ -242,6 +246,7 @@ def test_every_parameter_is_in_exactly_one_group_and_that_is_the_group_of_its_ro
 
 ROLE_OF_NAME = {  # as a reader of the table would say it
     "token_embedding.weight": "embedding", "position_embedding.weight": "embedding", "smear": "embedding",
+    "value_embedding.weight": "value_embedding",
     "blocks.1.mlp.up.weight": "hidden", "blocks.10.mlp.down.weight": "hidden",
     "blocks.0.mlp.gate_up.weight": "hidden", "blocks.1.mlp.gate_up.bias": "bias",
     "blocks.0.attention.q_norm.weight": "norm", "blocks.12.attention.k_norm.weight": "norm",
@@ -305,9 +310,9 @@ def test_a_matrix_added_to_the_mlp_is_initialized_by_its_own_fan_in(monkeypatch)
 
 
 @pytest.mark.parametrize(("setting", "column", "roles"), [
-    ("lr", "lr", set(ROLES)), ("embedding_lr_mult", "lr", {"embedding"}),
+    ("lr", "lr", set(ROLES)), ("embedding_lr_mult", "lr", {"embedding", "value_embedding"}),
     ("readout_lr_mult", "lr", {"readout"}), ("norm_lr_mult", "lr", {"norm", "bias", "final_norm"}),
-    ("eps", "eps", set(ROLES)), ("weight_decay", "weight_decay", {"embedding", "hidden", "readout"}),
+    ("eps", "eps", set(ROLES)), ("weight_decay", "weight_decay", set(ROLES) - {"norm", "bias", "final_norm"}),
     ("embedding_std", "std", {"embedding"}), ("hidden_std", "std", {"hidden"}),
     ("readout_std", "std", {"readout"})])
 @pytest.mark.parametrize("name", ["mup", "sp"])
@@ -447,7 +452,8 @@ def test_groups_keep_their_ratio_while_the_schedule_moves_them(corpus, schedule)
     ({"optimizer": "muon"}, ["32", "389,120", "0.125/0.0772", "1", "1", "0.0312"],
      ["32", "1,280", "-", "1", "0", "0.0312"])], ids=["gpt2", "default", "muon"])
 def test_the_printed_table_has_a_line_for_each_role_with_its_numbers(settings, hidden, norm):
-    lines = format_table(GPT(tiny(**SHAPE, **UNITS, **settings, bias=True))).splitlines()
+    config = tiny(**SHAPE, **UNITS, **settings, bias=True, value_embeddings=True)
+    lines = format_table(GPT(config)).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
     assert rows["hidden"] == hidden and rows["norm"] == norm
     assert rows["readout"] == ["1", "4,096", "0.25", "1", "1", "0.25"]

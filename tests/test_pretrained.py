@@ -69,7 +69,7 @@ def test_what_starts_from_a_run_computes_what_the_run_computed(corpus, tmp_path)
     out = str(tmp_path / "out")
     changed = {"window": 3, "norm_eps": 0.1, "rotary_base": 50.0, "mlp_ratio": 3.0, "attention_mult": 2.0,
                "logit_mult": 1.5, "embedding_mult": 2.0, "depth_alpha": 0.5, "qk_norm": False, "bias": True,
-               "smear": True}
+               "smear": True, "value_embeddings": True}
     before = run(corpus, out=out, base_batch=2, base_tokens=100, lr=0.03, **changed)
     words = start_words(corpus, out, corpus["dataset"], "--tokenizer=bytes", "--steps=0")
     config = configure(words)

@@ -71,7 +71,8 @@ def losses(result):
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))])
 @pytest.mark.parametrize(("block", "seeds"), [
-    ({}, None), ({"window": 5}, 3), (GPT2_BLOCK | {"position": "rotary", "smear": True}, None),
+    ({}, None), ({"window": 5}, 3),
+    (GPT2_BLOCK | {"position": "rotary", "smear": True, "value_embeddings": True}, None),
     ({"optimizer": "muon", "head_dim": 8, "kv_heads": 2}, 3)],
     ids=["own texts", "one text, a window", "gpt2 rotary", "muon, kv_heads"])
 def test_stacked_models_are_those_trained_alone(corpus, block, seeds, where):
@@ -829,7 +830,7 @@ OPTIMIZERS = {"adamw": {}, "muon": {"optimizer": "muon", "lr": 2**-3, "embedding
 # products cost most there
 DEPTHS, WIDTHS = (4, 16), {"adamw": (64, 256), "muon": (32, 128)}
 VARIANTS = [(name, "adamw") for name in BLOCKS if "gpt2 " not in name]
-VARIANTS += [("default", "muon"), ("gpt2", "muon"), ("smear", "muon")]
+VARIANTS += [("default", "muon"), ("gpt2", "muon"), ("smear", "muon"), ("value_embeddings", "muon")]
 
 
 def failing(config, axis="width"):
@@ -841,7 +842,7 @@ def failing(config, axis="width"):
 
 @pytest.mark.parametrize(("optimizer", "alpha"), [("adamw", 1.0), ("adamw", 0.8), ("muon", 1.0)])
 def test_the_coordinate_check_tells_mup_from_sp_over_depth_whatever_alpha(corpus, optimizer, alpha):
-    config = Config(**corpus | CHECKED | OPTIMIZERS[optimizer] | {"depth_alpha": alpha})
+    config = Config(**corpus | CHECKED | OPTIMIZERS[optimizer], depth_alpha=alpha, value_embeddings=True)
     assert not failing(config, "depth")
     if alpha == 1.0:  # which sp does not have
         assert len(failing(dataclasses.replace(config, parametrization="sp"), "depth")) >= 4
@@ -899,8 +900,8 @@ def test_the_seeds_of_the_coordinate_check_go_on_from_the_configured_one(corpus)
 # do nothing here is right
 CHANGED = {"seed": 1, "head_dim": 32, "position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu",
            "mlp_ratio": 2.0, "rotary_base": 10.0, "norm_eps": 0.1, "tied": True, "bias": True, "depth": 3,
-           "vocab_size": 300, "kv_heads": 1, "smear": True, "base_width": 32, "base_depth": 2,
-           "base_head_dim": 8, "parametrization": "sp",
+           "vocab_size": 300, "kv_heads": 1, "smear": True, "value_embeddings": True, "base_width": 32,
+           "base_depth": 2, "base_head_dim": 8, "parametrization": "sp",
            "depth_alpha": 0.5, "embedding_mult": 2.0, "logit_mult": 2.0, "attention_mult": 9.0,
            "embedding_std": 0.5, "hidden_std": 0.5, "readout_std": 0.3, "zero_residual_out": False,
            "zero_query": True, "optimizer": "muon", "lr": 2**-6, "embedding_lr_mult": 2.0,
@@ -948,6 +949,8 @@ MUTANTS = {  # role and its wrong exponents, and the axis on which they show
     "readout init": ("readout", {"std": (1, 0)}, "width"), "logits": ("logits", (0, 0), "width"),
     "norm lr": ("norm", {"lr": (-1, 0)}, "width"), "final norm lr": ("final_norm", {"lr": (1, 0)}, "width"),
     "norm lr over depth": ("norm", {"lr": (0, -1)}, "depth"),
+    "value embedding lr": ("value_embedding", {"lr": (-1, 0)}, "width"),
+    "value embedding lr over depth": ("value_embedding", {"lr": (0, -1)}, "depth"),
     "branch": ("branch", (0, 0), "depth"), "hidden lr over depth": ("hidden", {"lr": (-1, -1)}, "depth")}
 
 
@@ -966,7 +969,7 @@ def test_the_coordinate_check_fails_a_wrong_table(corpus, monkeypatch, name):
     key, wrong, axis = MUTANTS[name]
     change_table(monkeypatch, key, wrong)
     optimizer = "muon" if "Muon" in name else "adamw"
-    assert failing(Config(**corpus | CHECKED | OPTIMIZERS[optimizer]), axis)
+    assert failing(Config(**corpus | CHECKED | OPTIMIZERS[optimizer], value_embeddings="value" in name), axis)
 
 
 def test_the_coordinate_check_sees_a_wrong_eps_where_eps_outweighs_the_gradients(corpus, monkeypatch):

@@ -32,7 +32,8 @@ HARD = GPT2_BLOCK | {"dropout": 0.2, "micro_batch": 2, "position": "rotary", "ti
 # GPT-3's recipe: 4 sequences a step, after 9 steps (576 tokens) 8, after 13 (1,088 tokens) 12
 GPT3 = {"batch": 16, "batch_start": 4, "batch_ramp_tokens": 1600, "warmup_tokens": 300, "decay_tokens": 900,
         "window": 5}
-MUON = {"optimizer": "muon", "micro_batch": 2, "weight_decay": 0.1, "zero_query": True, "smear": True}
+MUON = {"optimizer": "muon", "micro_batch": 2, "weight_decay": 0.1, "zero_query": True, "smear": True,
+        "value_embeddings": True}
 
 
 def weights(result):
@@ -84,7 +85,8 @@ def test_a_run_twice_or_resumed_from_a_checkpoint_is_the_uninterrupted_one(corpu
 
 
 YOUNGER_SETTINGS = ("decay_fraction", "log_roles", "norm", "qk_norm", "mlp", "optimizer", "momentum",
-                    "window", "smear", "batch_start", "batch_ramp_tokens", "warmup_tokens", "decay_tokens")
+                    "window", "smear", "value_embeddings", "batch_start", "batch_ramp_tokens",
+                    "warmup_tokens", "decay_tokens")
 
 
 def test_a_checkpoint_from_before_a_setting_was_added_resumes_to_the_same_bits(corpus, tmp_path, monkeypatch):
@@ -223,6 +225,7 @@ SETTINGS = {
     "batch_ramp_tokens": (200, "losses", {"batch_start": 1, "batch_ramp_tokens": 100}),
     "window": (3, "losses"), "warmup_tokens": (99, "lrs"), "decay_tokens": (200, "lrs"),
     "head_dim": (8, "first loss"), "kv_heads": (1, "shapes"), "smear": (True, "shapes"),
+    "value_embeddings": (True, "shapes"),
     "position": ("learned", "shapes"),
     "norm": ("layer", "first loss"),
     "qk_norm": (False, "shapes"), "mlp": ("relu2", "shapes"), "tied": (True, "shapes"),
@@ -539,7 +542,7 @@ def test_what_is_about_to_happen_is_printed(corpus, capsys):
     train.train(Config(**corpus, eval_every=3))
     output = capsys.readouterr().out
     for words in (corpus["data_dir"], "training tokens", "parameters on cpu, ", "; 6 steps of 64 tokens",
-                  "epochs", "role         tensors", "mup: width_mult 2, depth_mult 2",
+                  "epochs", "role             tensors", "mup: width_mult 2, depth_mult 2",
                   "step 3: validation loss", "bits per byte"):
         assert words in output
     assert "compile" not in output, "auto says nothing where it does nothing"

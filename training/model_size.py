@@ -16,19 +16,20 @@ class ModelSize(NamedTuple):
 
 
 def model_size(config):
-    """The ModelSize of the GPT of `config`, without making it: blocks are alike, so each adds what the second
-    block of a model without weights adds. Raises UserError for a shape that no tensor can have."""
+    """The ModelSize of the GPT of `config`, without making it: each two blocks are alike, so they add what
+    two more add to a small model without weights. Raises UserError for a shape that no tensor can have."""
+    depth = 2 - config.depth % 2
     try:
         with torch.device("meta"):
-            one, two = (GPT(replace(config, depth=depth, window=None)) for depth in (1, 2))
+            small, larger = (GPT(replace(config, depth=blocks, window=None)) for blocks in (depth, depth + 2))
     except (RuntimeError, TypeError, OverflowError):  # more elements than torch can count
         sizes = {name: getattr(config, name) for name in ("width", "vocab_size", "context", "mlp_ratio")}
         largest = max(sizes, key=lambda name: sizes[name] or 0)
         raise UserError(f"{largest} must be smaller, got {sizes[largest]:.6g}: no tensor can have so many "
                         "elements") from None
     sizes = [(sum(p.numel() for p in model.parameters()), model.flops_per_token(),
-              model.activations_per_token()) for model in (one, two)]
-    size = ModelSize(*(first + (config.depth - 1) * (second - first)
+              model.activations_per_token()) for model in (small, larger)]
+    size = ModelSize(*(first + (config.depth - depth) // 2 * (second - first)
                        for first, second in zip(*sizes, strict=True)))
     saved = attention_flops(replace(config, window=None)) - attention_flops(config)
     return size._replace(flops_per_token=size.flops_per_token - saved)
