@@ -237,7 +237,7 @@ def expected_powers(config, axis):
 
     Over width all are 0. Over depth a layer goes with the residual branch's multiplier where its output is
     scaled by that, and with the learning rate where it starts at 0, so that all of its output is learned.
-    What the vectors of all blocks change together must not depend on the depth.
+    What the vectors, and the value embeddings, of all blocks change together must not depend on the depth.
     """
     if axis != "depth":
         return {}
@@ -250,6 +250,8 @@ def expected_powers(config, axis):
     deep_layers = dict(checked_layers(deep))
     powers = {short_name(name): -1 - branch for name, parameter in shallow.named_parameters()
               if name.startswith("blocks.") and parameter.dim() == 1}
+    if config.value_embeddings:
+        powers["value_embedding"] = -1 - branch
     for layer, module in checked_layers(shallow):
         if hasattr(module, "factor"):
             powers[layer] = 0.0

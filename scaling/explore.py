@@ -31,8 +31,9 @@ def numbers(config):
     """{role: {quantity: its value}} at the shape of `config`: what hyperparameters() says, without what a
     role does not have; as the role "forward", the factors of the forward pass."""
     found = {}
+    absent = {"bias": not config.bias, "readout": config.tied, "value_embedding": not config.value_embeddings}
     for role in ROLES:
-        if role == "bias" and not config.bias or role == "readout" and config.tied:
+        if absent.get(role):
             continue
         of_role = hyperparameters(config, role)
         found[role] = {name: of_role[name] for name in ("std", "lr", "weight_decay", "eps")

@@ -35,16 +35,18 @@ size_of_shape = functools.cache(model_size)
 def count_parameters(config):
     """{count: parameters} of a config whose vocab_size is known, and its training FLOPs a token."""
     size = size_of_shape(shape_of(config))
-    body = size.parameters - outer_parameters(shape_of(replace(config, depth=1)))
+    depth = config.depth if config.value_embeddings else 1
+    body = size.parameters - outer_parameters(shape_of(replace(config, depth=depth)))
     return {"all": size.parameters, "body": body}, size.flops_per_token
 
 
 @functools.cache
 def outer_parameters(config):
-    """Parameters in the embedding and the readout, which no depth changes."""
+    """Parameters in the embedding and the readout, which no depth changes, and in value embeddings."""
+    outer = ("embedding", "value_embedding", "readout")
     with torch.device("meta"):
         model = GPT(config)
-    return sum(p.numel() for name, p in model.named_parameters() if role_of(name) in ("embedding", "readout"))
+    return sum(p.numel() for name, p in model.named_parameters() if role_of(name) in outer)
 
 
 def vocab_size_of(config, parameters):
