@@ -133,13 +133,18 @@ class Lab:
 
     def grade(self, answer, is_right, hint):
         """Raises AssertionError with the hint, unless `answer` is right. The short form has no numbers to
-        grade by, and where there is no answer yet the hint is printed."""
+        grade by."""
         if self.form == "short":
             print("not graded in the short form")
         elif answer is UNANSWERED:
-            print(f"No answer yet: replace ... above and run this cell again. Hint: {hint}")
+            print("No answer yet: replace ... above and run this cell again.")
         else:
-            assert is_right(answer), f"{answer!r} is not it. Hint: {hint}"
+            try:
+                right = is_right(answer)
+            except Exception as problem:  # such as a number where a function is asked for
+                raise AssertionError(f"{answer!r} cannot be graded, {problem}: is it of the kind that the "
+                                     f"exercise asks for? Hint: {hint}") from None
+            assert right, f"{answer!r} is not it. Hint: {hint}"
             print(f"{answer!r} is right.")
 
 
