@@ -3,7 +3,8 @@
 A law gives the logarithm of the loss, in nats a token, for N parameters and D training tokens. It is fitted
 as in Chinchilla (arXiv 2203.15556, appendix D.3) and its replication (arXiv 2404.10102): the Huber loss of
 the residuals in logs, minimized from many starts; by BFGS, which finds what their L-BFGS does in a twentieth
-of the time. Beside the laws, a simpler look at the same trials: isoFLOP parabolas (Chinchilla's approach 2).
+of the time. Beside the laws, simpler looks at the same trials: isoFLOP parabolas (Chinchilla's approach 2), a
+power law of the FLOPs through their minima alone, and whether the training curves have one shape.
 """
 
 from itertools import product
@@ -20,6 +21,8 @@ BEST_STARTS = 24  # of a grid of them, by the Huber loss there: from the others 
 BUDGETS = 6  # of parabolas, where the trials do not lie on budgets of their own
 NEAR = np.log(3)  # in log N: further from the best N a curve at equal FLOPs is no parabola
 SAME_BUDGET = 0.05  # FLOPs that differ by less are one budget: steps are whole numbers
+FEWEST_MINIMA = 4  # for a power law through them: its three constants are fitted without the largest, too
+AFTER = 0.2  # of the steps: from here on training curves are compared
 
 
 def log_sum(terms):
@@ -47,6 +50,21 @@ def kaplan(theta, n, d):
     return alpha_d * inner, np.stack((alpha_d * of_n, alpha_d * of_d, -alpha_d * n * of_n, inner))
 
 
+def kaplan_floor(theta, n, d):
+    """L = E + [(A/N)^r + B/D]^a: Kaplan's form above a loss that remains. theta: that of kaplan(), log E."""
+    *of_kaplan, e = theta
+    above, derivatives = kaplan(of_kaplan, n, d)
+    log_loss, (share, of_e) = log_sum((above, e))
+    return log_loss, np.stack((*(share * derivatives), of_e))
+
+
+def frontier(theta, c, _):
+    """L = E + A/C^alpha: the lowest loss for C training FLOPs. theta: log A, log E, alpha. c: log C."""
+    a, e, alpha = theta
+    log_loss, (of_c, of_e) = log_sum((a - alpha * c, e))
+    return log_loss, np.stack((of_c, of_e, -c * of_c))
+
+
 def chinchilla_constants(theta, n0, d0):
     """The law's constants by name, of theta for n - n0 and d - d0. On the frontier, where N * D is in
     proportion to the FLOPs C: N grows as C to N_opt_exponent, and the loss above E falls as C to
@@ -64,6 +82,16 @@ def kaplan_constants(theta, n0, d0):
             "L_opt_exponent": ratio * alpha_d / (1 + ratio), "data_exponent": ratio}
 
 
+def kaplan_floor_constants(theta, n0, d0):
+    *of_kaplan, e = theta
+    return {"E": np.exp(e)} | kaplan_constants(of_kaplan, n0, d0)
+
+
+def frontier_constants(theta, c0, _):
+    a, e, alpha = theta
+    return {"E": np.exp(e), "A": np.exp(a + alpha * c0), "alpha": alpha}
+
+
 class Form(NamedTuple):
     """A form of law: its function, the names of its constants, and values of theta to start from."""
     function: object
@@ -75,7 +103,10 @@ class Form(NamedTuple):
 TERMS, POWERS = (-2, 0, 1), (0.1, 0.3, 0.8)
 FORMS = {"chinchilla": Form(chinchilla, chinchilla_constants, (TERMS, TERMS, TERMS, POWERS, POWERS)),
          "kaplan": Form(kaplan, kaplan_constants,
-                        ((0, 5, 15), (0, 5, 15), (0.3, 0.7, 1.5), (0.05, 0.1, 0.3)))}
+                        ((0, 5, 15), (0, 5, 15), (0.3, 0.7, 1.5), (0.05, 0.1, 0.3))),
+         "kaplan_floor": Form(kaplan_floor, kaplan_floor_constants,
+                              ((-2, 0, 2, 5), (-2, 0, 2, 5), (0.3, 0.7, 1.5), (0.1, 0.3, 0.8), TERMS))}
+ALL_FORMS = FORMS | {"frontier": Form(frontier, frontier_constants, (TERMS, TERMS, POWERS))}  # N = D = C
 
 
 class Law(NamedTuple):
@@ -89,14 +120,14 @@ class Law(NamedTuple):
     sigma_seed: float = 0.0
 
     def log_loss(self, N, D):
-        return FORMS[self.form].function(self.theta, np.log(N) - self.n0, np.log(D) - self.d0)[0]
+        return ALL_FORMS[self.form].function(self.theta, np.log(N) - self.n0, np.log(D) - self.d0)[0]
 
     def loss(self, N, D):
         """Nats a token."""
         return np.exp(self.log_loss(N, D))
 
     def constants(self):
-        return FORMS[self.form].constants(self.theta, self.n0, self.d0)
+        return ALL_FORMS[self.form].constants(self.theta, self.n0, self.d0)
 
 
 def minimize_huber(function, starts, log_loss, *logs):
@@ -124,8 +155,8 @@ def fit_law(form, N, D, loss, starts=None):
     log_n, log_d, log_loss = np.log(N), np.log(D), np.log(loss)
     n0, d0 = log_n.mean(), log_d.mean()
     if starts is None:
-        starts = [np.array(start) for start in product(*FORMS[form].starts)]
-    theta = minimize_huber(FORMS[form].function, starts, log_loss, log_n - n0, log_d - d0)
+        starts = [np.array(start) for start in product(*ALL_FORMS[form].starts)]
+    theta = minimize_huber(ALL_FORMS[form].function, starts, log_loss, log_n - n0, log_d - d0)
     return with_noise(Law(form, theta, n0, d0), N, D, log_loss)
 
 
@@ -147,18 +178,19 @@ def cell_numbers(N, D):
     return np.unique(np.stack((N, D)), axis=1, return_inverse=True)[1].ravel()
 
 
-def simulate(law, N, D, random):
-    """Losses of trials at N and D as the law and both of its noises give them."""
-    cells = cell_numbers(N, D)
-    of_cells = random.normal(0, law.sigma_cell, cells.max() + 1)[cells]
-    return np.exp(law.log_loss(N, D) + of_cells + random.normal(0, law.sigma_seed, len(N)))
+def redraw(loss, law, N, D, draws=None, seed=0):
+    """`draws` arrays of what `loss`, of trials at N and D, might have been with both noises of the law."""
+    random, cells = np.random.default_rng(seed), cell_numbers(N, D)
+    for _ in range(draws or DRAWS):
+        of_cells = random.normal(0, law.sigma_cell, cells.max() + 1)[cells]
+        yield loss * np.exp(of_cells + random.normal(0, law.sigma_seed, len(loss)))
 
 
-def bootstrap(law, N, D, draws=DRAWS):
+def bootstrap(law, N, D, draws=None):
     """Laws that might have been found: fitted to losses simulated from `law`, whose noises are those of its
     residuals. Parametric, as two or three seeds drawn with replacement show too little of their noise."""
-    random = np.random.default_rng(0)
-    return [fit_law(law.form, N, D, simulate(law, N, D, random), starts=[law.theta]) for _ in range(draws)]
+    return [fit_law(law.form, N, D, loss, starts=[law.theta])
+            for loss in redraw(law.loss(N, D), law, N, D, draws)]
 
 
 def constants_with_intervals(law, laws):
@@ -197,16 +229,18 @@ def all_tested(fits):
     return all(fit["backtest"] is not None for fit in fits.values())
 
 
+def misses(fits):
+    """{(form, count): by how much it misses}: larger trials, when fitted to the smaller ones; where too few
+    are smaller for one of the forms, the trials that it was fitted to."""
+    tested = all_tested(fits)
+    return {key: missed_by(fit) if tested else fit["law"].sigma_cell + fit["law"].sigma_seed
+            for key, fit in fits.items()}
+
+
 def cell_means(keys, losses):
     """{key: mean loss}, sorted by key."""
     cells = group(zip(keys, losses, strict=True))
     return {key: float(np.mean(cells[key])) for key in sorted(cells)}
-
-
-def noisy(loss, sigma, seed=2):
-    """Draws of `loss` with relative noise `sigma`: what is fitted to them shows its own noise."""
-    random = np.random.default_rng(seed)
-    return [loss * np.exp(random.normal(0, sigma, len(loss))) for _ in range(DRAWS)]
 
 
 def isoflop_budgets(flops):
@@ -236,9 +270,10 @@ def isoflop_points(curves, budget):
     return points
 
 
-def parabola(points):
-    """{N, loss, tokens, coefficients in log N} of the lowest point, where it lies between the models; None
-    elsewhere. Only models near the lowest are fitted: further away the curve is no parabola."""
+def parabola(points, shift=(0.0, 0.0)):
+    """{N, loss, tokens, coefficients in log N} of the lowest point plus `shift`, in log N and in loss, where
+    it lies between the models; None elsewhere. Only models near the lowest are fitted: further away the
+    curve is no parabola."""
     n, loss, tokens = np.array(points).T
     lowest = int(np.argmin(loss))
     if lowest in (0, len(n) - 1):
@@ -248,26 +283,99 @@ def parabola(points):
     a, b, c = np.polyfit(np.log(n[near]), loss[near], 2)
     if a <= 0:
         return None
-    best = -b / (2 * a)
-    return {"N": float(np.exp(best)), "loss": float(c - b * b / (4 * a)), "coefficients": [a, b, c],
-            "tokens": float(np.exp(np.interp(best, np.log(n), np.log(tokens))))}
+    best = shift[0] - b / (2 * a)
+    return {"N": float(np.exp(best)), "loss": float(shift[1] + c - b * b / (4 * a)),
+            "coefficients": [a, b, c], "tokens": float(np.exp(np.interp(best, np.log(n), np.log(tokens))))}
 
 
-def isoflop_optima(N, D, flops, loss):
+def isoflop_optima(N, D, flops, loss, shifts=None):
     """([{flops, points, best}] of each budget at which at least 3 models can be compared, the exponent of the
-    best N in the FLOPs: nan where fewer than two budgets have a best N)."""
+    best N in the FLOPs: nan where fewer than two budgets have a best N). shifts: of off_center()."""
     curves, budgets = model_curves(N, D, flops, loss), []
     for budget in isoflop_budgets(np.concatenate([curve[0] for curve in curves.values()])):
         points = isoflop_points(curves, budget)
+        shift = (0.0, 0.0) if shifts is None else shifts.get(budget)
         if len(points) >= 3:
-            budgets.append({"flops": budget, "points": points, "best": parabola(points)})
+            best = parabola(points, shift) if shift else None
+            budgets.append({"flops": budget, "points": points, "best": best})
     best = [(its["flops"], its["best"]["N"]) for its in budgets if its["best"]]
     return budgets, float(power_law(*np.array(best).T)[0]) if len(best) > 1 else np.nan
 
 
-def isoflop(N, D, flops, loss, sigma):
-    """{budgets, exponent, interval}: the parabolas and how the best N grows with the FLOPs."""
-    budgets, exponent = isoflop_optima(N, D, flops, loss)
-    drawn = [isoflop_optima(N, D, flops, other)[1] for other in noisy(loss, sigma)]
-    often = np.isfinite(drawn).sum() > DRAWS / 2
-    return {"budgets": budgets, "exponent": exponent, "interval": interval(drawn if often else [])}
+def law_frontier(law, models, budgets):
+    """(N, loss) where the law is lowest at each of `budgets`, FLOPs, over sizes between and beyond those
+    measured. models: {(N, FLOPs a token)}; beyond them these go as powers of each other."""
+    n, per_token = np.log(sorted(models)).T
+    slope, _ = np.polyfit(n, per_token, 1)
+    sizes = np.linspace(n.min() - 3, n.max() + 8, 10_000)
+    inside = np.clip(sizes, n.min(), n.max())
+    of_sizes = np.interp(inside, n, per_token) + slope * (sizes - inside)
+    loss = law.loss(np.exp(sizes), np.asarray(budgets)[:, None] / np.exp(of_sizes))
+    return np.exp(sizes[loss.argmin(axis=1)]), loss.min(axis=1)
+
+
+def off_center(law, N, D, flops):
+    """{budget: (log N, loss)} to add to the lowest points of parabolas, so that from losses of the law itself
+    they find its own. A curve at equal FLOPs is no parabola: through models most of which are smaller than
+    the best, or larger, it is lowest elsewhere. So it is where a loss lies between two distant horizons."""
+    budgets, _ = isoflop_optima(N, D, flops, law.loss(N, D))
+    found = {its["flops"]: its["best"] for its in budgets if its["best"]}
+    lowest = zip(*law_frontier(law, {*zip(N, flops / D, strict=True)}, [*found]), strict=True)
+    return {budget: (np.log(n / best["N"]), loss - best["loss"])
+            for (budget, best), (n, loss) in zip(found.items(), lowest, strict=True)}
+
+
+def isoflop(law, N, D, flops, loss):
+    """({budgets, exponent, interval}, fit_frontier()): parabolas, and how the best N grows with the FLOPs."""
+    shifts = off_center(law, N, D, flops)
+    budgets, exponent = isoflop_optima(N, D, flops, loss, shifts)
+    drawn = [isoflop_optima(N, D, flops, other, shifts) for other in redraw(loss, law, N, D)]
+    exponents = [other for _, other in drawn]
+    often = np.isfinite(exponents).sum() > len(drawn) / 2
+    found = {"budgets": budgets, "exponent": exponent, "interval": interval(exponents if often else [])}
+    return found, fit_frontier(budgets, [budgets for budgets, _ in drawn])
+
+
+def fit_frontier(budgets, drawn):
+    """{law, laws, constants, shorter}: a law of the FLOPs through the lowest points of isoFLOP `budgets`, and
+    through those of each of `drawn`, as other seeds might give them; shorter: without the largest budget.
+    None where fewer than FEWEST_MINIMA have a lowest point."""
+    minima = [[(its["flops"], its["best"]["loss"]) for its in one if its["best"]]
+              for one in (budgets, *drawn)]
+    if len(minima[0]) < FEWEST_MINIMA:
+        return None
+    (C, loss), *others = (np.array(one).T for one in minima if len(one) >= FEWEST_MINIMA)
+    law = fit_law("frontier", C, C, loss)
+    laws = [fit_law("frontier", c, c, other, starts=[law.theta]) for c, other in others]
+    return {"law": law, "laws": laws, "constants": constants_with_intervals(law, laws),
+            "shorter": fit_law("frontier", C[:-1], C[:-1], loss[:-1])}
+
+
+def predict_frontier(found, C):
+    """predict() of fit_frontier() for C FLOPs; its interval has what leaving out the largest budget moves."""
+    moved = found["law"].loss(C, C) - found["shorter"].loss(C, C)
+    return predict(found["law"], found["laws"], C, C, moved)
+
+
+def collapse(law, N, D, loss, curves):
+    """{models: [{N, D, curve, off}], apart, seeds}: do models of all sizes learn alike (arXiv 2507.02119)? Of
+    each the horizon nearest the law's frontier, where 1% more N lowers the loss as 1% more D does. A curve is
+    the training loss above E, over the final loss above E. Relative, root mean square after the warmup: how
+    far a curve is `off` the median, models are `apart`, and `seeds` are. None for fewer than 3 models."""
+    gains = law.loss(N, D) - np.stack((law.loss(1.01 * N, D), law.loss(N, 1.01 * D)))
+    away, E = np.abs(np.log(gains[0] / gains[1])), law.constants().get("E", 0.0)
+    if len(set(N)) < 3 or len({*map(len, curves)} | {0}) != 2:
+        return None
+    normal = (np.array(curves) - E) / (loss[:, None] - E)
+    late, models, noise = slice(round(AFTER * normal.shape[1]), None), [], []
+    for n in np.unique(N):
+        nearest = D[N == n][np.argmin(away[N == n])]
+        own = normal[(N == n) & (D == nearest)]
+        models.append({"N": n, "D": nearest, "curve": own.mean(axis=0)})
+        if len(own) > 1:
+            noise.append(np.var(own / own.mean(axis=0), axis=0, ddof=1)[late])
+    means = np.array([model["curve"] for model in models])
+    off = np.sqrt(np.mean((means / np.median(means, axis=0) - 1)[:, late] ** 2, axis=1))
+    apart = np.sqrt(np.mean(np.var(means / means.mean(axis=0), axis=0, ddof=1)[late]))
+    return {"models": [model | {"off": one} for model, one in zip(models, off, strict=True)],
+            "apart": apart, "seeds": np.sqrt(np.mean(noise)) if noise else np.nan}

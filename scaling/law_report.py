@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from scaling.figures import BESIDE, COLORS, LOSS, load_pyplot, save, shades
-from scaling.law_fits import all_tested, cell_means, missed_by
+from scaling.law_fits import all_tested, cell_means, law_frontier, missed_by
 from scaling.law_trials import COUNTS
 from scaling.rows import group
 
@@ -13,7 +13,8 @@ PARAMETERS = {"all": "parameters", "body": "parameters without embedding and rea
 
 PUBLISHED = {  # of web text and much larger models: a comparison of exponents, not of constants
     "chinchilla": "the replication of Chinchilla, arXiv 2404.10102: alpha 0.35, beta 0.37, N_opt ~ C^0.51",
-    "kaplan": "Kaplan, arXiv 2001.08361: alpha_N 0.076, alpha_D 0.103, N_opt ~ C^0.73, D ~ N^0.74"}
+    "kaplan": "Kaplan, arXiv 2001.08361: alpha_N 0.076, alpha_D 0.103, N_opt ~ C^0.73, D ~ N^0.74",
+    "kaplan_floor": "L = E + ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D"}
 EXPONENTS = {"N_opt_exponent": "N_opt ~ C^", "L_opt_exponent": "loss above E ~ C^-",
              "data_exponent": "D ~ N^"}
 TINY = 1e-6  # a constant below it is 0: the fit needs no such term
@@ -59,8 +60,11 @@ def format_cell(points):
     return f"{loss:.4f} ({residual:+.4f})"
 
 
-def format_isoflop(isoflop):
+def format_isoflop(isoflop, frontier):
     lines = []
+    if frontier:
+        constants = [f"{name} {with_interval(*value)}" for name, value in frontier["constants"].items()]
+        lines.append(f"L = E + A/C^alpha through the isoFLOP minima: {', '.join(constants)}")
     if np.isfinite(isoflop["exponent"]):
         lines.append("isoFLOP parabolas: N_opt ~ C^"
                      f"{with_interval(isoflop['exponent'], isoflop['interval'])} (Chinchilla: 0.49)")
@@ -73,11 +77,15 @@ def format_isoflop(isoflop):
     return lines
 
 
-def format_data_rule(report):
-    """How much more data 8 times the parameters want: by what we fitted, and by Kaplan."""
-    value, ends = report["fits"][report["chosen"]]["constants"]["data_exponent"]
-    return (f"8 times the parameters want {8**value:.1f} [{8**ends[0]:.1f}, {8**ends[1]:.1f}] times the data "
-            "(Kaplan: 8^0.74 = 4.7, of text that is repeated until a model overfits; ours is fresh)")
+def format_collapse(collapse):
+    """How alike training curves are; those of the models that differ most from the others first."""
+    if collapse is None:
+        return ["too few training curves to compare their shapes"]
+    models = sorted(collapse["models"], key=lambda model: -model["off"])
+    off = ", ".join(f"{model['off']:.1%} of {model['N']:.3g}" for model in models)
+    return [f"normalized training curves of each size nearest the frontier: models differ by "
+            f"{collapse['apart']:.1%}, seeds by {collapse['seeds']:.1%} (well tuned, no more than "
+            "seeds: arXiv 2507.02119)", f"  off the median, by parameters: {off}"]
 
 
 def format_forecast(forecast):
@@ -90,6 +98,10 @@ def format_forecast(forecast):
              f"{forecast['tokens']:.3g} tokens, {forecast['flops']:.3g} FLOPs",
              f"  {forecast['beyond']:.3g} times the FLOPs of the largest trial in the fit",
              f"  loss {forecast['loss']:.4f} [{low:.4f}, {high:.4f}]; by each law: {others}"]
+    if forecast["on_frontier"]:
+        lowest, ends, above = forecast["on_frontier"]
+        lines.append(f"  by the isoFLOP minima {lowest + above:.4f} [{ends[0] + above:.4f}, "
+                     f"{ends[1] + above:.4f}], of which {above:.4f} as this shape is off the frontier")
     if "measured" in forecast:
         hit = "inside" if low <= forecast["measured"] <= high else "OUTSIDE"
         lines.append(f"  measured {forecast['measured']:.4f} ({forecast['seeds']} seeds): "
@@ -108,16 +120,20 @@ def format_laws(report):
     form, count = report["chosen"]
     best = "forecasts best" if all_tested(report["fits"]) else "has the least residuals"
     lines.append(f"the one that {best}, used below: {form}, {COUNTS[count]}")
-    lines += [*format_residuals(report), *format_isoflop(report["isoflop"]), format_data_rule(report)]
+    lines += [*format_residuals(report), *format_isoflop(report["isoflop"], report["frontier"]),
+              *format_collapse(report["collapse"])]
     return "\n".join(lines + [line for forecast in report["forecasts"] for line in format_forecast(forecast)])
 
 
 def draw_laws(report, folder):
-    """Writes frontier.png and, where a budget has a best size, isoflop.png; returns their paths."""
+    """Writes frontier.png and, where rows have what they show, isoflop.png and collapse.png; returns their
+    paths."""
     pyplot = load_pyplot()
     figures = {"frontier": draw_frontier}
     if any(budget["best"] for budget in report["isoflop"]["budgets"]):
         figures["isoflop"] = draw_isoflop
+    if report["collapse"]:
+        figures["collapse"] = draw_collapse
     return [save(draw(report, pyplot), os.path.join(folder, f"{name}.png"), pyplot)
             for name, draw in figures.items()]
 
@@ -128,12 +144,9 @@ def label_loss(ax):
     ax.yaxis.set_minor_formatter("{x:.2f}")
 
 
-def label_size(axis):
-    """Label 1, 2 and 5 of each decade of a logarithmic axis: less says little, more overlaps."""
-    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
-    axis.set_minor_formatter("")
+def sizes_of(points, count):
+    """{(N, training FLOPs a token)} of the models of a report's points."""
+    return {(point["parameters"][count], point["flops"] / point["tokens"]) for point in points}
 
 
 def draw_frontier(report, pyplot):
@@ -142,17 +155,17 @@ def draw_frontier(report, pyplot):
     figure, ax = pyplot.subplots(figsize=(8, 5))
     law, count = report["fits"][report["chosen"]]["law"], report["chosen"][1]
     by_size = sorted(report["points"], key=lambda point: point["parameters"]["all"])
-    models, sizes = group((f"{point['width']} x {point['depth']}", point) for point in by_size), []
+    models = group((f"{point['width']} x {point['depth']}", point) for point in by_size)
     for (name, points), color in zip(models.items(), shades(len(models)), strict=True):
         N, per_token = points[0]["parameters"][count], points[0]["flops"] / points[0]["tokens"]
-        sizes.append((N, per_token))
         means = cell_means([point["flops"] for point in points], [point["loss"] for point in points])
         flops = np.geomspace(min(means), max(means), 50)
         ax.plot(flops, law.loss(N, flops / per_token), color=color, linewidth=1)
         ax.plot([*means], [*means.values()], "o", color=color, markersize=5, label=name)
     top_flops = max([report["flops"][1], *(float(forecast["flops"]) for forecast in report["forecasts"])])
     budgets = np.geomspace(report["flops"][0], top_flops, 200)
-    ax.plot(budgets, law_frontier(law, sizes, budgets), "--", color=COLORS[3], label="frontier of the law")
+    _, lowest = law_frontier(law, sizes_of(by_size, count), budgets)
+    ax.plot(budgets, lowest, "--", color=COLORS[3], label="frontier of the law")
     for i, forecast in enumerate(report["forecasts"]):
         ends = np.abs(np.array(forecast["interval"])[:, None] - forecast["loss"])
         ax.errorbar(float(forecast["flops"]), forecast["loss"], ends, fmt="D", color=COLORS[1], capsize=4,
@@ -167,40 +180,37 @@ def draw_frontier(report, pyplot):
     return figure
 
 
-def law_frontier(law, models, budgets):
-    """The lowest loss of the law at each budget, over models between and beyond those measured. models: (N,
-    FLOPs a token) of each; these go as powers of each other."""
-    n, per_token = np.log(np.array(models)).T
-    slope, offset = np.polyfit(n, per_token, 1)
-    sizes = np.linspace(n.min() - 3, n.max() + 8, 400)
-    tokens = budgets[None] / np.exp(offset + slope * sizes)[:, None]
-    return law.loss(np.exp(sizes)[:, None], tokens).min(axis=0)
-
-
 def draw_isoflop(report, pyplot):
-    """Loss against N at equal FLOPs, with parabolas; beside it the best N by FLOPs, if there are three."""
+    """Loss against N at equal FLOPs, with parabolas, and stars at the corrected minima."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
     budgets, label = report["isoflop"]["budgets"], PARAMETERS[report["chosen"][1]]
-    beside = sum(its["best"] is not None for its in budgets) > 2
-    figure, axes = pyplot.subplots(1, 1 + beside, figsize=(13 if beside else 8, 4.6), squeeze=False,
-                                   layout="constrained")
-    left, right = axes[0, 0], axes[0, -1]
+    figure, ax = pyplot.subplots(figsize=(8, 4.6))
     for its, color in zip(budgets, shades(len(budgets)), strict=True):
         n, loss, _ = np.array(its["points"]).T
-        left.plot(n, loss, "o", color=color, markersize=5, label=f"{its['flops']:.1e} FLOPs")
-        if not its["best"]:
-            continue
-        star, N = {"color": color, "markersize": 13, "mec": "k"}, its["best"]["N"]
-        x = N * np.geomspace(1 / 3, 3, 60)  # where the parabola was fitted
-        left.plot(x, np.polyval(its["best"]["coefficients"], np.log(x)), color=color, linewidth=1)
-        left.plot(N, its["best"]["loss"], "*", **star)
-        if beside:
-            right.plot(its["flops"], N, "*", **star)
-    if beside:
-        right.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {label}",
-                  title=f"N ~ C^{report['isoflop']['exponent']:.2f}")
-        label_size(right.xaxis)
-        label_size(right.yaxis)
-    left.set(xscale="log", xlabel=label, ylabel=LOSS, title="At equal FLOPs (star: lowest)")
-    label_size(left.xaxis)
-    left.legend(fontsize=9)
+        ax.plot(n, loss, "o", color=color, markersize=5, label=f"{its['flops']:.1e} FLOPs")
+        if its["best"]:
+            a, b, _ = its["best"]["coefficients"]
+            x = np.exp(-b / (2 * a)) * np.geomspace(1 / 3, 3, 60)  # where the parabola was fitted
+            ax.plot(x, np.polyval(its["best"]["coefficients"], np.log(x)), color=color, linewidth=1)
+            ax.plot(its["best"]["N"], its["best"]["loss"], "*", color=color, markersize=13, mec="k")
+    ax.set(xscale="log", xlabel=label, ylabel=LOSS, title="At equal FLOPs (star: corrected minimum)")
+    # 1, 2 and 5 of each decade: fewer labels say little, more overlap
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    ax.xaxis.set_minor_formatter("")
+    ax.legend(fontsize=9)
+    return figure
+
+
+def draw_collapse(report, pyplot):
+    """Training loss above E over the final loss above E, along the steps: a line for each model."""
+    figure, ax = pyplot.subplots(figsize=(8, 5))
+    models = report["collapse"]["models"]
+    for model, color in zip(models, shades(len(models)), strict=True):
+        curve = model["curve"]
+        shares = (np.arange(len(curve)) + 0.5) / len(curve)
+        ax.plot(shares, curve, color=color, label=f"{model['N']:.2g}, {model['D'] / model['N']:.2g}")
+    ax.set(yscale="log", xlabel="fraction of the steps", ylabel="loss above E, over the final one",
+           title="Normalized training curves nearest the frontier")
+    ax.legend(title="parameters, tokens a parameter", fontsize=10, **BESIDE)
     return figure

@@ -27,6 +27,7 @@ class Trial:
     tokens: int
     flops: float
     loss: float  # nats a token
+    curve: tuple = ()  # training loss along the steps
 
 
 size_of_shape = functools.cache(model_size)
@@ -63,7 +64,8 @@ def read_trial(row):
     numbers, _ = count_parameters(sized)
     free = dict.fromkeys(("width", "depth", "steps", "batch", "seed"))
     group = json.dumps(asdict(config) | free, sort_keys=True)
-    return Trial(sized, group, numbers, config.tokens_before(config.steps), row["flops"], row["val_loss"])
+    return Trial(sized, group, numbers, config.tokens_before(config.steps), row["flops"], row["val_loss"],
+                 tuple(row["curve"]))
 
 
 def finished_trials(folders):

@@ -141,7 +141,9 @@ def analyze(scratch, tuned):
 def bootstrap(scratch, tuned, noise):
     """Rows of (k, alpha, beta), as other seeds might have given them, with losses of this relative noise."""
     trials, fits = [*scratch, *tuned], []
-    for losses in law_fits.noisy(np.array([trial.loss for trial in trials]), noise, seed=0):
+    random, loss = np.random.default_rng(0), np.array([trial.loss for trial in trials])
+    for _ in range(law_fits.DRAWS):
+        losses = loss * np.exp(random.normal(0, noise, len(loss)))
         again = [replace(trial, loss=loss) for trial, loss in zip(trials, losses, strict=True)]
         fits.append(fit_transfer(effective_data(again[:len(scratch)], again[len(scratch):])))
     return np.array([fit for fit in fits if fit is not None])

@@ -1,5 +1,6 @@
 """Scaling laws: fits find what rows were made from, and the commands say what they can tell and no more."""
 
+import hashlib
 import json
 import pathlib
 from dataclasses import replace
@@ -16,7 +17,7 @@ from model import GPT
 from scaling import law_fits, law_trials, laws, plane, shapes, transfer
 from scaling.cli import parse_values
 from scaling.fits import interval
-from scaling.law_fits import FORMS, Law, bootstrap, fit_law, predict
+from scaling.law_fits import ALL_FORMS, FORMS, Law, bootstrap, fit_law, predict, predict_frontier
 from scaling.law_report import format_forecast
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import SETTING_COLUMNS, append_rows, identity, read_trials
@@ -24,7 +25,9 @@ from training.model_size import model_size
 
 # Constants in the range of small models of text. A law is one of n - n0 and d - d0; here n0 = d0 = 0
 TRUE = {"chinchilla": Law("chinchilla", np.array([np.log(60), np.log(900), np.log(1.5), 0.35, 0.4]), 0, 0),
-        "kaplan": Law("kaplan", np.array([0.8 * 23, 24.0, 0.8, 0.1]), 0, 0)}
+        "kaplan": Law("kaplan", np.array([0.8 * 23, 24.0, 0.8, 0.1]), 0, 0),
+        "kaplan_floor": Law("kaplan_floor", np.array([0.8 * 14, 15.0, 0.8, 0.3, np.log(1.5)]), 0, 0),
+        "frontier": Law("frontier", np.array([np.log(600), np.log(1.5), 0.2]), 0, 0)}
 START = [np.array([-1, 0, 0, 0.3, 0.3])]  # near each of them, for Chinchilla's form
 SEED_NOISE = 0.001  # of the loss: what two seeds of one setting differ by in the committed rows
 SHAPES, STEPS = ((32, 2), (64, 2), (128, 4), (192, 6), (256, 8)), (200, 400, 800, 1600, 3200)
@@ -48,6 +51,16 @@ def test_a_fit_finds_the_law_that_rows_were_made_from_and_forecasts_100_times_th
     assert law.sigma_seed == pytest.approx(SEED_NOISE, rel=0.4) and law.sigma_cell < SEED_NOISE
 
 
+@pytest.mark.parametrize("form", ["chinchilla", "kaplan_floor"])  # which has Kaplan's at E = 0
+def test_fitted_to_the_small_trials_the_form_that_rows_were_made_from_misses_the_others_least(form,
+                                                                                              monkeypatch):
+    monkeypatch.setattr(law_fits, "BEST_STARTS", 3)
+    N, D, loss = grid(TRUE[form])
+    fits = {other: {"backtest": law_fits.backtest(other, N, D, loss, 6 * N * D)} for other in FORMS}
+    assert laws.choose(fits) == form
+    assert law_fits.missed_by(fits[form]) < 0.01 < law_fits.missed_by(fits["kaplan"])
+
+
 def test_a_forecast_is_as_unsure_as_such_laws_have_missed():
     law = Law("chinchilla", np.array([0.0, 0.0, 0.5, 0.3, 0.3]), np.log(1e6), np.log(1e8), 0.001, 0.001)
     loss, (low, high) = predict(law, [law], 1e8, 1e9)
@@ -56,16 +69,16 @@ def test_a_forecast_is_as_unsure_as_such_laws_have_missed():
 
 
 def test_a_forecast_beyond_the_fit_is_as_unsure_as_the_laws_are_apart(monkeypatch):
-    noise, numbers = np.array([1e-4]), {"all": 1e8, "body": 1e8}
+    numbers = {"all": 1e8, "body": 1e8}
     monkeypatch.setattr(laws, "count_parameters", lambda config: (numbers, 6e8))
     config = tiny(width=64, head_dim=16, vocab_size=5)
 
-    def width_of_interval(E, flops):
+    def width_of_interval(E, flops, missed=1e-4):
         fits = {}
-        for count, its in (("all", 0.5), ("body", E)):
+        for count, its, noise in (("all", 0.5, 1e-4), ("body", E, missed)):
             law = Law("chinchilla", np.array([0.0, 0.0, its, 0.3, 0.3]), np.log(1e6), np.log(1e8), 1e-3, 1e-3)
-            fits["chinchilla", count] = {"law": law, "laws": [law] * 20, "backtest": noise}
-        report = {"fits": fits, "chosen": ("chinchilla", "all"), "flops": [1.0, flops]}
+            fits["chinchilla", count] = {"law": law, "laws": [law] * 20, "backtest": np.array([noise])}
+        report = {"fits": fits, "chosen": ("chinchilla", "all"), "flops": [1.0, flops], "frontier": None}
         low, high = laws.forecast(report, config)["interval"]
         return high - low
 
@@ -74,6 +87,7 @@ def test_a_forecast_beyond_the_fit_is_as_unsure_as_the_laws_are_apart(monkeypatc
     apart = np.std([np.exp(0.5), np.exp(0.8)])
     assert width_of_interval(0.5, beyond) == pytest.approx(width_of_interval(0.5, within), rel=0.01)
     assert width_of_interval(0.8, beyond) == pytest.approx(2 * 1.96 * apart, rel=0.15)
+    assert width_of_interval(0.8, beyond, missed=0.1) < 1.1 * width_of_interval(0.5, beyond)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
@@ -101,20 +115,86 @@ def test_the_derivatives_of_each_form_are_those_of_its_loss():
     n, d = np.random.default_rng(0).normal(size=(2, 6))
     for form, law in TRUE.items():
         theta = law.theta / 10
-        function = FORMS[form].function
+        function = ALL_FORMS[form].function
         for i in range(len(theta)):
             step = 1e-6 * np.eye(len(theta))[i]
             slope = (function(theta + step, n, d)[0] - function(theta - step, n, d)[0]) / 2e-6
             assert function(theta, n, d)[1][i] == pytest.approx(slope, abs=1e-7), (form, i)
 
 
-def test_parabolas_at_equal_flops_find_how_the_best_size_grows():
+def equal_flops(law, low, high, budgets=5):
+    """(N, D, FLOPs, loss) of 7 sizes from `low` to `high` times those that suit each budget."""
+    C = np.repeat(np.geomspace(1e13, 1e16, budgets), 7)
+    N = np.tile(np.geomspace(low, high, 7), budgets) * np.sqrt(C / 12)
+    return N, C / (6 * N), C, law.loss(N, C / (6 * N))
+
+
+def test_parabolas_at_equal_flops_find_how_the_best_size_grows(monkeypatch):
     """With alpha = beta the best N grows as C^0.5, whatever A and B are."""
-    law = Law("chinchilla", np.array([np.log(400), np.log(400), np.log(1.5), 0.4, 0.4]), 0, 0)
-    C, N = (x.ravel() for x in np.meshgrid(np.geomspace(1e13, 1e15, 4), np.geomspace(3e5, 3e7, 13)))
-    found = law_fits.isoflop(N, C / (6 * N), C, law.loss(N, C / (6 * N)), sigma=1e-3)
-    assert len(found["budgets"]) == 4 and found["exponent"] == pytest.approx(0.5, abs=0.02)
+    monkeypatch.setattr(law_fits, "DRAWS", 40)
+    law = Law("chinchilla", np.array([np.log(400), np.log(400), np.log(1.5), 0.4, 0.4]), 0, 0, 1e-3)
+    found, _ = law_fits.isoflop(law, *equal_flops(law, 0.1, 20))
+    assert len(found["budgets"]) == 5 and found["exponent"] == pytest.approx(0.5, abs=0.02)
     assert found["interval"][0] < 0.5 < found["interval"][1]
+
+
+def test_minima_of_a_grid_off_its_center_are_corrected_even_by_a_law_that_is_not_quite_right():
+    true = Law("chinchilla", np.array([np.log(60), np.log(9000), np.log(1.5), 0.3, 0.55]), 0, 0)
+    wrong = true._replace(theta=true.theta + [0.1, 0.1, 0.03, 0.01, 0.01])
+    N, D, C, loss = equal_flops(true, 0.05, 3)
+    sizes, lowest = law_fits.law_frontier(true, {(n, 6 * n) for n in N}, np.unique(C))
+
+    def errors(shifts):
+        best = [its["best"] for its in law_fits.isoflop_optima(N, D, C, loss, shifts)[0]]
+        return [np.abs([its["loss"] - low for its, low in zip(best, lowest, strict=True)]).max(),
+                np.abs(np.log([its["N"] / n for its, n in zip(best, sizes, strict=True)])).max()]
+
+    assert min(np.divide(errors(None), errors(law_fits.off_center(wrong, N, D, C)))) > 3
+
+
+def test_a_law_through_the_minima_alone_forecasts_the_frontier(monkeypatch):
+    monkeypatch.setattr(law_fits, "DRAWS", 6)
+    law = TRUE["chinchilla"]._replace(sigma_cell=1e-3)
+    N, D, C, loss = equal_flops(law, 0.05, 3)
+    _, found = law_fits.isoflop(law, N, D, C, loss)
+    _, [lowest] = law_fits.law_frontier(law, {(n, 6 * n) for n in N}, [3e17])
+    predicted, (low, high) = predict_frontier(found, 3e17)
+    assert predicted == pytest.approx(lowest, abs=0.01) and low < lowest < high
+    assert found["constants"]["E"][0] == pytest.approx(1.5, rel=0.03)
+    _, few = law_fits.isoflop(law, *(column[C < 1e15] for column in (N, D, C, loss)))
+    assert few is None, "three minima and three constants"
+    loss[C > 9e15] *= 1.02  # which the other budgets do not foresee
+    _, bent = law_fits.isoflop(law, N, D, C, loss)
+    unsure, sure = (np.ptp(predict_frontier(bent | {"shorter": shorter}, 3e17)[1])
+                    for shorter in (bent["shorter"], bent["law"]))
+    assert unsure > 1.2 * sure
+
+
+def test_training_curves_of_tuned_runs_on_the_frontier_collapse_and_another_stands_out():
+    law, share = TRUE["chinchilla"], (np.arange(25) + 0.5) / 25
+    random, rows = np.random.default_rng(0), []
+    sizes = np.geomspace(1e5, 1e7, 5)
+    best = [n * (law.theta[4] * np.exp(law.theta[1] - law.theta[0]) / law.theta[3]) ** (1 / 0.4)
+            * n ** (0.35 / 0.4 - 1) for n in sizes]  # beta B / D^beta = alpha A / N^alpha
+    for n, on_frontier in zip(sizes, best, strict=True):
+        for d in on_frontier * np.array([0.1, 1, 8]):
+            for _ in range(2):
+                noise = np.exp(random.normal(0, 0.003, 25))
+                rows.append((n, d, law.loss(n, d), tuple(law.loss(n, d * share) * noise)))
+
+    def collapse_of(rows):
+        *columns, curves = zip(*rows, strict=True)
+        return law_fits.collapse(law, *map(np.array, columns), curves)
+
+    tuned = collapse_of(rows)
+    assert [model["D"] for model in tuned["models"]] == pytest.approx(best)
+    assert tuned["seeds"] < 0.02 and tuned["apart"] < 1.5 * tuned["seeds"]
+    slow = [(n, d, loss, tuple(1.5 + 1.2 * (np.array(curve) - 1.5))) if n == sizes[1] else (n, d, loss, curve)
+            for n, d, loss, curve in rows]
+    other = collapse_of(slow)
+    assert max(other["models"], key=lambda model: model["off"])["N"] == sizes[1]
+    assert other["apart"] > 3 * other["seeds"]
+    assert collapse_of([row[:3] + ((),) for row in rows]) is None, "rows of older versions have no curve"
 
 
 def simulated_rows(folder, law, shapes=SHAPES, steps=STEPS, seeds=(0, 1), context=256, **settings):
@@ -140,7 +220,6 @@ def simulated_rows(folder, law, shapes=SHAPES, steps=STEPS, seeds=(0, 1), contex
 @pytest.fixture
 def few_draws(monkeypatch):
     monkeypatch.setattr(law_fits, "DRAWS", 8)
-    monkeypatch.setattr(law_fits, "bootstrap", lambda law, N, D: bootstrap(law, N, D, draws=8))
     monkeypatch.setattr(law_fits, "BEST_STARTS", 3)
 
 
@@ -161,6 +240,24 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     assert {path.name for path in (tmp_path / "to").glob("*.png")} >= {"frontier.png"}
     missed = seen | {"measured": seen["interval"][1] + 0.01}
     assert "nats, OUTSIDE the interval" in "\n".join(format_forecast(missed))
+
+
+def test_a_sealed_forecast_says_what_it_was_made_of_and_is_never_replaced(tmp_path, few_draws, capsys,
+                                                                         monkeypatch):
+    monkeypatch.setattr(laws, "FORMS", {"chinchilla": FORMS["chinchilla"]})  # one is fast
+    monkeypatch.setattr(laws, "draw_laws", lambda report, folder: [])
+    rows, kept = simulated_rows(tmp_path / "rows", TRUE["chinchilla"], seeds=[0]), tmp_path / "forecast.txt"
+    words = [rows, "--target=config/proxy.py", "--context=256", "--tokenizer=bpe:2048", f"--to={tmp_path}"]
+    with pytest.raises(UserError, match="^seal needs --target"):
+        laws.main([rows, "--seal", f"--to={tmp_path}"])
+    laws.main([*words, "--seal"])
+    text = kept.read_text()
+    assert hashlib.sha256((tmp_path / "rows/trials.csv").read_bytes()).hexdigest() in text
+    assert "--target=config/proxy.py" in text and "forecast: width 128, depth 4" in text
+    laws.main(words)  # not sealed: it may be asked again
+    with pytest.raises(UserError, match="^seal needs .* never replaced"):
+        laws.main([*words, "--seal"])
+    assert kept.read_text() == text and str(kept) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("misses", "best"), [
