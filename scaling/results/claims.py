@@ -14,7 +14,7 @@ import numpy as np
 
 from scaling import law_fits, report, scatter
 from scaling.forecast import forecast
-from scaling.law_trials import read_trial
+from scaling.law_trials import columns, read_trial
 from scaling.rows import group
 from scaling.trials import parse_row, read_trials, settings_of
 from scaling.verify import pooled_noise
@@ -536,10 +536,11 @@ def constant_of(folder, form, name, count="body"):
 
 @claims_of(RESULTS)
 def laws():
-    for form, names in (("chinchilla", ("E", "alpha", "beta")), ("kaplan", ("alpha_N", "alpha_D"))):
+    for form, names in (("chinchilla", ("E", "alpha", "beta")), ("kaplan", ("alpha_N", "alpha_D")),
+                        ("kaplan_floor", ("E", "alpha_N", "alpha_D"))):
         yield ", ".join(constant_of("laws", form, name) for name in names)
         yield f"C^{constant_of('laws', form, 'N_opt_exponent')}"
-    yield f"C^{constant_of('laws', 'chinchilla', 'N_opt_exponent', 'all')}"
+        yield f"C^{constant_of('laws', form, 'N_opt_exponent', 'all')}"
     isoflop = law_json("laws")["isoflop"]
     yield "C^{:.2f} [{:.2f}, {:.2f}]".format(isoflop["exponent"], *isoflop["interval"])
 
@@ -561,6 +562,42 @@ def forecasts_that_missed():
         rows.append([f"`{folder}`", f"{loss:.3f} [{low:.3f}, {high:.3f}]", f"{measured:.3f}",
                      f"{measured - loss:+.3f}", f"{float(others['chinchilla, body']):.3f}"])
     yield table(["rows", "forecast, 95%", "measured, one run", "missed by", "Chinchilla's form said"], *rows)
+
+
+@claims_of(RESULTS)
+def forms_after_the_fact():
+    """Each form's backtest and its forecast by laws.json, N without and with embedding and readout."""
+    rows, names = [], {"chinchilla": "Chinchilla's", "kaplan": "Kaplan's", "kaplan_floor": "Kaplan's and a floor"}
+    for folder in ("laws", "laws_cpu"):
+        report = law_json(folder)
+        [target] = report["forecasts"]
+        for form, name in names.items():
+            keys = [f"{form}, {count}" for count in ("body", "all")]
+            missed = [report["fits"][key]["backtest"] for key in keys]
+            off = [target["measured"] - target["others"][key] for key in keys]
+            rows.append([f"`{folder}`", name, ", ".join(rms(one) if one else "–" for one in missed),
+                         ", ".join(f"{target['others'][key]:.3f}" for key in keys),
+                         ", ".join(f"{nats:+.3f}" for nats in off)])
+        yield f"{target['loss']:.3f} [{target['interval'][0]:.3f}, {target['interval'][1]:.3f}]"
+        collapse = report["collapse"]
+        yield f"differ by {collapse['apart']:.1%}, seeds by {collapse['seeds']:.1%}"
+    yield table(["rows", "form", "misses larger trials by", "says of the target", "measured is off by"], *rows)
+    loss, (low, high), above = target["on_frontier"]
+    yield f"{loss + above:.3f} [{low + above:.3f}, {high + above:.3f}]"
+
+
+def rms(numbers):
+    return f"{np.sqrt(np.mean(np.square(numbers))):.3f}"
+
+
+@claims_of(RESULTS)
+def backtest_from_a_fifth():
+    trials = [read_trial(row) for row in read_trials(str(HERE / "laws_cpu"))]
+    missed = []
+    for form, count in (("kaplan_floor", "all"), ("kaplan", "body")):
+        N, D, flops, loss = columns(trials, count)
+        missed.append(rms(law_fits.backtest(form, N, D, loss, flops, share=0.2)))
+    yield "{} nats with a floor against {}".format(*missed)
 
 
 @claims_of(RESULTS)
