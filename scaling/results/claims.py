@@ -567,7 +567,8 @@ def forecasts_that_missed():
 @claims_of(RESULTS)
 def forms_after_the_fact():
     """Each form's backtest and its forecast by laws.json, N without and with embedding and readout."""
-    rows, names = [], {"chinchilla": "Chinchilla's", "kaplan": "Kaplan's", "kaplan_floor": "Kaplan's and a floor"}
+    names = {"chinchilla": "Chinchilla's", "kaplan": "Kaplan's", "kaplan_floor": "Kaplan's and a floor"}
+    rows = [["rows", "form", "misses larger trials by", "says of the target", "measured is off by"]]
     for folder in ("laws", "laws_cpu"):
         report = law_json(folder)
         [target] = report["forecasts"]
@@ -581,7 +582,7 @@ def forms_after_the_fact():
         yield f"{target['loss']:.3f} [{target['interval'][0]:.3f}, {target['interval'][1]:.3f}]"
         collapse = report["collapse"]
         yield f"differ by {collapse['apart']:.1%}, seeds by {collapse['seeds']:.1%}"
-    yield table(["rows", "form", "misses larger trials by", "says of the target", "measured is off by"], *rows)
+    yield table(*rows)
     loss, (low, high), above = target["on_frontier"]
     yield f"{loss + above:.3f} [{low + above:.3f}, {high + above:.3f}]"
 
