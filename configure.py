@@ -44,8 +44,9 @@ def one_of(*choices):
     return Annotated[object, lambda x: repr(x) in spelled, ", ".join(map(str, choices))]
 
 
-# A parametrization: mup, sp or a point between them of scaling/plane.py, such as plane_0.5_1
-Table = Annotated[object, lambda x: re.fullmatch(r"mup|sp|plane(_[01]|_0\.\d+){2}", str(x)), "mup, sp"]
+# A parametrization: mup, sp, sp_scaled or a point of scaling/plane.py between mup and sp, as plane_0.5_1
+Table = Annotated[object, lambda x: re.fullmatch(r"mup|sp|sp_scaled|plane(_[01]|_0\.\d+){2}", str(x)),
+                  "mup, sp, sp_scaled"]
 
 
 class UserError(ValueError):
@@ -106,7 +107,7 @@ class Config:
     base_depth: Count = setting(4, "function", "blocks of the tuned proxy", tuned=True)
     base_head_dim: Count = setting(64, "function", "channels per head of the tuned proxy", tuned=True)
     parametrization: Table = setting("mup", "function", tuned=True,
-        help="mup transfers; sp, the control, is the standard one")
+        help="mup transfers; controls: sp, the standard one; sp_scaled, sp with all rates / width_mult")
     depth_alpha: Share = setting(1.0, "function", tuned=True,
         help="mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP")
     embedding_mult: Positive = setting(1.0, "function", "x the embeddings", tuned=True)
@@ -124,6 +125,8 @@ class Config:
 
     optimizer: one_of("adamw", "muon") = setting("adamw", "optimizer", "of hidden matrices; AdamW elsewhere")
     lr: Positive = setting(2**-9, "optimizer", "peak rate of hidden matrices at the base shape", tuned=True)
+    base_lr: Positive | None = setting(None, "optimizer", tuned=True,
+        help="in place of lr for all but hidden matrices: held while lr is swept; None: lr")
     embedding_lr_mult: Positive = setting(1.0, "optimizer", "x lr, embedding", tuned=True)
     readout_lr_mult: Positive = setting(1.0, "optimizer", "x lr, readout", tuned=True)
     norm_lr_mult: Positive = setting(1.0, "optimizer", "x lr, norms and biases", tuned=True)

@@ -58,7 +58,14 @@ def sp(a):
     return roles, {"branch": same, "logits": same, "attention": -1/2}
 
 
-TABLES = {"mup": mup, "sp": sp}
+def sp_scaled(a):
+    """sp with every learning rate divided by width_mult, as a larger model is often trained in practice."""
+    roles, factors = sp(a)
+    roles = {role: row._replace(lr=(-1, 0), muon_lr=row.muon_lr and (-1, 0)) for role, row in roles.items()}
+    return roles, factors
+
+
+TABLES = {"mup": mup, "sp": sp, "sp_scaled": sp_scaled}
 
 
 def table_of(config):
@@ -123,6 +130,7 @@ def hyperparameters(config, role, fan_in=None):
     lr_exponents = exponents.muon_lr if muon else exponents.lr
     decay_exponents = exponents.muon_weight_decay if muon else exponents.weight_decay
     mults = batch_and_horizon(config)
+    peak = config.lr if role == "hidden" else config.base_lr or config.lr
     std = None
     if exponents.std is not None:
         std = base_std(config, role, fan_in or config.width) * scale(config, exponents.std)
@@ -130,7 +138,7 @@ def hyperparameters(config, role, fan_in=None):
     if decay_exponents is not None:
         weight_decay = config.weight_decay * mults.weight_decay * scale(config, decay_exponents)
     found = {"std": std,
-             "lr": config.lr * base_lr_mult(config, role) * mults.lr * scale(config, lr_exponents),
+             "lr": peak * base_lr_mult(config, role) * mults.lr * scale(config, lr_exponents),
              "weight_decay": weight_decay,
              "eps": config.eps * mults.eps * scale(config, exponents.eps),
              "betas": (config.beta1, config.beta2 ** mults.beta2_power)}

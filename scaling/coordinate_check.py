@@ -54,7 +54,7 @@ SHRINKING = -0.5  # power of the logits' change where the readout's random weigh
 SLOW = 1 / 8  # x lr: at the tuned rate, without its warmup, 5 steps are already chaotic
 BATCH, CONTEXT = 2, 64  # sequences, tokens: small, so that the check is quick
 # Settings that change nothing here: short_run() overrides them, or the check does not do what they are for
-UNUSED = {*names_in("training", "run"), "base_batch", "base_tokens", "context", "window"} - {
+UNUSED = {*names_in("training", "run"), "base_batch", "base_tokens", "base_lr", "context", "window"} - {
     "seed", "device", "precision", "data_dir"}
 # Of layers whose output is not looked at: the logits and the vectors have rows of their own
 OTHERWISE_CHECKED = {"readout", "norm", "bias"}
@@ -165,9 +165,9 @@ def short_run(config, steps):
     """`config` for a few small and slow steps, whose number, batch and context do not scale any setting. No
     window: it would be longer than the context, and scales with no size."""
     return replace(config, batch=BATCH, context=min(CONTEXT, config.context), micro_batch=None, dropout=0.0,
-                   steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0, base_batch=None,
-                   base_tokens=None, batch_start=None, batch_ramp_tokens=None, warmup_tokens=None,
-                   decay_tokens=None, window=None)
+                   steps=steps, lr=SLOW * config.lr, schedule="constant", warmup=0.0, base_lr=None,
+                   base_batch=None, base_tokens=None, batch_start=None, batch_ramp_tokens=None,
+                   warmup_tokens=None, decay_tokens=None, window=None)
 
 
 def coordinate_check(config, axis="width", sizes=(64, 128, 256, 512), steps=5, seeds=3):

@@ -10,7 +10,8 @@ drift is also fitted in narrower and wider windows around each size's lowest los
 of older versions in which another setting than lr was swept; rows say it since. Of a setting that is no
 number, such as a schedule, the best value and the order of all. Rows that differ in other settings form
 ladders of their own, and so does each value of a second axis in a grid; --axis=NAME says which axis is the
-ladder's. --to=DIR is where report.json and the figures go. Several DIRs are read as one.
+ladder's. Where one ladder is in μP, each other is a control: its losses are compared, size by size. --to=DIR
+is where report.json and the figures go. Several DIRs are read as one.
 
 The figures, as .png and .svg: transfer (loss against the swept setting), excess (the same, less each size's
 best), size (the best loss against parameters and compute, with a power law where there is one), curves
@@ -115,7 +116,8 @@ def analyze_ladder(axis, swept, rows, base, shipped, numeric):
     sizes = []
     for size, of_size in losses.items():
         lowest = lowest_row([row for row in rows if row[axis] == size])
-        sizes.append({axis: size, "seeds": len(seeds_of(of_size)), "losses": with_text_keys(of_size)}
+        sizes.append({axis: size, "seeds": len(seeds_of(of_size)), "losses": with_text_keys(of_size),
+                      "trainings": sum(map(len, of_size.values()))}
                      | {name: lowest[name] for name in ("parameters", "flops", "curve")} | found[size])
     return {"base": base} | ladder | {"sizes": sizes}
 
@@ -243,7 +245,42 @@ def format_report(report):
     for name, ladder in report["ladders"].items():
         title, *more = format_ladder(ladder, axis, swept)
         lines += [f"{name}: {title}", *more]
-    return "\n".join(lines)
+    return "\n".join(lines + compare_controls(report))
+
+
+def at_value(size, value=None):
+    """(mean loss, seeds) of a size at a value of the swept setting; by default at the best of those tried."""
+    means = {float(tried): np.mean(list(by_seed.values())) for tried, by_seed in size["losses"].items()}
+    seeds = {float(tried): len(by_seed) for tried, by_seed in size["losses"].items()}
+    value = min(means, key=means.get) if value is None else float(f"{value:.9g}")
+    return means.get(value, np.nan), seeds.get(value, 0)
+
+
+def compare_controls(report):
+    """The lines that compare each control with the ladder in μP, if there is one: at the best value of each
+    side, then at the shipped one on both, which for a control is a rate that was not tuned for it."""
+    axis, swept, ladders, lines = report["axis"], report["swept"], dict(report["ladders"]), []
+    in_mup = [name for name in ladders if name.startswith("mup")]
+    if not report["numeric"] or len(in_mup) != 1:
+        return lines
+    mup = ladders.pop(in_mup[0])
+    for name, control in ladders.items():
+        tried, of_mup = (sum(size["trainings"] for size in each["sizes"]) for each in (control, mup))
+        lines.append(f"control {name}: {tried} trainings against {of_mup} of {in_mup[0]}; nats above that, "
+                     "with two standard errors")
+        for value, where in ((None, f"each at its best {swept}"),
+                             (mup["shipped"], f"both at {format_value(mup['shipped'])}")):
+            found = []
+            for size in control["sizes"]:
+                same = [at_value(other, value) for other in mup["sizes"] if other[axis] == size[axis]]
+                loss, seeds = at_value(size, value)
+                for reference, its_seeds in same:
+                    if np.isfinite(loss - reference):
+                        error = np.hypot(control["noise"] / seeds**0.5, mup["noise"] / its_seeds**0.5)
+                        found.append(f"{size[axis]:g}: {loss - reference:+.4f} ± {2 * error:.4f}")
+            if found:
+                lines.append(f"  {where}, {axis} {', '.join(found)}")
+    return lines
 
 
 def format_numbers(ladder, axis, swept):

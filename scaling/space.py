@@ -220,8 +220,8 @@ def presets_for(config):
 
 SHAPE = {"width", "depth", "context", "head_dim", "kv_heads", "vocab_size"}
 # What tuned values are relative to, and what is a length of the target's own
-FRAME = {"base_width", "base_depth", "base_head_dim", "base_tokens", "parametrization", "warmup_tokens",
-         "decay_tokens"}
+FRAME = {"base_width", "base_depth", "base_head_dim", "base_tokens", "base_lr", "parametrization",
+         "warmup_tokens", "decay_tokens"}
 
 
 def with_tuned(config, other):

@@ -12,10 +12,11 @@ import torch
 
 from configure import SETTINGS, configure, names_in
 from model import GPT
-from parametrization import TABLES, forward_multipliers, hyperparameters, param_groups
+from parametrization import forward_multipliers, hyperparameters, param_groups
 from scaling.cli import command, parse_options, parse_values, reject_unused
 
 TYPICAL_VOCAB_SIZE = 2**12  # where none is set: the tokenizer's is known only when there is text
+SHOWN = "mup", "sp"
 COLUMNS = ("init std", "lr", "lr*decay", "eps")
 # Settings that change nothing in these tables, or, as the parametrization, are shown with all their values
 UNUSED = {*names_in("training", "data", "run"), "parametrization", "window", "rotary_base", "norm_eps",
@@ -39,12 +40,12 @@ def groups_of(config):
 
 def format_size(config):
     """The tables of all parametrizations at the shape of `config`, side by side."""
-    configs = {name: replace(config, parametrization=name) for name in TABLES}
+    configs = {name: replace(config, parametrization=name) for name in SHOWN}
     by_name = {name: groups_of(sized) for name, sized in configs.items()}
     shape = {"width": config.base_width, "depth": config.base_depth, "head_dim": config.base_head_dim}
     lines = [", ".join(f"{name} {getattr(config, name)} (base: {base})" for name, base in shape.items())]
     lines.append(f"{'role':<12}{'tensors':>8}" + "".join(
-        f"{f'{column}, {name}':>14}" for column in COLUMNS for name in TABLES))
+        f"{f'{column}, {name}':>14}" for column in COLUMNS for name in SHOWN))
     for groups in zip(*by_name.values(), strict=True):
         cells = [describe_role(sized, group) for sized, group in zip(configs.values(), groups, strict=True)]
         lines.append(f"{groups[0]['role']:<12}{len(groups[0]['params']):>8}" + "".join(

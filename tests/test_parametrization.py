@@ -62,14 +62,19 @@ PAPERS = {
         "embedding": (1, 1, 1, 1), "hidden": (0.125, 1, 1, 1), "norm": (None, 1, 0, 1),
         "bias": (None, 1, 0, 1), "final_norm": (None, 1, 0, 1), "readout": (0.125, 1, 1, 1),
         "factors": (1, 1, 0.25)},
+    ("sp_scaled", 1.0): {  # sp, every rate / 4, as is usual for a larger model
+        "embedding": (1, 0.25, 0.25, 1), "hidden": (0.125, 0.25, 0.25, 1), "norm": (None, 0.25, 0, 1),
+        "bias": (None, 0.25, 0, 1), "final_norm": (None, 0.25, 0, 1), "readout": (0.125, 0.25, 0.25, 1),
+        "factors": (1, 1, 0.25)},
 }
 # (lr, lr x weight decay) of the hidden matrices under Muon: no power of 4, as their updates are scaled by
 # sqrt(fan_out / fan_in) (arXiv 2512.05620), and AdamW's of 8. Everything else is as above.
 MUON = {("mup", 1.0): (1, 1), ("mup", 0.5): (0.353553, 0.353553), ("mup", 0.0): (0.125, 0.125),
-        ("sp", 1.0): (1, 1)}
+        ("sp", 1.0): (1, 1), ("sp_scaled", 1.0): (0.25, 0.25)}
 # As embedding, with the powers of 8 that the branches bring in: hidden's
 VALUE_EMBEDDING = {("mup", 1.0): (None, 1, 1, 0.03125), ("mup", 0.5): (None, 0.353553, 0.353553, 0.0883883),
-                   ("mup", 0.0): (None, 0.125, 0.125, 0.25), ("sp", 1.0): (None, 1, 1, 1)}
+                   ("mup", 0.0): (None, 0.125, 0.125, 0.25), ("sp", 1.0): (None, 1, 1, 1),
+                   ("sp_scaled", 1.0): (None, 0.25, 0.25, 1)}
 VARIANTS = [*BLOCKS.values(), {"tied": True}, {"bias": True}, {"parametrization": "sp"},
             {"tied": True, "bias": True, "dropout": 0.1, "depth_alpha": 0.5},
             GPT2_BLOCK | {"tied": True, "bias": True, "position": "rotary", "depth_alpha": 0.5}]
@@ -190,11 +195,15 @@ def observe_steps(config, steps=3):
     *(settings for settings in VARIANTS if "parametrization" not in settings),
     {"depth_alpha": 0.5, "weight_decay": 0.1, "lr": 2**-6, "readout_lr_mult": 4.0, "attention_mult": 0.5},
     {"optimizer": "muon", "depth_alpha": 0.5, "weight_decay": 0.1, "lr": 2**-6, "zero_query": True}])
-def test_at_the_base_shape_mup_and_sp_are_the_same_run_to_the_last_bit(settings):
-    runs = [observe_steps(tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings,
-                                  "parametrization": name}), steps=5) for name in ("mup", "sp")]
-    assert runs[0][:3] == runs[1][:3] and len(set(runs[0][2])) == 5
-    assert torch.equal(runs[0][3], runs[1][3])
+def test_at_the_base_shape_mup_and_its_controls_are_the_same_run_to_the_last_bit(settings):
+    config = tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings})
+    controls = ({"parametrization": "sp"}, {"parametrization": "sp_scaled"},
+                {"parametrization": "sp", "base_lr": config.lr})
+    mup, *others = (observe_steps(dataclasses.replace(config, **control), steps=5)
+                    for control in ({"parametrization": "mup"}, *controls))
+    assert len(set(mup[2])) == 5
+    for control in others:
+        assert mup[:3] == control[:3] and torch.equal(mup[3], control[3])
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True, "bias": True, "weight_decay": 0.1},
@@ -323,6 +332,16 @@ def test_a_tuned_setting_scales_the_quantities_of_its_own_roles_and_no_others(na
         before, after = hyperparameters(config, role), hyperparameters(changed, role)
         expected = before | ({column: pytest.approx(3 * before[column])} if role in roles else {})
         assert after == expected, role
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_with_base_lr_the_lr_moves_hidden_matrices_alone(optimizer):
+    config = tiny(bias=True, parametrization="sp", optimizer=optimizer, lr=0.01, base_lr=0.02)
+    as_the_proxy, lower = dataclasses.replace(config, lr=0.02), dataclasses.replace(config, lr=0.001)
+    for role in ROLES:
+        held = hyperparameters(as_the_proxy, role)
+        expected = held | ({"lr": pytest.approx(0.001)} if role == "hidden" else {})
+        assert hyperparameters(lower, role) == expected, role
 
 
 # Batch x 16 and tokens x 32: (lr, weight decay, eps, beta2), retyped: square roots of the batch (arXiv

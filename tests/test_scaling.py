@@ -497,6 +497,20 @@ def test_the_report_finds_the_optimum_its_drift_and_what_the_proxys_rate_costs()
                                          "at width 64, 256.")
 
 
+def test_a_report_names_each_control_and_says_how_many_trainings_either_side_had():
+    rows = ladder([-8, -8, -8]) + ladder([-8, -8, -8], parametrization="sp_scaled", base_lr=2**-8)
+    for row in rows[len(rows) // 2:]:
+        row["val_loss"] += row["width"] / 1000
+    trainings = len(rows) // 2
+    lines = format_report(analyze(rows, shipped=2**-7)).splitlines()[-3:]
+    assert lines[0].startswith(f"control sp_scaled, base_lr=0.00390625: {trainings} trainings against "
+                               f"{trainings} of mup, base_lr=None")
+    assert "each at its best lr" in lines[1] and "both at 2**-7" in lines[2]
+    for line in lines[1:]:
+        assert all(f"{width}: +0.{width:03}0 ± 0." in line for width in (64, 128, 256)), line
+    assert "control" not in format_report(analyze(rows[:trainings]))
+
+
 def test_the_intervals_of_a_report_hold_the_truth_95_times_in_100():
     """Simulated: five sizes, nine rates, two seeds, each with a share of its own in all losses; two trials
     are missing, which shifts no mean."""

@@ -236,7 +236,7 @@ SETTINGS = {
     "base_width": (32, "first loss"), "base_depth": (2, "first loss"), "base_head_dim": (16, "first loss"),
     "base_batch": (2, "losses"), "base_tokens": (99, "losses"),
     "parametrization": ("sp", "first loss"), "depth_alpha": (0.5, "first loss"),
-    "lr": (2**-8, "losses"),
+    "lr": (2**-8, "losses"), "base_lr": (2**-8, "losses"),
     "embedding_lr_mult": (2.0, "losses"), "readout_lr_mult": (2.0, "losses"),
     "norm_lr_mult": (2.0, "losses"), "embedding_std": (0.5, "first loss"), "hidden_std": (0.5, "first loss"),
     "readout_std": (0.5, "first loss"), "zero_residual_out": (True, "first loss"),
