@@ -348,7 +348,7 @@ OTHER_NAMES = {
     "tied": "tie_embeddings tie_word_embeddings weight_tying",
     "parametrization": "mup use_mup sp mup_init mup_lr",
     "optimizer": "optim muon adamw",
-    "lr": "learning_rate max_lr peak_lr base_lr",
+    "lr": "learning_rate max_lr peak_lr",
     "embedding_std": "init_std initializer_range",
     "weight_decay": "wd decay",
     "grad_clip": "clip clip_grad max_grad_norm gradient_clipping",

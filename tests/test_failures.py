@@ -228,8 +228,9 @@ def test_an_interrupt_while_a_command_imports_gives_no_traceback(interrupted):
     assert {"train", "data.prepare", "scaling.bench", "scaling.sweep", "scaling.search", "scaling.report",
             "scaling.coordinate_check"} <= interrupted.keys()
     for command, process in interrupted.items():
-        assert process.communicate() == ("", ""), command
-        assert process.returncode == -signal.SIGINT, "which a shell calls 130"
+        out, error = process.communicate()
+        assert (out, error, process.returncode) in [("", "", -signal.SIGINT),  # which a shell calls 130
+                                                    ("", "\nstopped\n", 130)], command  # main has begun
 
 
 def test_a_closed_pipe_gives_no_traceback():

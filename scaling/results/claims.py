@@ -302,8 +302,8 @@ PRESETS = {"adamw": 2**-7.6, "muon": 0.0217}  # learning rates, which no search 
 
 
 def journey_of(text, optimizer):
-    """{who: (its lr, losses at 128 x 4 on seeds 1 and 2, at 256 x 6, at the target)} of the shipped preset, of
-    what was best at the proxy where that was trained at the target too, and of what was chosen at 256 x 6."""
+    """{who: (its lr, losses at 128 x 4 on seeds 1 and 2, at 256 x 6, at the target)} of the shipped preset,
+    of what was best at the proxy where that was trained at the target too, and of what was chosen."""
     rows = rows_of(f"journey/{text}-{optimizer}")
     targets = group((row["lr"], row) for row in select("journey/targets", dataset=text, optimizer=optimizer))
     middle = group((row["lr"], row["val_loss"]) for row in rows if row["width"] == 256)
