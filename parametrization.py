@@ -87,6 +87,7 @@ ROLES = {
     "readout": r"readout\.weight",
 }
 
+
 def rows_of_matrices(config, name, rows):
     """How the `rows` of the parameter `name` divide among the matrices that it stacks along their outputs:
     Muon orthogonalizes each by itself."""
@@ -189,8 +190,8 @@ def batch_and_horizon(config):
 
 
 HORIZON_POWER = 0.32  # a, arXiv 2409.19913
-MEASURED_BATCHES = 1/8, 4  # batch / base_batch
-MEASURED_STEPS = 300, 9600
+MEASURED_BATCHES = 1/4, 4  # batch / base_batch (scaling/results/README.md, "Batch, context and steps")
+MEASURED_STEPS = 600, 9600  # of the same ladder
 
 
 def batch_and_horizon_mults(config):
@@ -206,9 +207,11 @@ def lines_beyond_measured(config):
     if not least <= kappa <= most:
         lines.append(f"batch / base_batch is {kappa:g}; its rule was measured from {least:g} to {most:g}")
     least, most = MEASURED_STEPS
-    if (kappa, tau) != (1, 1) and not least <= config.steps <= most:
-        lines.append(f"steps: {config.steps:,}; the rule for batch and tokens was measured from {least:,} to "
+    if kappa != 1 and not least <= config.steps <= most:
+        lines.append(f"steps: {config.steps:,}; the rule of base_batch was measured from {least:,} to "
                      f"{most:,} steps")
+    if tau != 1:
+        lines.append(f"tokens / base_tokens is {tau:g}; its rule is from the literature, not measured here")
     return lines
 
 

@@ -369,12 +369,12 @@ def test_the_rule_for_batch_and_horizon_is_that_of_the_literature_for_every_role
 
 @pytest.mark.parametrize(("settings", "named"), [
     ({"steps": 1}, []), ({"base_batch": 8}, []), ({"batch": 32, "base_batch": 8}, []),
-    ({"batch": 1, "base_batch": 8}, []), ({"batch": 64, "base_batch": 8}, ["base_batch is 8"]),
-    ({"batch": 1, "base_batch": 16}, ["base_batch is 0.0625"]), ({"steps": 100, "base_batch": 8}, []),
-    ({"steps": 100, "base_tokens": 10**6}, ["steps: 100"]),
-    ({"steps": 9601, "base_batch": 4}, ["steps: 9,601"]),
-    ({"steps": 9600, "base_tokens": 10**6}, []),
-    ({"steps": 299, "batch": 1024, "base_batch": 8}, ["base_batch is 128", "steps: 299"])], ids=str)
+    ({"batch": 2, "base_batch": 8}, []), ({"batch": 64, "base_batch": 8}, ["base_batch is 8"]),
+    ({"batch": 1, "base_batch": 8}, ["base_batch is 0.125"]), ({"steps": 100, "base_batch": 8}, []),
+    ({"steps": 100, "base_tokens": 100 * 8 * 16}, []),
+    ({"steps": 100, "base_tokens": 50 * 8 * 16}, ["base_tokens is 2"]),
+    ({"steps": 9601, "base_batch": 4}, ["steps: 9,601"]), ({"steps": 9600, "base_batch": 4}, []),
+    ({"steps": 599, "batch": 1024, "base_batch": 8}, ["base_batch is 128", "steps: 599"])], ids=str)
 def test_the_printed_table_says_where_batch_or_steps_lie_beyond_what_was_measured(settings, named):
     table = format_table(GPT(tiny(**{"batch": 8, "steps": 1000, **settings}))).splitlines()
     beyond = table[2 + [line.startswith("mup:") for line in table[1:]].index(True):]
