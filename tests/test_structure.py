@@ -23,7 +23,8 @@ FLOOR_OF = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 # The one arrow upward, drawn late: weights of other programs that a run starts from or samples
 READS_FOREIGN = "training.pretrained", "interop"
 DOCUMENTS = ["README.md", "docs/hacking.md", "docs/using.md", "config/gpt3/README.md", "scaling/LAWS.md",
-             "scaling/results/README.md", "scaling/BENCHMARKS.md", "docs/mup.md", "lessons/README.md"]
+             "scaling/results/README.md", "scaling/results/DEMONSTRATIONS.md", "scaling/BENCHMARKS.md",
+             "docs/mup.md", "lessons/README.md"]
 
 # What a part must not import, beyond the house. Of `data`: the loader returns tensors, and needs torch itself
 MUST_NOT_IMPORT = {

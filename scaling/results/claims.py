@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling import law_fits, report, scatter
+from scaling.fits import rank_interval
 from scaling.forecast import forecast
 from scaling.law_trials import columns, read_trial
 from scaling.rows import group
@@ -32,33 +33,43 @@ def claims_of(document):
 
 
 README, RESULTS, BENCHMARKS = "README.md", "scaling/results/README.md", "scaling/BENCHMARKS.md"
+DEMONSTRATIONS = "scaling/results/DEMONSTRATIONS.md"
 
 
 # What is read of the rows
 
 @functools.cache
-def rows_of(folder):
-    """The trials in a folder, each with its settings and facts in the columns."""
-    rows = read_trials(str(HERE / folder))
+def rows_of(name):
+    """The trials in a folder, or in one file, with their settings in the columns."""
+    path = HERE / name
+    if path.is_dir():
+        rows = read_trials(str(path))
+    else:
+        rows = [parse_row(row, name) for row in csv.DictReader(path.read_text("utf-8").splitlines())]
     return [row | settings_of(row["config"]) for row in rows]
 
 
-@functools.cache
-def rows_in(name):
-    """rows_of() a single file."""
-    with open(HERE / name, encoding="utf-8", newline="") as file:
-        rows = [parse_row(row, name) for row in csv.DictReader(file)]
-    return [row | settings_of(row["config"]) for row in rows]
-
-
-def select(folder, **settings):
-    """The rows of a folder that have these settings."""
-    return [row for row in rows_of(folder) if all(row[name] == value for name, value in settings.items())]
+def select(name, **settings):
+    """The rows of rows_of() that have these settings."""
+    return [row for row in rows_of(name) if all(row[name] == value for name, value in settings.items())]
 
 
 @functools.cache
-def ladders(folder, swept="", shipped=None, base=None, axis=""):
-    return report.analyze(rows_of(folder), swept, base, axis, shipped)["ladders"]
+def ladder_of(folder, name="mup", **options):
+    """What the report says of a ladder in a folder."""
+    return report.analyze(rows_of(folder), **options)["ladders"][name]
+
+
+def ladder_from(smallest, axis, rows):
+    """(ladder, {size: what is found there}) of the report of `rows`, from the size `smallest` on."""
+    rows = [row for row in rows if row[axis] >= smallest]
+    return report.fit_sizes(report.losses_by_size(axis, "lr", rows), smallest)
+
+
+def sizes_of(ladder):
+    """{size: what the report says of it} of a ladder."""
+    axis = next(iter(ladder["sizes"][0]))
+    return {size[axis]: size for size in ladder["sizes"]}
 
 
 def losses(rows):
@@ -70,25 +81,10 @@ def mean(rows):
 
 
 @functools.cache
-def lines_of(name):
-    """The rows of a .jsonl file."""
-    return [json.loads(line) for line in (HERE / name).read_text("utf-8").splitlines()]
-
-
-def loss_of(name, what, *files, **settings):
-    """The loss in a file of recipe/ of what was trained with these files and settings."""
-    found = [line["val_loss"] for line in lines_of(f"recipe/{name}.jsonl")
-             if line["what"] == what and tuple(line.get("files", ())) == files
-             and line.get("settings", {}) == settings]
-    assert len(found) == 1, (name, what, files, settings)
-    return found[0]
-
-
-def peers(name, what, *numbers, plain=False):
-    """[loss] of a peer in a file of recipe/ at each lr or factor."""
-    found = {line.get("lr", line.get("factor")): line["val_loss"] for line in lines_of(f"recipe/{name}.jsonl")
-             if line["what"] == what and ("smear" in line) == plain}
-    return [found[number] for number in numbers]
+def read_json(name):
+    """The contents of a .json file, or the rows of a .jsonl file."""
+    text = (HERE / name).read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
 
 
 def near(x, y):
@@ -96,7 +92,11 @@ def near(x, y):
     return abs(np.log2(x / y)) < 1e-6
 
 
-# How tables are written
+def at_rate(rows, lr):
+    return [row for row in rows if near(row["lr"], lr)]
+
+
+# How numbers and tables are written
 
 def table(*rows):
     """A table of Markdown; the first row is its head."""
@@ -104,21 +104,27 @@ def table(*rows):
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def sizes_of(ladder):
-    """{size: what the report says of it} of a ladder."""
-    axis = next(iter(ladder["sizes"][0]))
-    return {size[axis]: size for size in ladder["sizes"]}
+def write(values, form=".3f"):
+    """Numbers with commas between them; a dash for None."""
+    return ", ".join("–" if value is None else format(value, form) for value in values)
+
+
+def with_interval(value, low, high, form=".3f"):
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def with_error(value, error, digits=3):
+    """A difference and two standard errors, or a drift and half its interval."""
+    return f"{value:+.{digits}f} ± {error:.{digits}f}"
 
 
 def drift_of(ladder):
     low, high = ladder["drift_interval"]
-    return f"{ladder['drift']:+.2f} ± {(high - low) / 2:.2f}"
+    return with_error(ladder["drift"], (high - low) / 2, digits=2)
 
 
-def slope_from(ladder, smallest):
-    """Octaves that the best lr moves for each doubling, from the size `smallest` on."""
-    best = {size: found["log2_best"] for size, found in sizes_of(ladder).items() if size >= smallest}
-    return np.polyfit(np.log2([*best]), [*best.values()], 1)[0]
+def windows_of(ladder):
+    return write(ladder["drift_by_window"].values(), "+.2f")
 
 
 def best_of(size):
@@ -129,178 +135,70 @@ def best_of(size):
     return f"{size['log2_best']:.2f}" + (f" ± {half:.2f}" if np.isfinite(half) else "")
 
 
-def nats(cost):
-    return "–" if cost is None else f"{cost:.3f}"
+def costs_of(size):
+    bound = size["most"] if size["most"] is not None else np.nan
+    at_most = f" (≤ {bound:.3f})" if np.isfinite(bound) else ""
+    return f"{write([size['cost']])}{at_most}; {write([size['regret']])}"
 
 
 def rows_of_ladder(name, ladder, shipped=""):
     """The rows of a table of sizes: the best rates and the drift; the lowest losses; what the shipped rate
     costs and, in brackets, at most; what the base's refitted best costs."""
-    sizes = ladder["sizes"]
-    rows = [[f"{name}: best log2 lr", *map(best_of, sizes), drift_of(ladder)],
-            ["lowest loss", *(f"{size['loss']:.3f}" for size in sizes), ""],
-            [f"{shipped} costs; best of {ladder['base']:g}", *map(costs_of, sizes), ""]]
-    if not shipped:
-        rows[2] = [f"best of {ladder['base']:g} costs", *(nats(size["regret"]) for size in sizes), ""]
-    return rows
+    sizes, base = ladder["sizes"], f"best of {ladder['base']:g}"
+    costs = [f"{base} costs", *(write([size["regret"]]) for size in sizes), ""]
+    if shipped:
+        costs = [f"{shipped} costs; {base}", *map(costs_of, sizes), ""]
+    return [[f"{name}: best log2 lr", *map(best_of, sizes), drift_of(ladder)],
+            ["lowest loss", *(write([size["loss"]]) for size in sizes), ""], costs]
 
 
-def costs_of(size):
-    bound = size["most"] if size["most"] is not None else np.nan
-    at_most = f" (≤ {bound:.3f})" if np.isfinite(bound) else ""
-    return f"{nats(size['cost'])}{at_most}; {nats(size['regret'])}"
+def ladder_table(axis, sizes, *rows):
+    return table([axis, *(f"{size:g}" for size in sizes), "drift, octaves a doubling"], *rows)
 
 
-def ladder_table(axis, ladder, *rows):
-    return table([axis, *(f"{size[axis]:g}" for size in ladder["sizes"]), "drift, octaves a doubling"], *rows)
+# How to read the page
 
-
-def windows_of(ladder):
-    return ", ".join(f"{drift:+.2f}" for drift in ladder["drift_by_window"].values())
-
-
-SHIPPED = 2**-7.5  # the rate of config/gpt2_proxy.py
-
-
-# Width
-
-def one_run(width, rate, base=128):
-    """Nats by which one run in μP at a rate beats one in the standard parametrization at rate / m, with two
-    standard errors, as text."""
-    means, variance = [], 0.0
-    for name, lr in (("mup", rate), ("sp", rate * base / width)):
-        rows = [row for row in select("width", parametrization=name, width=width) if near(row["lr"], lr)]
-        means.append(mean(rows))
-        variance += ladders("width", shipped=SHIPPED)[name]["noise"]**2 / len(rows)
-    return f"{means[1] - means[0]:+.3f} ± {2 * np.sqrt(variance):.3f}"
+@claims_of(RESULTS)
+def repeated_tokens():
+    """Of the novels' 15.5 M tokens, in the folders that the page names: no others' runs are as long."""
+    names = [path.parent.name for path in HERE.glob("*/trials.csv")]
+    longest = {name: max(row["batch"] * row["context"] * row["steps"] for row in rows_of(name))
+               for name in names}
+    assert {name for name, tokens in longest.items() if tokens > 15.5e6} == {
+        "batch", "context", "steps", "depth_longer", "batch_tokens_gpu_longer", "batch_tokens_adam"}
+    more, most = (longest[name] / 15.5e6 for name in ("depth_longer", "steps"))
+    yield f"{more:.1f} times, those of 4,800 steps {most:.1f} times"
 
 
 @claims_of(RESULTS)
-def width():
-    mup, sp = (ladders("width", shipped=SHIPPED)[name] for name in ("mup", "sp"))
-    yield ladder_table("width", mup, *rows_of_ladder("μP", mup, "2^-7.5"), *rows_of_ladder("standard", sp))
-    yield f"{windows_of(mup)} under μP, {windows_of(sp)} in the standard parametrization"
-    gap = sizes_of(mup)[64]["fitted_loss"] - sizes_of(sp)[64]["fitted_loss"]
-    yield f"the standard parametrization, at its own best rate, is better by {gap:.3f}"
-    widths = 256, 512, 1024, 2048
-    yield table(["proxy's rate", *map(str, widths)], *(
-        [f"2^{rate:g}", *(one_run(width, 2**rate) for width in widths)] for rate in (-7.5, -7.0)))
-
-
-# Depth
-
-@claims_of(RESULTS)
-def depth():
-    of = {"α = 0.8": ladders("depth", shipped=SHIPPED)["mup"],
-          "α = 1": ladders("depth_alpha_1", shipped=SHIPPED)["mup"]}
-    sp = ladders("depth", shipped=SHIPPED)["sp"]
-    rows = [row for name, ladder in of.items() for row in rows_of_ladder(name, ladder, "2^-7.5")]
-    yield ladder_table("depth", sp, *rows, *rows_of_ladder("standard", sp))
-    drifts = [slope_from(ladder, 4) for ladder in of.values()]
-    yield "{:+.2f} and {:+.2f} octaves a doubling".format(*drifts)
-    at = [[mean([row for row in select(folder, parametrization="mup", depth=depth)
-                 if near(row["lr"], SHIPPED)]) for depth in (8, 16, 32, 64)]
-          for folder in ("depth", "depth_alpha_1")]
-    worse = np.subtract(*at)
-    yield f"α = 0.8 is the worse of the two from depth 8 on, by {min(worse):.3f} to {max(worse):.3f}"
+def texts():
+    """The preparations of the novels, by the hash of their tokens, which older rows have not."""
+    for tokens, names in {"None": ("width", "depth", "batch", "context", "steps", "other"),
+                          "d772": ("width_default", "width_muon", "depth_default", "depth_muon", "laws"),
+                          "8371": ("laws_cpu",),
+                          "e63f": ("journey/novels-adamw", "journey/novels-muon")}.items():
+        found = {json.loads(row["config"]).get("tokens") for name in names for row in rows_of(name)}
+        assert {str(of_rows)[:4] for of_rows in found} == {tokens}
+        yield f"{', '.join(f'`{name}`' for name in names)}: {tokens.lower()}"
 
 
 @claims_of(RESULTS)
-def depth_again():
-    for folder in ("depth_longer", "depth_cpu"):
-        drifts = [drift_of(ladders(folder)[f"mup, depth_alpha={alpha}"]) for alpha in ("0.8", "1.0")]
-        yield "{} octaves a doubling with α = 0.8 and {} with α = 1".format(*drifts)
-
-
-def narrow_depths():
-    """The report of depths 4 to 32 at width 128, α = 0.8, from the rows of depth_variants and width."""
-    same = {"embedding_lr_mult": 16.0, "beta1": 0.8, "grad_clip": 0.5, "weight_decay": 0.03, "steps": 600}
-    rows = [row for row in rows_of("depth_variants") if row["width"] == 128 and row["depth_alpha"] == 0.8]
-    at_4 = [row for row in select("width", parametrization="mup", width=128, **same)]
-    return report.fit_sizes(report.losses_by_size("depth", "lr", [*rows, *at_4]), 4)
-
-
-@claims_of(RESULTS)
-def depth_at_another_width():
-    ladder, found = narrow_depths()
-    yield ", ".join(f"{size['log2_best']:.2f}" for size in found.values())
-    yield f"{drift_of(ladder)} octaves a doubling; the best rate of depth 4 costs {nats(found[32]['regret'])}"
-
-
-# The default block
-
-@claims_of(RESULTS)
-def default_block():
-    for axis in ("width", "depth"):
-        adamw = ladders(f"{axis}_default", shipped=2**-7.6)["mup"]
-        muon = ladders(f"{axis}_muon", shipped=2**-5.53)["mup"]
-        yield ladder_table(axis, adamw, *rows_of_ladder("AdamW", adamw, "2^-7.6"),
-                           *rows_of_ladder("Muon", muon, "2^-5.53"))
-    found = [ladders(f"{axis}_default", shipped=2**-7.6)["mup"] for axis in ("width", "depth")]
-    yield "{} over width, {} over depth".format(*map(windows_of, found))
-    yield f"do not exclude up to {max(size['most'] for ladder in found for size in ladder['sizes']):.3f}"
-
-
-@claims_of(RESULTS)
-def muon_over_width():
-    small, large = ladders("width_muon", shipped=2**-5.53)["mup"], ladders("width_muon_batch")["mup"]
-    fixed = ladders("width_muon_batch_fixed")["mup"]
-    yield f"by {slope_from(small, 128):+.2f} octaves a doubling"
-    yield f"by {drift_of(large)} with `base_batch` and {drift_of(fixed)} without"
-    costs = [sizes_of(ladder)[1024]["regret"] for ladder in (large, small)]
-    yield "costs {:.3f} nats at width 1024, where it costs {:.3f} on 32".format(*costs)
-
-
-# Other axes and settings
-
-@claims_of(RESULTS)
-def other_axes():
-    shown = []
-    for axis, base in (("batch", 32), ("context", 256), ("steps", 600)):
-        ladder = ladders(axis, base=base, shipped=SHIPPED)["mup"]
-        sizes = ladder["sizes"]
-        costs = [size["regret"] for size in sizes if size["regret"] is not None]
-        shown.append([axis, ", ".join(f"{size[axis]:g}" for size in sizes),
-                      ", ".join("flat" if size["edge"] else f"{size['log2_best']:.2f}" for size in sizes),
-                      drift_of(ladder), nats(max(costs))])
-    yield table(["axis", "sizes", "best log2 lr", "drift, octaves a doubling",
-                 "the proxy's best costs at most"], *shown)
-
-
-@claims_of(RESULTS)
-def same_tokens():
-    names = {"batch_tokens_gpu_longer": "19.7 M tokens, 4 seeds",
-             "batch_tokens_longer": "4.9 M, width 64, CPU, 2 seeds"}
-    rows, at_8 = [], []
-    for folder, name in names.items():
-        for base_batch, rule in (("32", "with"), ("None", "without")):
-            ladder = ladders(folder, base=32)[f"mup, base_batch={base_batch}"]
-            rows.append([f"{name}, {rule}", *map(best_of, ladder["sizes"]), drift_of(ladder)])
-            at_8.append(sizes_of(ladder)[8]["fitted_loss"])
-    yield ladder_table("batch", ladder, *rows)
-    yield "({:.3f} instead of {:.3f} at batch 8)".format(*at_8)
-    yield f"{drift_of(ladders('batch_tokens_gpu', base=32)['mup, base_batch=32'])} octaves a doubling"
-
-
-@claims_of(RESULTS)
-def other_settings():
-    rows = []
-    for name in ("logit_mult", "embedding_std", "hidden_std", "embedding_lr_mult", "readout_std"):
-        ladder = ladders("other", swept=name)["mup"]
-        rows.append([f"`{name}`", ", ".join(f"{2**size['log2_best']:.2g}" for size in ladder["sizes"]),
-                     drift_of(ladder), nats(ladder["sizes"][1]["regret"])])
-    yield table(["setting", "best at 128, at 512", "octaves a doubling",
-                 "the proxy's best costs at 512"], *rows)
-    schedules = ladders("other", swept="schedule")["mup"]["sizes"]
-    assert schedules[0]["order"] == schedules[1]["order"]
-    yield f"{', '.join(schedules[0]['order'])}: the same order"
+def decay():
+    """lr x decay x steps, which says how much the decay can do."""
+    for file, folder, lr in (("gpt2_proxy", "width", SHIPPED), ("proxy", "width_default", 2**-7.6)):
+        found = max(row["weight_decay"] * row["steps"] for row in at_rate(rows_of(folder), lr)) * lr
+        yield f"{found:.2f} with `config/{file}.py`"
 
 
 # The journey
 
+SHIPPED = 2**-7.5  # the rate of config/gpt2_proxy.py
 PRESETS = {"adamw": 2**-7.6, "muon": 0.0217}  # learning rates, which no search drew
+TEXTS, OPTIMIZERS = ("manuals", "novels", "code"), {"adamw": "AdamW", "muon": "Muon"}
+JOURNEYS = [(text, optimizer) for text in TEXTS for optimizer in OPTIMIZERS]
 
 
+@functools.cache
 def journey_of(text, optimizer):
     """{who: (its lr, losses at 128 x 4 on seeds 1 and 2, at 256 x 6, at the target)} of the shipped preset,
     of what was best at the proxy where that was trained at the target too, and of what was chosen."""
@@ -315,14 +213,19 @@ def journey_of(text, optimizer):
             for who, lr in (("preset", preset), ("chosen", chosen), *(("best", lr) for lr in others))}
 
 
-TEXTS, OPTIMIZERS = ("manuals", "novels", "code"), {"adamw": "AdamW", "muon": "Muon"}
-JOURNEYS = [(text, optimizer) for text in TEXTS for optimizer in OPTIMIZERS]
-
-
 def gains(optimizer, who="preset", size=3):
     """[nats by which what was chosen is lower than `who`] on each text; size: 1 the proxy, 3 the target."""
     found = [journey_of(text, optimizer) for text in TEXTS]
-    return [np.mean(each[who][size]) - np.mean(each["chosen"][size]) for each in found if who in each]
+    pairs = [(each[who][size], each["chosen"][size]) for each in found if who in each]
+    return np.array([np.mean(theirs) - np.mean(ours) for theirs, ours in pairs])
+
+
+def errors_of_gains(optimizer):
+    """Two standard errors of gains() at the target on each text: a difference of two means of two seeds has
+    the noise of one training, pooled over the settings that were trained there."""
+    found = [[np.var(target, ddof=1) for *_, target in journey_of(text, optimizer).values()]
+             for text in TEXTS]
+    return np.array([2 * np.sqrt(np.mean(variances)) for variances in found])
 
 
 def forecast_of(text, optimizer):
@@ -336,74 +239,73 @@ def forecast_of(text, optimizer):
     return forecast(points, (768, 12), *noise)
 
 
+@functools.cache
+def targets_and_forecasts():
+    """Arrays (low, middle, high, losses of the two seeds), an entry for each of JOURNEYS."""
+    forecasts = np.array([forecast_of(*which) for which in JOURNEYS]).T
+    return *forecasts, np.array([journey_of(*which)["chosen"][3] for which in JOURNEYS])
+
+
 def nanochat(text):
     """[loss] at 2, 4 and 8 times its rates."""
-    return [line["val_loss"] for line in lines_of("journey/nanochat.jsonl") if line["text"] == text]
+    return [line["val_loss"] for line in read_json("journey/nanochat.jsonl") if line["text"] == text]
 
 
 @claims_of(RESULTS)
 def journey():
-    names = {"preset": "shipped preset", "chosen": "searched, chosen at 256 x 6",
-             "best": "searched, best at the proxy"}
-    rows = [["", "proxy 128 x 4", "at 256 x 6", "target, seeds 1 and 2", "forecast, 95%"]]
+    rows = [["", "proxy: shipped, searched", "256 x 6: shipped, searched", "target: shipped",
+             "target: searched", "difference", "forecast, 95%", "nanochat, lr x 2, 4, 8"]]
     for text, optimizer in JOURNEYS:
+        name, i = f"{text}, {OPTIMIZERS[optimizer]}", TEXTS.index(text)
+        shipped, chosen, *others = journey_of(text, optimizer).values()
         low, middle, high = forecast_of(text, optimizer)
-        for who, (_, *sizes, target) in journey_of(text, optimizer).items():
-            rows.append([f"{text}, {OPTIMIZERS[optimizer]}: {names[who]}",
-                         *(f"{np.mean(found):.3f}" for found in sizes),
-                         ", ".join(f"{loss:.3f}" for loss in target),
-                         f"{middle:.3f}, {low:.3f} to {high:.3f}" if who == "chosen" else ""])
-        if optimizer == "muon":
-            rows.append([f"{text}: nanochat, lr x 2, 4, 8", "", "",
-                         ", ".join(f"{loss:.3f}" for loss in nanochat(text)), ""])
+        small = [write([np.mean(shipped[size]), np.mean(chosen[size])]) for size in (1, 2)]
+        rows.append([name, *small, write(shipped[3]), write(chosen[3]),
+                     with_error(-gains(optimizer)[i], errors_of_gains(optimizer)[i]),
+                     with_interval(middle, low, high), write(nanochat(text)) if optimizer == "muon" else ""])
+        rows += [[f"{name}: the proxy's favourite", *(write([np.mean(size)]) for size in favourite[1:3]), "",
+                  write(favourite[3]), "", "", ""] for favourite in others]
     yield table(*rows)
-    adamw, muon = map(gains, OPTIMIZERS)
-    yield f"lower by {np.mean(adamw + muon):.3f} nats in the mean over the six"
-    for name, found in (("AdamW", adamw), ("Muon", muon)):
-        yield "with {} {:+.3f}, {:+.3f} and {:+.3f} on manuals, novels and code".format(
-            name, *(-gain for gain in found))
-    yield "{:.3f} and {:.3f} nats lower than the proxy's best".format(*gains("adamw", "best"))
+
+
+@claims_of(RESULTS)
+def gains_at_the_target():
+    of_six = np.mean([gains(optimizer) for optimizer in OPTIMIZERS])
+    error = np.linalg.norm([errors_of_gains(optimizer) for optimizer in OPTIMIZERS]) / 6
+    yield f"in the mean of the six, {with_error(-of_six, error)}"
+    lower = map(with_error, -gains("adamw", "best"), errors_of_gains("adamw"))
+    yield "by {} and {} on manuals and novels".format(*lower)
     behind = [np.mean(journey_of(text, "muon")["chosen"][3]) - min(nanochat(text)) for text in TEXTS]
     yield "{:.2f}, {:.2f} and {:.2f} nats below Muon's".format(*behind)
-    apart = [[np.ptp(sizes[-1]) for which in JOURNEYS if which[1] == optimizer
-              for sizes in journey_of(*which).values()] for optimizer in OPTIMIZERS]
-    yield f"up to {max(apart[0]):.2f} nats with AdamW, {max(apart[1]):.2f} with Muon"
+    apart = [max(np.ptp(sizes[3]) for text in TEXTS for sizes in journey_of(text, optimizer).values())
+             for optimizer in OPTIMIZERS]
+    yield "up to {:.2f} nats with AdamW, {:.2f} with Muon".format(*apart)
 
 
 @claims_of(RESULTS)
 def forecasts_of_targets():
-    found = [(forecast_of(*which), journey_of(*which)["chosen"][3]) for which in JOURNEYS]
-    held = [low < loss < high for (low, _, high), target in found for loss in target]
-    widths = sorted(high - low for (low, _, high), _ in found)
-    yield f"held {sum(held)} of {len(held)}"
-    yield f"{widths[0]:.2f} to {widths[-2]:.2f} nats wide, {widths[-1]:.2f} for"
-    errors = [abs(middle - np.mean(target)) for (_, middle, _), target in found]
+    low, middle, high, targets = targets_and_forecasts()
+    held = (low[:, None] < targets) & (targets < high[:, None])
+    yield f"held {held.sum()} of {held.size}"
+    *sizes, largest = sorted(high - low)
+    yield f"{sizes[0]:.2f} to {sizes[-1]:.2f} nats wide, {largest:.2f} for"
+    errors = abs(middle - targets.mean(axis=1))
     yield f"missed the mean of the two seeds by {min(errors):.3f} to {max(errors):.3f}"
 
 
 @claims_of(RESULTS)
 def settings_at_four_sizes():
-    folders = [str(HERE / f"journey/settings/{name}") for name in ("proxy_half_context", "proxy", "256x6")]
-    pairs = scatter.pair_folders(folders, str(HERE / "journey/settings/target"))
+    names = {"proxy_half_context": "128 x 4, context 256", "proxy": "128 x 4, context 512",
+             "256x6": "256 x 6, context 512"}
+    folders = [str(HERE / "journey/settings" / folder) for folder in (*names, "target")]
+    pairs = scatter.pair_folders(folders[:-1], folders[-1])
+    rows = []
+    for name, pair in zip(names.values(), pairs, strict=True):
+        ranks = [with_interval(pair[rank], *rank_interval(pair[rank], count), "+.2f")
+                 for rank, count in (("rank", 24), ("rank_of_better_half", 12))]
+        rows.append([name, *ranks, write([pair["cost"]])])
     yield table(["24 settings", "rank correlation with the target", "of the better half",
-                 "what its favourite costs at the target"],
-                *([name, f"{pair['rank']:+.2f}", f"{pair['rank_of_better_half']:+.2f}", f"{pair['cost']:.3f}"]
-                  for name, pair in zip(("128 x 4, context 256", "128 x 4, context 512",
-                                         "256 x 6, context 512"), pairs, strict=True)))
-
-
-@claims_of(RESULTS)
-def half_context():
-    """Of candidates, which differ in hidden_std, each at the lr of most trainings: not those for lr alone."""
-    found = {size: group((row["hidden_std"], row) for row in select("journey/half_context", width=size,
-                         context=context) if row["seed"] in (1, 2) and not row["diverged"])
-             for size, context in ((128, 256), (256, 512))}
-    means = {}
-    for which, rows in found[256].items():
-        lr = max(group((row["lr"], row) for row in rows).items(), key=lambda item: len(item[1]))[0]
-        means[which] = [mean([row for row in found[size][which] if row["lr"] == lr]) for size in (128, 256)]
-    favourite, chosen = min(means.values()), min(means.values(), key=lambda pair: pair[1])
-    yield f"ends at {favourite[1]:.3f} at 256 x 6, and `config/proxy.py` at {chosen[1]:.3f}"
+                 "what its favourite costs at the target"], *rows)
 
 
 # Forecasts
@@ -447,43 +349,60 @@ def forecasts_within_the_rows():
     for kind, folders in LADDERS.items():
         held, size, error = forecasts(kind)
         names = ", ".join(f"`{folder}`" for folder in folders)
-        rows.append([f"{kind}: {names}", str(len(held)), f"{held.mean():.0%}", f"{np.median(size):.3f}",
-                     f"{np.sqrt(np.mean(error**2)):.3f}"])
+        rows.append([f"{kind}: {names}", str(len(held)), f"{held.mean():.0%}", write([np.median(size)]),
+                     rms(error)])
     yield table(["ladders", "forecasts of a loss", "95% interval held", "its median size", "rms error"],
                 *rows)
 
 
+def rms(numbers):
+    return f"{np.sqrt(np.mean(np.square(numbers))):.3f}"
+
+
 # Recipes of others
+
+def losses_of_ours(file, **settings):
+    """The losses, on the novels and on Linux's documentation, of what was trained with these settings."""
+    same = {"what": "ours", "files": [file], "settings": settings}
+    return [[line["val_loss"] for line in read_json(f"recipe/{text}.jsonl") if same.items() <= line.items()]
+            for text in ("novels-h200", "linux")]
+
+
+def losses_of_peer(what, *numbers, plain=False, texts=("novels", "linux")):
+    """The losses of a peer on the texts, at each lr or factor."""
+    found = []
+    for text in texts:
+        lines = [line for line in read_json(f"recipe/{text}.jsonl")
+                 if line["what"] == what and ("smear" in line) == plain]
+        at = {line.get("lr", line.get("factor")): line["val_loss"] for line in lines}
+        found.append([at[number] for number in numbers])
+    return found
+
+
+NANOGPT, NANOCHAT = ("nanogpt", 3e-4, 6e-4, 1.2e-3), ("nanochat", 2, 4, 8)
+
 
 @claims_of(RESULTS)
 def recipe():
-    rates, factors = (3e-4, 6e-4, 1.2e-3), (2, 4, 8)
-    texts = "novels", "linux"
-    shown = {"nanoGPT, lr 3e-4, 6e-4, 1.2e-3": [peers(text, "nanogpt", *rates) for text in texts],
-             "nanochat without value embeddings and smear, lr x 2, 4, 8": [
-                 peers(text, "nanochat", *factors, plain=True) for text in texts],
-             "nanochat, lr x 2, 4, 8; 20% more parameters": [
-                 peers(text, "nanochat", *factors) for text in texts],
-             "`config/gpt2_proxy.py`": of_both("config/gpt2_proxy.py"),
-             "`config/proxy.py` (AdamW)": of_both("config/proxy.py"),
-             "`config/muon.py`": of_both("config/muon.py"),
-             "`config/muon.py`, heads of 128": of_both("config/muon.py", head_dim=128)}
+    shown = {"nanoGPT, lr 3e-4, 6e-4, 1.2e-3": losses_of_peer(*NANOGPT),
+             "nanochat without value embeddings and smear, lr x 2, 4, 8": losses_of_peer(
+                 *NANOCHAT, plain=True),
+             "nanochat, lr x 2, 4, 8; 20% more parameters": losses_of_peer(*NANOCHAT),
+             "`config/gpt2_proxy.py`": losses_of_ours("config/gpt2_proxy.py"),
+             "`config/proxy.py` (AdamW)": losses_of_ours("config/proxy.py"),
+             "`config/muon.py`": losses_of_ours("config/muon.py"),
+             "`config/muon.py`, heads of 128": losses_of_ours("config/muon.py", head_dim=128)}
     yield table(["trained with", "novels", "Linux's documentation"], *(
-        [name, *(", ".join(f"{loss:.3f}" for loss in losses) for losses in columns)]
-        for name, columns in shown.items()))
-    yield f"{loss_of('linux', 'ours', 'config/proxy.py', head_dim=128):.3f}"
-    yield f"{peers('novels-h200', 'nanogpt', 6e-4)[0]:.3f}"
-    yield f"{peers('novels-h200', 'nanochat', 4, plain=True)[0]:.3f}"
-
-
-def of_both(*files, **settings):
-    """[[loss]] on the novels and on Linux's documentation."""
-    return [[loss_of(name, "ours", *files, **settings)] for name in ("novels-h200", "linux")]
+        [name, *map(write, of_texts)] for name, of_texts in shown.items()))
+    yield f"ends at {write(losses_of_ours('config/proxy.py', head_dim=128)[1])} on Linux's documentation"
+    [[nanogpt]] = losses_of_peer("nanogpt", 6e-4, texts=["novels-h200"])
+    [[plain]] = losses_of_peer("nanochat", 4, plain=True, texts=["novels-h200"])
+    yield f"nanoGPT ends at {nanogpt:.3f} and nanochat's plain model at {plain:.3f}"
 
 
 @claims_of(BENCHMARKS)
 def time_to_nanogpts_loss():
-    compiled, plain, *ours = lines_of("recipe/time.jsonl")
+    compiled, plain, *ours = read_json("recipe/time.jsonl")
     for line in (compiled, plain):
         yield f"{line['val_loss']:.3f} after {line['seconds']:.1f} s"
     for line in (ours[0], ours[3]):
@@ -491,117 +410,247 @@ def time_to_nanogpts_loss():
         assert line["val_loss"] < compiled["val_loss"]
 
 
-def retuned_losses(optimizer, text, lr, *seeds):
-    """The losses of the draw of a search in recipe/ whose lr is nearest, on these seeds."""
-    rows = rows_in(f"recipe/trials-{optimizer}-{text}.csv")
-    drawn = min((row["lr"] for row in rows), key=lambda other: abs(np.log(other / lr)))
-    return losses([row for row in rows if row["lr"] == drawn and row["seed"] in seeds])
+# Width
+
+def one_run(width, rate, base=128):
+    """Nats by which one run in μP at a rate beats one in the standard parametrization at rate / m, with two
+    standard errors."""
+    of = {"mup": at_rate(select("width", parametrization="mup", width=width), rate),
+          "sp": at_rate(select("width", parametrization="sp", width=width), rate * base / width)}
+    errors = [of_width(name)["noise"] / np.sqrt(len(rows)) for name, rows in of.items()]
+    return mean(of["sp"]) - mean(of["mup"]), 2 * np.hypot(*errors)
+
+
+def of_width(name):
+    return ladder_of("width", name, shipped=SHIPPED)
+
+
+def gap_at_64():
+    """Nats by which the standard parametrization is better at width 64, each side at its fitted best."""
+    ladders = of_width("mup"), of_width("sp")
+    mup, sp = (sizes_of(ladder)[64] for ladder in ladders)
+    errors = [ladder["noise"] / np.sqrt(ladder["sizes"][0]["seeds"]) for ladder in ladders]
+    return mup["fitted_loss"] - sp["fitted_loss"], 2 * np.hypot(*errors)
 
 
 @claims_of(RESULTS)
-def retuned():
-    texts = "stdlib", "docs"
-    yield "{:.3f} and {:.3f} (means of four seeds)".format(*(
-        np.mean(retuned_losses("adamw", text, PRESETS["adamw"], 0, 1, 11, 12)) for text in texts))
-    yield "{:.3f} and {:.3f} on one seed".format(*(
-        np.mean(retuned_losses("muon", text, PRESETS["muon"], 11)) for text in texts))
-    draws = [row for row in rows_in("recipe/trials-muon-stdlib.csv") if row["seed"] == 0]
-    best = min(draws, key=lambda row: row["val_loss"])
-    [again] = retuned_losses("muon", "stdlib", best["lr"], 11)
-    yield f"{best['val_loss']:.3f} on the seed that it was found with, and {again:.3f}"
+def width():
+    mup, sp = of_width("mup"), of_width("sp")
+    yield ladder_table("width", sizes_of(mup), *rows_of_ladder("μP", mup, "2^-7.5"),
+                       *rows_of_ladder("standard", sp))
+    yield f"{windows_of(mup)} under μP, {windows_of(sp)} in the standard parametrization"
+    yield "is better by {:.3f} ± {:.3f}".format(*gap_at_64())
+    widths = 256, 512, 1024, 2048
+    yield table(["proxy's rate", *map(str, widths)], *(
+        [f"2^{rate:g}", *(with_error(*one_run(width, 2**rate)) for width in widths)] for rate in (-7.5, -7)))
+
+
+# The default block
+
+def default_ladders(axis):
+    """The ladders of config/proxy.py and config/muon.py."""
+    return ladder_of(f"{axis}_default", shipped=2**-7.6), ladder_of(f"{axis}_muon", shipped=2**-5.53)
+
+
+@claims_of(RESULTS)
+def default_block():
+    of_adamw = []
+    for axis in ("width", "depth"):
+        adamw, muon = default_ladders(axis)
+        yield ladder_table(axis, sizes_of(adamw), *rows_of_ladder("AdamW", adamw, "2^-7.6"),
+                           *rows_of_ladder("Muon", muon, "2^-5.53"))
+        of_adamw.append(adamw)
+    yield "{} over width, {} over depth".format(*map(windows_of, of_adamw))
+    yield f"do not exclude up to {max(size['most'] for ladder in of_adamw for size in ladder['sizes']):.3f}"
+
+
+def costs_of_muon():
+    """What the best rate of width 128 costs at width 1024, on 32 and on 128 sequences a step."""
+    return [sizes_of(ladder_of(folder))[1024]["regret"] for folder in ("width_muon", "width_muon_batch")]
+
+
+@claims_of(RESULTS)
+def muon_over_width():
+    yield f"moves by {drift_of(ladder_from(128, 'width', rows_of('width_muon'))[0])} octaves a doubling"
+    of_batch = ladder_of("width_muon_batch"), ladder_of("width_muon_batch_fixed")
+    yield "by {} with `base_batch` and {} without".format(*map(drift_of, of_batch))
+    yield "costs {1:.3f} nats at width 1024, where it costs {0:.3f} on 32".format(*costs_of_muon())
+
+
+# Depth
+
+@claims_of(RESULTS)
+def depth():
+    mup, mup_1 = (ladder_of(folder, shipped=SHIPPED) for folder in ("depth", "depth_alpha_1"))
+    sp = ladder_of("depth", "sp", shipped=SHIPPED)
+    yield ladder_table("depth", sizes_of(sp), *rows_of_ladder("α = 0.8", mup, "2^-7.5"),
+                       *rows_of_ladder("α = 1", mup_1, "2^-7.5"), *rows_of_ladder("standard", sp))
+
+
+def narrow_depths():
+    """ladder_from() depth 4 to 32 at width 128, α = 0.8, from the rows of depth_variants and width."""
+    same = {"embedding_lr_mult": 16.0, "beta1": 0.8, "grad_clip": 0.5, "weight_decay": 0.03, "steps": 600}
+    at_4 = select("width", parametrization="mup", width=128, **same)
+    return ladder_from(4, "depth", [*select("depth_variants", width=128, depth_alpha=0.8), *at_4])
+
+
+@claims_of(RESULTS)
+def depth_elsewhere():
+    from_4 = [drift_of(ladder_from(4, "depth", select(folder, parametrization="mup"))[0])
+              for folder in ("depth", "depth_alpha_1")]
+    longer, cpu = ([drift_of(ladder_of(folder, f"mup, depth_alpha={alpha}")) for alpha in ("0.8", "1.0")]
+                   for folder in ("depth_longer", "depth_cpu"))
+    narrow, found = narrow_depths()
+    yield table(["drift, octaves a doubling", "α = 0.8", "α = 1"], ["depths 4 to 64, as above", *from_4],
+                ["2,400 steps: `depth_longer`, 2 seeds, 1 of α = 1 from depth 32 on", *longer],
+                ["width 64, context 64, depths 2 to 16, on a CPU: `depth_cpu`", *cpu],
+                ["width 128, depths 4 to 32: `depth_variants`, `width`; the best rate of depth 4 costs "
+                 f"{found[32]['regret']:.3f} nats at depth 32", drift_of(narrow), "–"])
+
+
+# Other axes and settings
+
+PROXY_AT = {"batch": 32, "context": 256, "steps": 600}
+
+
+@claims_of(RESULTS)
+def other_axes():
+    rows = []
+    for axis, base in PROXY_AT.items():
+        ladder = ladder_of(axis, base=base)
+        sizes = sizes_of(ladder)
+        best = ["flat" if size["edge"] else f"{size['log2_best']:.2f}" for size in sizes.values()]
+        costs = [size["regret"] for size in sizes.values() if size["regret"] is not None]
+        rows.append([axis, write(sizes, "g"), ", ".join(best), drift_of(ladder), write([max(costs)])])
+    yield table(["axis", "sizes", "best log2 lr", "drift, octaves a doubling",
+                 "the proxy's best costs at most"], *rows)
+
+
+@claims_of(RESULTS)
+def same_tokens():
+    names = {"batch_tokens_gpu_longer": "19.7 M tokens, 4 seeds",
+             "batch_tokens_longer": "4.9 M, width 64, CPU, 2 seeds"}
+    found = {(folder, rule): ladder_of(folder, f"mup, base_batch={base_batch}", base=32)
+             for folder in names for base_batch, rule in (("32", "with"), ("None", "without"))}
+    yield ladder_table("batch", (8, 16, 32, 64, 128), *(
+        [f"{names[folder]}, {rule}", *map(best_of, ladder["sizes"]), drift_of(ladder)]
+        for (folder, rule), ladder in found.items()))
+    pair = [found["batch_tokens_gpu_longer", rule] for rule in ("with", "without")]
+    ends, reference = (sizes_of(ladder)[8]["fitted_loss"] for ladder in pair)
+    error = 2 * np.hypot(*(ladder["noise"] / 2 for ladder in pair))  # of four seeds each
+    yield f"{ends:.3f} instead of {reference:.3f} at batch 8, {with_error(ends - reference, error)}"
+    yield f"{drift_of(ladder_of('batch_tokens_gpu', 'mup, base_batch=32', base=32))} octaves a doubling"
+
+
+@claims_of(RESULTS)
+def other_settings():
+    rows = []
+    for name in ("logit_mult", "embedding_std", "hidden_std", "embedding_lr_mult", "readout_std"):
+        ladder = ladder_of("other", swept=name)
+        best = write([2**size["log2_best"] for size in ladder["sizes"]], ".2g")
+        rows.append([f"`{name}`", best, drift_of(ladder), write([ladder["sizes"][1]["regret"]])])
+    yield table(["setting", "best at 128, at 512", "octaves a doubling",
+                 "the proxy's best costs at 512"], *rows)
+    small, large = ladder_of("other", swept="schedule")["sizes"]
+    assert small["order"] == large["order"]
+    yield f"{', '.join(small['order'])}: the same order"
 
 
 # Laws
 
+FORMS = {"chinchilla": "Chinchilla's", "kaplan": "Kaplan's", "kaplan_floor": "Kaplan's and a floor"}
+
+
+@functools.cache
+def trials_of(folder):
+    return [read_trial(row) for row in read_trials(str(HERE / folder))]
+
+
 @functools.cache
 def law_of(folder, form, count):
     """A law of laws.py, fitted to the rows of a folder."""
-    trials = [read_trial(row) for row in read_trials(str(HERE / folder))]
-    columns = np.array([(trial.parameters[count], trial.tokens, trial.loss) for trial in trials]).T
-    return law_fits.fit_law(form, *columns)
-
-
-@functools.cache
-def law_json(folder):
-    """What python -m scaling laws wrote: it has the intervals, of 30 seconds of bootstrap."""
-    return json.loads((HERE / folder / "laws.json").read_text("utf-8"))
+    N, D, _, loss = columns(trials_of(folder), count)
+    return law_fits.fit_law(form, N, D, loss)
 
 
 def constant_of(folder, form, name, count="body"):
     """A constant of a law with its interval, as text: refitted here, and the interval of laws.json."""
-    value, (low, high) = law_json(folder)["fits"][f"{form}, {count}"]["constants"][name]
+    value, interval = read_json(f"{folder}/laws.json")["fits"][f"{form}, {count}"]["constants"][name]
     assert np.isclose(value, law_of(folder, form, count).constants()[name], rtol=1e-3), (folder, form, name)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return with_interval(value, *interval, ".2f")
 
 
 @claims_of(RESULTS)
 def laws():
+    constants = {"E": "E", "alpha": "α", "beta": "β", "alpha_N": "α_N", "alpha_D": "α_D"}
+    rows = []
     for form, names in (("chinchilla", ("E", "alpha", "beta")), ("kaplan", ("alpha_N", "alpha_D")),
                         ("kaplan_floor", ("E", "alpha_N", "alpha_D"))):
-        yield ", ".join(constant_of("laws", form, name) for name in names)
-        yield f"C^{constant_of('laws', form, 'N_opt_exponent')}"
-        yield f"C^{constant_of('laws', form, 'N_opt_exponent', 'all')}"
-    isoflop = law_json("laws")["isoflop"]
-    yield "C^{:.2f} [{:.2f}, {:.2f}]".format(isoflop["exponent"], *isoflop["interval"])
+        shown = [f"{constants[name]} {constant_of('laws', form, name)}" for name in names]
+        exponents = [constant_of("laws", form, "N_opt_exponent", count) for count in ("body", "all")]
+        rows.append([FORMS[form], ", ".join(shown), *(f"C^{exponent}" for exponent in exponents)])
+    isoflop = read_json("laws/laws.json")["isoflop"]
+    exponent = with_interval(isoflop["exponent"], *isoflop["interval"], ".2f")
+    yield table(["form", "constants", "best size", "with embedding and readout"], *rows,
+                ["isoFLOP parabolas, corrected, of two budgets", "", "–", f"C^{exponent}"])
 
 
 def sealed(folder):
     """(forecast, low, high, by each law) of a forecast.txt, written before the target was trained."""
     text = (HERE / folder / "forecast.txt").read_text("utf-8")
     pattern = r"^ +loss ([\d.]+) \[([\d.]+), ([\d.]+)\]; by each law: (.*)"
-    loss, low, high, others = re.search(pattern, text, re.MULTILINE).groups()
-    return float(loss), float(low), float(high), dict(re.findall(r"(\w+, \w+) ([\d.]+)", others))
+    *numbers, others = re.search(pattern, text, re.MULTILINE).groups()
+    return *map(float, numbers), dict(re.findall(r"(\w+, \w+) ([\d.]+)", others))
+
+
+def measured_at_target(folder):
+    [measured] = losses(rows_of(f"{folder}_target"))
+    return measured
 
 
 @claims_of(RESULTS)
 def forecasts_that_missed():
     rows = []
     for folder in ("laws", "laws_cpu"):
-        loss, low, high, others = sealed(folder)
-        [measured] = losses(rows_of(f"{folder}_target"))
-        rows.append([f"`{folder}`", f"{loss:.3f} [{low:.3f}, {high:.3f}]", f"{measured:.3f}",
-                     f"{measured - loss:+.3f}", f"{float(others['chinchilla, body']):.3f}"])
+        *forecast, others = sealed(folder)
+        measured = measured_at_target(folder)
+        rows.append([f"`{folder}`", with_interval(*forecast), write([measured]),
+                     f"{measured - forecast[0]:+.3f}", write([float(others["chinchilla, body"])])])
     yield table(["rows", "forecast, 95%", "measured, one run", "missed by", "Chinchilla's form said"], *rows)
 
 
-@claims_of(RESULTS)
+@claims_of(DEMONSTRATIONS)
 def forms_after_the_fact():
     """Each form's backtest and its forecast by laws.json, N without and with embedding and readout."""
-    names = {"chinchilla": "Chinchilla's", "kaplan": "Kaplan's", "kaplan_floor": "Kaplan's and a floor"}
     rows = [["rows", "form", "misses larger trials by", "says of the target", "measured is off by"]]
     for folder in ("laws", "laws_cpu"):
-        report = law_json(folder)
+        report = read_json(f"{folder}/laws.json")
         [target] = report["forecasts"]
-        for form, name in names.items():
+        for form, name in FORMS.items():
             keys = [f"{form}, {count}" for count in ("body", "all")]
             missed = [report["fits"][key]["backtest"] for key in keys]
-            off = [target["measured"] - target["others"][key] for key in keys]
+            said = np.array([target["others"][key] for key in keys])
             rows.append([f"`{folder}`", name, ", ".join(rms(one) if one else "–" for one in missed),
-                         ", ".join(f"{target['others'][key]:.3f}" for key in keys),
-                         ", ".join(f"{nats:+.3f}" for nats in off)])
-        yield f"{target['loss']:.3f} [{target['interval'][0]:.3f}, {target['interval'][1]:.3f}]"
-        collapse = report["collapse"]
-        yield f"differ by {collapse['apart']:.1%}, seeds by {collapse['seeds']:.1%}"
+                         write(said), write(target["measured"] - said, "+.3f")])
+        yield with_interval(target["loss"], *target["interval"])
+        yield f"differ by {report['collapse']['apart']:.1%}, seeds by {report['collapse']['seeds']:.1%}"
     yield table(*rows)
     loss, (low, high), above = target["on_frontier"]
-    yield f"{loss + above:.3f} [{low + above:.3f}, {high + above:.3f}]"
+    yield with_interval(loss + above, low + above, high + above)
 
 
-def rms(numbers):
-    return f"{np.sqrt(np.mean(np.square(numbers))):.3f}"
-
-
-@claims_of(RESULTS)
+@claims_of(DEMONSTRATIONS)
 def backtest_from_a_fifth():
-    trials = [read_trial(row) for row in read_trials(str(HERE / "laws_cpu"))]
     missed = []
     for form, count in (("kaplan_floor", "all"), ("kaplan", "body")):
-        N, D, flops, loss = columns(trials, count)
+        N, D, flops, loss = columns(trials_of("laws_cpu"), count)
         missed.append(rms(law_fits.backtest(form, N, D, loss, flops, share=0.2)))
     yield "{} nats with a floor against {}".format(*missed)
 
 
-@claims_of(RESULTS)
+# Demonstrations
+
+@claims_of(DEMONSTRATIONS)
 def plane():
     best = {}
     for row in rows_of("plane"):
@@ -611,31 +660,31 @@ def plane():
     yield f"within {max(best.values())[0] - min(best.values())[0]:.2f} nats"
     yield f"{best['mup'][0]:.3f} for μP and {best['plane_0_0'][0]:.3f} for SP"
     assert min(best, key=best.get) == "plane_0_1"
-    yield f"are best here, {best['plane_0_1'][0]:.3f}"
+    yield f"are lowest, {best['plane_0_1'][0]:.3f}"
     assert best["mup"][1] == best["plane_0_1"][1] == -7.6
 
 
-@claims_of(RESULTS)
+@claims_of(DEMONSTRATIONS)
 def shapes():
     """Speeds are of shapes.json: no row has them."""
-    rows = []
+    rows, errors = [], []
     for folder, equal in (("shapes", "FLOPs"), ("shapes_parameters", "parameters")):
-        found = group((row["depth"], row) for row in rows_of(folder))
+        found = dict(sorted(group((row["depth"], row["val_loss"]) for row in rows_of(folder)).items()))
         tuned = {row["depth"]: row["val_loss"] for row in rows_of(f"{folder}/finetuned")}
-        rows += [[f"equal {equal}", *(f"{mean(found[depth]):.3f}" for depth in sorted(found))],
-                 ["after finetuning", *(f"{tuned[depth]:.3f}" for depth in sorted(found))]]
-    speeds = [shape["tokens_per_second"] / 1e6 for shape in
-              json.loads((HERE / "shapes/shapes.json").read_text("utf-8"))["shapes"]]
-    yield table(["depth", *(f"{depth:g}" for depth in sorted(found))], *rows,
+        rows += [[f"equal {equal}", *(write([np.mean(pair)]) for pair in found.values())],
+                 ["after finetuning", *(write([tuned[depth]]) for depth in found)]]
+        errors.append(2 * np.sqrt(np.mean([np.var(pair, ddof=1) for pair in found.values()])))
+    speeds = [shape["tokens_per_second"] / 1e6 for shape in read_json("shapes/shapes.json")["shapes"]]
+    yield table(["depth", *(f"{depth:g}" for depth in found)], *rows,
                 ["million tokens/s at equal FLOPs", *(f"{speed:.1f}" for speed in speeds)])
+    yield "± {:.3f} at equal FLOPs, ± {:.3f} at equal parameters".format(*errors)
 
 
-@claims_of(RESULTS)
+@claims_of(DEMONSTRATIONS)
 def transfer():
-    found = json.loads((HERE / "transfer/transfer.json").read_text("utf-8"))["exponents"]
-    for name in ("alpha", "beta"):
-        value, (low, high) = found[name]
-        yield f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    exponents = read_json("transfer/transfer.json")["exponents"]
+    for value, interval in (exponents["alpha"], exponents["beta"]):
+        yield with_interval(value, *interval, ".2f")
 
 
 # History
@@ -646,34 +695,36 @@ def story():
     found = []
     for folder, alpha, rate in (("story", 0.8, -7.33), ("story_defaults_rounds", 1.0, -8.5),
                                 ("story_defaults_random", 1.0, -6.5)):
-        rows = [row for row in rows_of(folder) if row["width"] == 2048 and row["steps"] == 600]
+        rows = select(folder, width=2048, steps=600)
         mup = [row for row in rows if row["parametrization"] == "mup" and row["depth_alpha"] == alpha
                and abs(np.log2(row["lr"]) - rate) < 0.01]
         control = group((row["lr"], row) for row in rows if row["parametrization"] == "sp")
         found.append(f"{mean(mup):.3f} against {min(map(mean, control.values())):.3f}")
     yield ", ".join(found)
-    rows = rows_of("story")
-    spent = sum(row["flops"] for row in rows if row["width"] == 128)
-    yield f"{spent / max(row['flops'] for row in rows):.2f} of the target's cost"
+    spent = sum(row["flops"] for row in select("story", width=128))
+    yield f"{spent / max(row['flops'] for row in rows_of('story')):.2f} of the target's cost"
 
 
 @claims_of(RESULTS)
 def searches():
-    def of(name):
-        return sorted(map(mean, group((row["lr"], row) for row in rows_in(f"search/trials-{name}.csv")
-                                      if row["seed"] > 7000).values()))
-    before, (*fresh, preset) = of("before"), of("fresh")
-    yield f"{before[0]:.3f} to {before[-1]:.3f}"
-    yield " and ".join(f"{loss:.3f}" for loss in fresh)
-    yield f"{preset:.3f}"
+    """What was chosen, on seeds that no search used."""
+    rows = [row for name in ("before", "fresh") for row in rows_of(f"search/trials-{name}.csv")
+            if row["seed"] > 7000]
+    means = sorted(map(mean, group((row["lr"], row) for row in rows).values()))
+    preset = mean(at_rate(rows, SHIPPED))
+    means.remove(preset)
+    yield f"ended at {means[0]:.3f} to {means[-1]:.3f}"
+    yield f"`config/gpt2_proxy.py` at {preset:.3f}"
 
 
 @claims_of(RESULTS)
-def decay():
-    """lr x decay x steps, which says how much the decay can do."""
-    yield "{:.2f} with `config/gpt2_proxy.py` and {:.2f} with `config/proxy.py`".format(*(
-        max(row["lr"] * row["weight_decay"] * row["steps"] for row in rows_of(folder) if near(row["lr"], lr))
-        for folder, lr in (("width", SHIPPED), ("width_default", 2**-7.6))))
+def retuned():
+    """The draw that was best on the seed that all were drawn on, and the same settings on another."""
+    rows = rows_of("recipe/trials-muon-stdlib.csv")
+    best = min((row for row in rows if row["seed"] == 0), key=lambda row: row["val_loss"])
+    [again] = [row for row in rows if row["lr"] == best["lr"] and row["seed"] == 11]
+    yield f"{best['val_loss']:.3f} on the seed that it was found with, and {again['val_loss']:.3f}"
+
 
 
 # The front page
@@ -681,30 +732,28 @@ def decay():
 @functools.cache
 def speeds():
     """{what: number} of speed.csv, measured by the command beside it."""
-    with open(HERE / "speed.csv", encoding="utf-8", newline="") as file:
-        return {row["what"]: float(row["value"]) for row in csv.DictReader(file)}
+    lines = (HERE / "speed.csv").read_text("utf-8").splitlines()
+    return {row["what"]: float(row["value"]) for row in csv.DictReader(lines)}
 
 
 @claims_of(README)
 def front_page():
-    mup, sp = (ladders("width", shipped=SHIPPED)[name] for name in ("mup", "sp"))
+    mup, sp = of_width("mup"), sizes_of(of_width("sp"))
     best = [size["log2_best"] for size in mup["sizes"]]
     yield f"within {max(best) - min(best):.1f} octaves from width 64 to 2048"
     yield f"costs at most {max(size['cost'] for size in mup['sizes']):.3f} nats"
-    best = [sizes_of(sp)[width]["log2_best"] for width in (128, 2048)]
-    yield f"at width 2048 it is {2 ** (best[0] - best[1]):.0f} times lower than at width 128"
+    octaves = sp[128]["log2_best"] - sp[2048]["log2_best"]
+    yield f"at width 2048 it is {2**octaves:.0f} times lower than at width 128"
     yield f"out/proxy: validation loss {speeds()['proxy']:.4f} nats per token"
 
 
 @claims_of(README)
 def front_page_of_targets():
     """The table of targets: each peer at its best rate."""
-    best = [[min(peers(text, "nanogpt", 3e-4, 6e-4, 1.2e-3)) for text in ("novels", "linux")],
-            *(np.ravel(of_both(f"config/{name}.py")) for name in ("proxy", "muon")),
-            *([min(peers(text, "nanochat", 2, 4, 8, plain=plain)) for text in ("novels", "linux")]
-              for plain in (True, False))]
-    for name, losses in zip(("novels", "Linux's documentation"), np.transpose(best), strict=True):
-        yield " | ".join([f"| {name}", *(f"{loss:.2f}" for loss in losses)]) + " |"
+    found = [losses_of_peer(*NANOGPT), losses_of_ours("config/proxy.py"), losses_of_ours("config/muon.py"),
+             losses_of_peer(*NANOCHAT, plain=True), losses_of_peer(*NANOCHAT)]
+    for i, name in enumerate(("novels", "Linux's documentation")):
+        yield " | ".join([f"| {name}", *(f"{min(of_texts[i]):.2f}" for of_texts in found)]) + " |"
 
 
 @claims_of(README)
@@ -712,20 +761,18 @@ def front_page_of_searches():
     adamw, muon = gains("adamw"), gains("muon")
     yield "{:.2f}, {:.2f} and {:.2f} nats lower with AdamW".format(*sorted(adamw))
     yield f"with Muon level ({-max(muon):+.2f} to {-min(muon):+.2f})"
-    at_proxy = gains("adamw", size=1) + gains("muon", size=1)
+    at_proxy = [*gains("adamw", size=1), *gains("muon", size=1)]
     yield f"{min(at_proxy):.2f} to {max(at_proxy):.2f} nats at the proxy"
-    found = [(forecast_of(*which), journey_of(*which)["chosen"][3]) for which in JOURNEYS]
-    errors = [abs(middle - np.mean(target)) for (_, middle, _), target in found]
-    yield f"off by at most {max(errors):.2f} nats"
+    _, middle, _, targets = targets_and_forecasts()
+    yield f"off by at most {max(abs(middle - targets.mean(axis=1))):.2f} nats"
 
 
 @claims_of(README)
 def front_page_of_laws():
-    exponents = [constant_of("laws", *which) for which in (("kaplan", "N_opt_exponent"),
-                                                            ("chinchilla", "N_opt_exponent", "all"))]
-    kaplan, chinchilla = (text.split()[0] for text in exponents)
-    yield f"C^{chinchilla} to C^{kaplan}"
-    missed = [losses(rows_of(f"{folder}_target"))[0] - sealed(folder)[0] for folder in ("laws", "laws_cpu")]
+    exponents = [constant_of("laws", *which).split()[0] for which in (
+        ("chinchilla", "N_opt_exponent", "all"), ("kaplan", "N_opt_exponent"))]
+    yield "C^{} to C^{}".format(*exponents)
+    missed = [measured_at_target(folder) - sealed(folder)[0] for folder in ("laws", "laws_cpu")]
     yield "missed by {:.2f} and {:.2f} nats".format(*missed)
 
 
@@ -740,18 +787,12 @@ def front_page_of_speeds():
 
 @claims_of(README)
 def front_page_of_limits():
-    axes = {"batch": 32, "context": 256, "steps": 600}
-    drifts = [ladders(axis, base=base)["mup"]["drift"] for axis, base in axes.items()]
+    drifts = [ladder_of(axis, base=base)["drift"] for axis, base in PROXY_AT.items()]
     yield "{:+.2f}, {:+.2f} and {:+.2f} octaves a doubling".format(*drifts)
     yield f"by {narrow_depths()[0]['drift']:.2f} octaves a doubling"
-    gap = sizes_of(ladders("width", shipped=SHIPPED)["mup"])[64]["fitted_loss"] - sizes_of(
-        ladders("width", shipped=SHIPPED)["sp"])[64]["fitted_loss"]
-    yield f"beats μP by {gap:.2f} nats"
-    small, large = ladders("width_muon", shipped=2**-5.53)["mup"], ladders("width_muon_batch")["mup"]
-    yield f"falls by {-small['drift']:.2f} octaves a doubling"
-    costs = [sizes_of(ladder)[1024]["regret"] for ladder in (small, large)]
-    yield "costs {:.3f} nats on 32 sequences a step, {:.3f} on 128".format(*costs)
-    gains = [one_run(width, SHIPPED) for width in (256, 2048)]
-    yield "{} to {} nats".format(*(gain.split()[0].removeprefix("+") for gain in gains))
-    costs = [size["cost"] for size in ladders("depth", shipped=SHIPPED)["mup"]["sizes"]]
+    yield f"beats μP by {gap_at_64()[0]:.2f} nats"
+    yield f"falls by {-default_ladders('width')[1]['drift']:.2f} octaves a doubling"
+    yield "costs {:.3f} nats on 32 sequences a step, {:.3f} on 128".format(*costs_of_muon())
+    yield "{:.3f} to {:.3f} nats".format(*(one_run(width, SHIPPED)[0] for width in (256, 2048)))
+    costs = [size["cost"] for size in ladder_of("depth", shipped=SHIPPED)["sizes"]]
     yield f"{min(costs):.3f} to {max(costs):.3f}"
