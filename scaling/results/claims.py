@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -198,39 +199,40 @@ TEXTS, OPTIMIZERS = ("manuals", "novels", "code"), {"adamw": "AdamW", "muon": "M
 JOURNEYS = [(text, optimizer) for text in TEXTS for optimizer in OPTIMIZERS]
 
 
+class Losses(NamedTuple):
+    """The learning rate of some settings, and their losses on the seeds that were trained at each size."""
+    lr: float
+    proxy: list  # 128 x 4; seeds 1 and 2, which no draw used
+    middle: list  # 256 x 6
+    target: list  # 768 x 12
+
+
 @functools.cache
 def journey_of(text, optimizer):
-    """{who: (its lr, losses at 128 x 4 on seeds 1 and 2, at 256 x 6, at the target)} of the shipped preset,
-    of what was best at the proxy where that was trained at the target too, and of what was chosen."""
+    """{who: Losses} of the shipped preset, of what was chosen, and of what was best at the proxy where that
+    is another and was trained at the target too."""
     rows = rows_of(f"journey/{text}-{optimizer}")
     targets = group((row["lr"], row) for row in select("journey/targets", dataset=text, optimizer=optimizer))
     middle = group((row["lr"], row["val_loss"]) for row in rows if row["width"] == 256)
-    at_proxy = group((row["lr"], row["val_loss"]) for row in rows if (row["width"], row["depth"]) == (128, 4)
-                     and row["seed"] in (1, 2))
+    proxy = group((row["lr"], row["val_loss"]) for row in rows if (row["width"], row["depth"]) == (128, 4)
+                  and row["seed"] in (1, 2))
     preset = next(lr for lr in targets if near(lr, PRESETS[optimizer]))
-    chosen, *others = sorted(targets.keys() - {preset}, key=lambda lr: np.mean(middle[lr]))
-    return {who: (lr, at_proxy[lr], middle[lr], losses(targets[lr]))
-            for who, lr in (("preset", preset), ("chosen", chosen), *(("best", lr) for lr in others))}
+    searched = sorted(targets.keys() - {preset}, key=lambda lr: np.mean(middle[lr]))
+    return {who: Losses(lr, proxy[lr], middle[lr], losses(targets[lr]))
+            for who, lr in zip(("preset", "chosen", "favourite"), [preset, *searched], strict=False)}
 
 
-def gains(optimizer, who="preset", size=3):
-    """[nats by which what was chosen is lower than `who`] on each text; size: 1 the proxy, 3 the target."""
-    found = [journey_of(text, optimizer) for text in TEXTS]
-    pairs = [(each[who][size], each["chosen"][size]) for each in found if who in each]
-    return np.array([np.mean(theirs) - np.mean(ours) for theirs, ours in pairs])
-
-
-def errors_of_gains(optimizer):
-    """Two standard errors of gains() at the target on each text: a difference of two means of two seeds has
-    the noise of one training, pooled over the settings that were trained there."""
-    found = [[np.var(target, ddof=1) for *_, target in journey_of(text, optimizer).values()]
-             for text in TEXTS]
-    return np.array([2 * np.sqrt(np.mean(variances)) for variances in found])
+def difference(text, optimizer, to="preset"):
+    """(what was chosen less another at the target, nats; two standard errors). A difference of means of two
+    seeds has the noise of one training, pooled over the settings that were trained there."""
+    found = journey_of(text, optimizer)
+    variances = [np.var(each.target, ddof=1) for each in found.values()]
+    return np.mean(found["chosen"].target) - np.mean(found[to].target), 2 * np.sqrt(np.mean(variances))
 
 
 def forecast_of(text, optimizer):
     """(low, middle, high) for the target, of what was chosen: from 128 x 4, 256 x 6 and 384 x 8."""
-    rows, lr = rows_of(f"journey/{text}-{optimizer}"), journey_of(text, optimizer)["chosen"][0]
+    rows, lr = rows_of(f"journey/{text}-{optimizer}"), journey_of(text, optimizer)["chosen"].lr
     noise = pooled_noise([*group((row["lr"], row) for row in rows if row["width"] == 256).values()])
     of_size = group(((row["width"], row["depth"]), row["val_loss"]) for row in rows
                     if near(row["lr"], lr) and (row["width"] > 128 or row["seed"] in (1, 2)))
@@ -243,7 +245,7 @@ def forecast_of(text, optimizer):
 def targets_and_forecasts():
     """Arrays (low, middle, high, losses of the two seeds), an entry for each of JOURNEYS."""
     forecasts = np.array([forecast_of(*which) for which in JOURNEYS]).T
-    return *forecasts, np.array([journey_of(*which)["chosen"][3] for which in JOURNEYS])
+    return *forecasts, np.array([journey_of(*which)["chosen"].target for which in JOURNEYS])
 
 
 def nanochat(text):
@@ -256,28 +258,27 @@ def journey():
     rows = [["", "proxy: shipped, searched", "256 x 6: shipped, searched", "target: shipped",
              "target: searched", "difference", "forecast, 95%", "nanochat, lr x 2, 4, 8"]]
     for text, optimizer in JOURNEYS:
-        name, i = f"{text}, {OPTIMIZERS[optimizer]}", TEXTS.index(text)
-        shipped, chosen, *others = journey_of(text, optimizer).values()
+        name = f"{text}, {OPTIMIZERS[optimizer]}"
+        shipped, chosen, *favourites = journey_of(text, optimizer).values()
         low, middle, high = forecast_of(text, optimizer)
-        small = [write([np.mean(shipped[size]), np.mean(chosen[size])]) for size in (1, 2)]
-        rows.append([name, *small, write(shipped[3]), write(chosen[3]),
-                     with_error(-gains(optimizer)[i], errors_of_gains(optimizer)[i]),
+        rows.append([name, write(map(np.mean, (shipped.proxy, chosen.proxy))),
+                     write(map(np.mean, (shipped.middle, chosen.middle))), write(shipped.target),
+                     write(chosen.target), with_error(*difference(text, optimizer)),
                      with_interval(middle, low, high), write(nanochat(text)) if optimizer == "muon" else ""])
-        rows += [[f"{name}: the proxy's favourite", *(write([np.mean(size)]) for size in favourite[1:3]), "",
-                  write(favourite[3]), "", "", ""] for favourite in others]
+        rows += [[f"{name}: the proxy's favourite", write([np.mean(of.proxy)]), write([np.mean(of.middle)]),
+                  "", write(of.target), "", "", ""] for of in favourites]
     yield table(*rows)
 
 
 @claims_of(RESULTS)
-def gains_at_the_target():
-    of_six = np.mean([gains(optimizer) for optimizer in OPTIMIZERS])
-    error = np.linalg.norm([errors_of_gains(optimizer) for optimizer in OPTIMIZERS]) / 6
-    yield f"in the mean of the six, {with_error(-of_six, error)}"
-    lower = map(with_error, -gains("adamw", "best"), errors_of_gains("adamw"))
-    yield "by {} and {} on manuals and novels".format(*lower)
-    behind = [np.mean(journey_of(text, "muon")["chosen"][3]) - min(nanochat(text)) for text in TEXTS]
+def differences_at_the_target():
+    of_six, errors = np.array([difference(*which) for which in JOURNEYS]).T
+    yield f"in the mean of the six, {with_error(of_six.mean(), np.linalg.norm(errors) / 6)}"
+    overruled = [with_error(*difference(text, "adamw", "favourite")) for text in ("manuals", "novels")]
+    yield "by {} and {} on manuals and novels".format(*overruled)
+    behind = [np.mean(journey_of(text, "muon")["chosen"].target) - min(nanochat(text)) for text in TEXTS]
     yield "{:.2f}, {:.2f} and {:.2f} nats below Muon's".format(*behind)
-    apart = [max(np.ptp(sizes[3]) for text in TEXTS for sizes in journey_of(text, optimizer).values())
+    apart = [max(np.ptp(of.target) for text in TEXTS for of in journey_of(text, optimizer).values())
              for optimizer in OPTIMIZERS]
     yield "up to {:.2f} nats with AdamW, {:.2f} with Muon".format(*apart)
 
@@ -758,10 +759,11 @@ def front_page_of_targets():
 
 @claims_of(README)
 def front_page_of_searches():
-    adamw, muon = gains("adamw"), gains("muon")
-    yield "{:.2f}, {:.2f} and {:.2f} nats lower with AdamW".format(*sorted(adamw))
-    yield f"with Muon level ({-max(muon):+.2f} to {-min(muon):+.2f})"
-    at_proxy = [*gains("adamw", size=1), *gains("muon", size=1)]
+    adamw, muon = ([difference(text, optimizer)[0] for text in TEXTS] for optimizer in OPTIMIZERS)
+    yield "{:.2f}, {:.2f} and {:.2f} nats lower with AdamW".format(*sorted(-gain for gain in adamw))
+    yield f"with Muon level ({min(muon):+.2f} to {max(muon):+.2f})"
+    found = [journey_of(*which) for which in JOURNEYS]
+    at_proxy = [np.mean(of["preset"].proxy) - np.mean(of["chosen"].proxy) for of in found]
     yield f"{min(at_proxy):.2f} to {max(at_proxy):.2f} nats at the proxy"
     _, middle, _, targets = targets_and_forecasts()
     yield f"off by at most {max(abs(middle - targets.mean(axis=1))):.2f} nats"
