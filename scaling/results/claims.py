@@ -761,7 +761,7 @@ def front_page_of_targets():
 def front_page_of_searches():
     adamw, muon = ([difference(text, optimizer)[0] for text in TEXTS] for optimizer in OPTIMIZERS)
     yield "{:.2f}, {:.2f} and {:.2f} nats lower with AdamW".format(*sorted(-gain for gain in adamw))
-    yield f"with Muon level ({min(muon):+.2f} to {max(muon):+.2f})"
+    yield f"with Muon between {-min(muon):.2f} lower and {max(muon):.2f} higher"
     found = [journey_of(*which) for which in JOURNEYS]
     at_proxy = [np.mean(of["preset"].proxy) - np.mean(of["chosen"].proxy) for of in found]
     yield f"{min(at_proxy):.2f} to {max(at_proxy):.2f} nats at the proxy"
