@@ -597,26 +597,23 @@ def laws():
 
 
 def sealed(folder):
-    """(forecast, low, high, by each law) of a forecast.txt, written before the target was trained."""
+    """((forecast, low, high), {law: its own}, measured) of a forecast.txt, written before the target was
+    trained."""
     text = (HERE / folder / "forecast.txt").read_text("utf-8")
     pattern = r"^ +loss ([\d.]+) \[([\d.]+), ([\d.]+)\]; by each law: (.*)"
-    *numbers, others = re.search(pattern, text, re.MULTILINE).groups()
-    return *map(float, numbers), dict(re.findall(r"(\w+, \w+) ([\d.]+)", others))
-
-
-def measured_at_target(folder):
+    *forecast, laws = re.search(pattern, text, re.MULTILINE).groups()
     [measured] = losses(rows_of(f"{folder}_target"))
-    return measured
+    by_law = {law: float(loss) for law, loss in re.findall(r"(\w+, \w+) ([\d.]+)", laws)}
+    return [*map(float, forecast)], by_law, measured
 
 
 @claims_of(RESULTS)
 def forecasts_that_missed():
     rows = []
     for folder in ("laws", "laws_cpu"):
-        *forecast, others = sealed(folder)
-        measured = measured_at_target(folder)
+        forecast, by_law, measured = sealed(folder)
         rows.append([f"`{folder}`", with_interval(*forecast), write([measured]),
-                     f"{measured - forecast[0]:+.3f}", write([float(others["chinchilla, body"])])])
+                     f"{measured - forecast[0]:+.3f}", write([by_law["chinchilla, body"]])])
     yield table(["rows", "forecast, 95%", "measured, one run", "missed by", "Chinchilla's form said"], *rows)
 
 
@@ -707,18 +704,6 @@ def story():
 
 
 @claims_of(RESULTS)
-def searches():
-    """What was chosen, on seeds that no search used."""
-    rows = [row for name in ("before", "fresh") for row in rows_of(f"search/trials-{name}.csv")
-            if row["seed"] > 7000]
-    means = sorted(map(mean, group((row["lr"], row) for row in rows).values()))
-    preset = mean(at_rate(rows, SHIPPED))
-    means.remove(preset)
-    yield f"ended at {means[0]:.3f} to {means[-1]:.3f}"
-    yield f"`config/gpt2_proxy.py` at {preset:.3f}"
-
-
-@claims_of(RESULTS)
 def retuned():
     """The draw that was best on the seed that all were drawn on, and the same settings on another."""
     rows = rows_of("recipe/trials-muon-stdlib.csv")
@@ -774,7 +759,7 @@ def front_page_of_laws():
     exponents = [constant_of("laws", *which).split()[0] for which in (
         ("chinchilla", "N_opt_exponent", "all"), ("kaplan", "N_opt_exponent"))]
     yield "C^{} to C^{}".format(*exponents)
-    missed = [measured_at_target(folder) - sealed(folder)[0] for folder in ("laws", "laws_cpu")]
+    missed = [measured - forecast[0] for forecast, _, measured in map(sealed, ("laws", "laws_cpu"))]
     yield "missed by {:.2f} and {:.2f} nats".format(*missed)
 
 
