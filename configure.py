@@ -44,9 +44,9 @@ def one_of(*choices):
     return Annotated[object, lambda x: repr(x) in spelled, ", ".join(map(str, choices))]
 
 
-# A parametrization: mup, sp, sp_scaled or a point of scaling/plane.py between mup and sp, as plane_0.5_1
-Table = Annotated[object, lambda x: re.fullmatch(r"mup|sp|sp_scaled|plane(_[01]|_0\.\d+){2}", str(x)),
-                  "mup, sp, sp_scaled"]
+# A table of parametrization.py, or a point of scaling/plane.py between mup and sp, as plane_0.5_1
+TABLE = r"mup|sp|sp_scaled|sp_per_layer|plane(_[01]|_0\.\d+){2}"
+Table = Annotated[object, lambda x: re.fullmatch(TABLE, str(x)), "mup, sp, sp_scaled, sp_per_layer"]
 
 
 class UserError(ValueError):
@@ -107,7 +107,7 @@ class Config:
     base_depth: Count = setting(4, "function", "blocks of the tuned proxy", tuned=True)
     base_head_dim: Count = setting(64, "function", "channels per head of the tuned proxy", tuned=True)
     parametrization: Table = setting("mup", "function", tuned=True,
-        help="mup transfers; controls: sp, the standard one; sp_scaled, sp with all rates / width_mult")
+        help="mup transfers; controls (docs/mup.md): sp, the standard one; sp_scaled, sp_per_layer")
     depth_alpha: Share = setting(1.0, "function", tuned=True,
         help="mup: residual branches x depth_mult^-alpha; 1 CompleteP, 1/2 Depth-muP")
     embedding_mult: Positive = setting(1.0, "function", "x the embeddings", tuned=True)

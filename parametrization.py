@@ -65,7 +65,16 @@ def sp_scaled(a):
     return roles, factors
 
 
-TABLES = {"mup": mup, "sp": sp, "sp_scaled": sp_scaled}
+def sp_per_layer(a):
+    """sp with the learning rates that make every layer's step as large at each width (arXiv 2407.05872, under
+    full alignment): 1 / width_mult where the fan-in grows, which here includes the readout. Decays per step
+    stay."""
+    roles, factors = sp(a)
+    roles |= {role: roles[role]._replace(lr=(-1, 0), weight_decay=(1, 0)) for role in ("hidden", "readout")}
+    return roles, factors
+
+
+TABLES = {"mup": mup, "sp": sp, "sp_scaled": sp_scaled, "sp_per_layer": sp_per_layer}
 
 
 def table_of(config):

@@ -12,8 +12,9 @@ from scaling import fits
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#882255",
           "#332288")
 MARKERS = ("o", "s", "^", "v", "D", "*", "P", "x", "h")
-TITLES = {"mup": "μP", "sp": "standard parametrization",
-          "sp_scaled": "standard parametrization, lr / m"}  # of parametrizations; any other goes by its name
+# Of parametrizations; any other goes by its name
+TITLES = {"mup": "μP", "sp": "standard parametrization", "sp_scaled": "standard parametrization, lr / m",
+          "sp_per_layer": "standard parametrization, lr per layer"}
 LABELS = {"lr": "the learning rate"}  # of settings in figures; any other goes by its name
 LOSS = "validation loss, nats per token"
 MOST_COLUMNS = 4  # of panels; more are in rows

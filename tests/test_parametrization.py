@@ -66,15 +66,20 @@ PAPERS = {
         "embedding": (1, 0.25, 0.25, 1), "hidden": (0.125, 0.25, 0.25, 1), "norm": (None, 0.25, 0, 1),
         "bias": (None, 0.25, 0, 1), "final_norm": (None, 0.25, 0, 1), "readout": (0.125, 0.25, 0.25, 1),
         "factors": (1, 1, 0.25)},
+    ("sp_per_layer", 1.0): {  # sp, with the rates of 2407.05872 for full alignment
+        "embedding": (1, 1, 1, 1), "hidden": (0.125, 0.25, 1, 1), "norm": (None, 1, 0, 1),
+        "bias": (None, 1, 0, 1), "final_norm": (None, 1, 0, 1), "readout": (0.125, 0.25, 1, 1),
+        "factors": (1, 1, 0.25)},
 }
 # (lr, lr x weight decay) of the hidden matrices under Muon: no power of 4, as their updates are scaled by
 # sqrt(fan_out / fan_in) (arXiv 2512.05620), and AdamW's of 8. Everything else is as above.
 MUON = {("mup", 1.0): (1, 1), ("mup", 0.5): (0.353553, 0.353553), ("mup", 0.0): (0.125, 0.125),
-        ("sp", 1.0): (1, 1), ("sp_scaled", 1.0): (0.25, 0.25)}
+        ("sp", 1.0): (1, 1), ("sp_scaled", 1.0): (0.25, 0.25),
+        ("sp_per_layer", 1.0): (1, 1)}
 # As embedding, with the powers of 8 that the branches bring in: hidden's
 VALUE_EMBEDDING = {("mup", 1.0): (None, 1, 1, 0.03125), ("mup", 0.5): (None, 0.353553, 0.353553, 0.0883883),
                    ("mup", 0.0): (None, 0.125, 0.125, 0.25), ("sp", 1.0): (None, 1, 1, 1),
-                   ("sp_scaled", 1.0): (None, 0.25, 0.25, 1)}
+                   ("sp_scaled", 1.0): (None, 0.25, 0.25, 1), ("sp_per_layer", 1.0): (None, 1, 1, 1)}
 VARIANTS = [*BLOCKS.values(), {"tied": True}, {"bias": True}, {"parametrization": "sp"},
             {"tied": True, "bias": True, "dropout": 0.1, "depth_alpha": 0.5},
             GPT2_BLOCK | {"tied": True, "bias": True, "position": "rotary", "depth_alpha": 0.5}]
@@ -197,7 +202,7 @@ def observe_steps(config, steps=3):
     {"optimizer": "muon", "depth_alpha": 0.5, "weight_decay": 0.1, "lr": 2**-6, "zero_query": True}])
 def test_at_the_base_shape_mup_and_its_controls_are_the_same_run_to_the_last_bit(settings):
     config = tiny(**{"base_width": 32, "base_depth": 2, "base_head_dim": 16, **settings})
-    controls = ({"parametrization": "sp"}, {"parametrization": "sp_scaled"},
+    controls = (*({"parametrization": name} for name in ("sp", "sp_scaled", "sp_per_layer")),
                 {"parametrization": "sp", "base_lr": config.lr})
     mup, *others = (observe_steps(dataclasses.replace(config, **control), steps=5)
                     for control in ({"parametrization": "mup"}, *controls))
