@@ -19,6 +19,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -487,6 +488,8 @@ def read_settings(source):
     """{setting: value} of a config file, *.py, or a run directory. Runs no other file. Raises UserError."""
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     try:
+        if os.path.exists(os.path.join(source, "best.py")) and not os.path.exists(path):
+            raise UserError(f"{source} is the folder of a search; its settings are {source}/best.py")
         if path != source:
             saved = json.loads(Path(path).read_text("utf-8"))
             return complete_saved(saved) | {"out": source}
@@ -502,13 +505,19 @@ def read_settings(source):
         raise
     except BaseException as error:  # a config file may raise anything
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{path}: {reason}{closest_source(source)}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f" line {lines[-1]}:" if lines else ""
+        raise UserError(f"{path}:{where} {reason}{closest_source(source)}") from None
 
 
 def closest_source(source):
     """The end of an error line about a missing config file or run directory: the most similar one."""
+    if os.path.exists(source):
+        return ""
     folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
     files = [str(path) for path in Path(folder).rglob("*.py") if path.name != "config.py"]
+    files += map(str, Path(source).parent.glob("*.py"))
     runs = [str(path.parent) for path in Path("out").glob("*/config.json")]
     by_name = {Path(path).stem: path for path in files + runs}
     by_name |= {path: path for path in files + runs if path != source}
@@ -588,15 +597,24 @@ def configure(argv, usage=None, names=None):
 
 
 def reject_other_search(sources, layers, flags):
-    """Raises UserError where a configuration sets another text or block than the best.py of a search that is
-    read after it: the settings that were found are good for their own. A flag decides."""
-    earlier = {}
+    """Raises UserError where the best.py of a search is not used as it was found: a configuration before it
+    sets another text or block, or one after it sets a tuned setting anew. A flag decides."""
+    earlier, search, found = {}, None, {}
     for source, settings in zip(sources, layers, strict=True):
-        for name in settings if os.path.basename(source) == "best.py" else ():
-            fixed = name in names_in("function", "data") and not SETTINGS[name].tuned and name not in flags
-            if fixed and earlier.get(name, settings[name]) != settings[name]:
+        is_search = os.path.basename(source) == "best.py"
+        for name, value in settings.items():
+            if name in flags or name not in SETTINGS:
+                continue
+            tuned = SETTINGS[name].tuned
+            fixed = not tuned and name in names_in("function", "data")
+            if is_search and fixed and earlier.get(name, value) != value:
                 raise UserError(f"{name} is {earlier[name]!r} before {source}, which was found with "
-                                f"{settings[name]!r}; choose one by --{name}=VALUE")
+                                f"{value!r}; choose one by --{name}=VALUE")
+            if not is_search and tuned and found.get(name, value) != value:
+                raise UserError(f"{name} is {found[name]!r} in {search}, which a search found, and {value!r} "
+                                f"in {source} after it; give {search} last, or choose by --{name}=VALUE")
+        if is_search:
+            search, found = source, settings
         earlier |= settings
 
 

@@ -19,6 +19,7 @@ PROXY_AXES = ("steps", "context", "batch", "batch_start", "batch_ramp_tokens", "
               "max_tokens")
 # Octaves by which the best lr moves when the axis doubles (README, "Limits")
 DRIFT = {"batch": 0.30, "context": 0.12, "steps": -0.11}
+SP_DRIFT = {"width": -0.90, "depth": -0.44}  # in the standard parametrization
 TIMED_STEPS = 8  # of each size, for the minutes; the first of them warm up
 GIB = 2**30
 
@@ -27,7 +28,11 @@ class Size(NamedTuple):
     """A model's shape, and how often it is trained."""
     name: str
     config: object  # a Config
-    trainings: int
+    counts: dict  # {what for: the most trainings}
+
+    @property
+    def trainings(self):
+        return sum(self.counts.values())
 
 
 # The proxy
@@ -86,8 +91,8 @@ def what_is_known(name, proxy, target):
     if name not in DRIFT:
         return "not known to transfer"
     doublings = math.log2(theirs / max(ours, 1))
-    text = (f"the best lr moves by about {DRIFT[name]:+.2f} octaves a doubling, so by "
-            f"{DRIFT[name] * doublings:+.2f} here, and other settings by what is not known")
+    text = (f"the best lr moves by about {DRIFT[name]:+.2f} octaves (factors of 2) each time the {name} "
+            f"doubles, so by {DRIFT[name] * doublings:+.2f} here; how other settings move is not known")
     if name == "context" and ours < theirs:
         text += ("; a narrow proxy of a shorter context cannot rank settings by what the target learns from "
                  "the longer one, which once cost 0.2 nats at a target")
@@ -97,13 +102,17 @@ def what_is_known(name, proxy, target):
 
 
 def known_of_shape(name, target):
+    if target.parametrization == "sp":
+        return ("does not transfer in the standard parametrization: the best lr moves by "
+                f"{SP_DRIFT[name]:+.2f} octaves (factors of 2) each time the {name} doubles")
     if target.parametrization != "mup":
-        return "does not transfer in the standard parametrization: the best lr falls by an octave a doubling"
+        return "not known to transfer"
     if name == "width" and target.optimizer == "muon":
-        return "transfers, but for the lr: -0.19 octaves a doubling with 32 sequences a step, less with more"
-    if name == "width":
-        return "transfers: the best lr moves by at most 0.05 octaves a doubling"
-    return "transfers nearly: the best lr moves by at most 0.12 octaves a doubling, mostly at small depths"
+        return ("transfers, but for the lr, whose best value moves by -0.19 octaves (factors of 2) each time "
+                "the width doubles, with 32 sequences a step; it matters less with more")
+    most = {"width": 0.05, "depth": 0.12}[name]
+    return (f"transfers: the best lr moves by at most {most} octaves (factors of 2) each time the {name} "
+            "doubles")
 
 
 def describe_transfer(proxy, target):
@@ -187,12 +196,17 @@ def describe_plan(sizes, target, name):
         share = f", {flops / training_flops(target):.1%} of the target's" if target else ""
         lines.append(f"{size.name:8}{describe_shape(size.config)}: at most {size.trainings} trainings, "
                      f"{flops:.2e} FLOPs{share}")
+        if len(size.counts) > 1:
+            lines.append(" " * 8 + ", ".join(f"{count} {what}" for what, count in size.counts.items()))
     if target is None:
         return [*lines, "no --target is named: nothing is verified at a larger size"]
     flops = training_flops(target)
     parameters = model_size(sized(target)).parameters
     lines.insert(0, f"target  {describe_shape(target)}: {name}, {parameters:,} parameters, {flops:.2e} FLOPs")
     lines.append(f"together at most {total / flops:.1%} of the target's FLOPs")
+    if total > flops:
+        lines[-1] += (": more than the target itself takes; fewer --trials, a smaller --proxy_width or fewer "
+                      "steps (--proxy=steps:N) cost less")
     memory = memory_parts(target)
     parts = ", ".join(f"{name} {format_bytes(number)}" for name, number in memory.items())
     lines.append(f"memory of the target: {format_bytes(sum(memory.values()))}: {parts}")
@@ -214,7 +228,7 @@ def describe_time(sizes, target):
         return ["on this machine:", *lines]
     if select_device(target)[0].type != "cuda":
         seconds = last * training_flops(target)
-        lines.append(f"  target: about {format_seconds(seconds)}, at the FLOP/s of the largest size above")
+        lines.append(f"  target: about {format_seconds(seconds)}, if it makes as many FLOPs a second")
         return ["on this machine:", *lines]
     try:
         seconds, memory = seconds_of(target)

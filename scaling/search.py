@@ -32,8 +32,8 @@ batch and number of steps stay the target's own.
 --eval_tokens=N            validation tokens; by default at most half of what a trial trains on
 
 With a configuration, `search config/proxy.py [--target=config/target.py]`, that is the proxy, as it is.
-After an interruption, the same command resumes, and tries again what failed. trials.csv has a row for each
-trial, search.txt what was found.
+After an interruption, the same command resumes, and tries again what failed. trials.csv (and trials-1.csv,
+... of more processes) has a row for each trial, search.txt what was found.
 """
 
 import contextlib
@@ -182,6 +182,8 @@ class Search:
             loss, _, best = self.lowest_draw(draws)
             wider = widened(self.space, best) if math.isfinite(loss) else {}
             if wider:
+                print(f"the best draw lies at the end of a range, so it is widened, for more draws: "
+                      f"{', '.join(wider)}")
                 self.draws.widen({name: [domain.low, domain.high] for name, domain in wider.items()})
         self.use_widened()
 
@@ -409,6 +411,11 @@ def proxy_and_target(options, words):
     if path := options["target"]:
         target = replace(config, **{name: check_setting(name, value, f"{path}: ")
                                     for name, value in read_settings(path).items()})
+        smaller = target.width < config.width or target.depth < config.depth
+        if smaller or not plan.differences(config, target):
+            raise UserError(f"target must be larger than the proxy, {' '.join(sources)} ({config.width} x "
+                            f"{config.depth}), got {path} ({target.width} x {target.depth}); for a search "
+                            f"that makes the proxy itself, name no file but --target={path}")
     return with_brief_evaluation(config), target
 
 
@@ -426,22 +433,26 @@ def planned_sizes(config, target, space, options):
     for count, seeds_then in RACE:
         race += count * (min(seeds_then, seeds) - last)
         last = min(seeds_then, seeds)
-    of_lr = (len(OCTAVES) * min(CURVE_SEEDS, seeds) + seeds) if "lr" in space else 0
-    proxy = trials + trials // MORE_DRAWS + race + of_lr
-    shapes = verification_sizes(config, target, options)
-    if not shapes:
-        return [plan.Size("proxy", config, proxy)]
-    candidates = VERIFIED + len(presets_for(config)) + 2
-    proxy += count_at_proxy(candidates) + seeds
-    sizes = [plan.Size("verify", as_target(config, target, *shape), count) for shape, count in
-             zip(shapes, count_trainings(shapes, candidates, seeds), strict=True)]
-    if below := size_below(config, target):
-        sizes.insert(0, plan.Size("smaller", as_target(config, target, *below), 2))
-    return [plan.Size("proxy", config, proxy), *sizes]
+    at_proxy = {"draws": trials, "more draws if a range proves too narrow": trials // MORE_DRAWS,
+                "of the best few on other seeds": race}
+    if "lr" in space:
+        at_proxy["for the lr of the best"] = len(OCTAVES) * min(CURVE_SEEDS, seeds) + seeds
+    shapes, sizes = verification_sizes(config, target, options), []
+    if shapes:
+        candidates = VERIFIED + len(presets_for(config)) + 2
+        at_proxy["to compare with larger sizes"] = count_at_proxy(candidates) + seeds
+        counts = count_trainings(shapes, candidates, seeds)
+        sizes = [plan.Size("verify", as_target(config, target, *shape), {"trainings": count})
+                 for shape, count in zip(shapes, counts, strict=True)]
+        if below := size_below(config, target):
+            sizes.insert(0, plan.Size("smaller", as_target(config, target, *below), {"trainings": 2}))
+    return [plan.Size("proxy", config, at_proxy), *sizes]
 
 
 def check_search(config, space, options):
     """Raises UserError for a search that cannot be made, before it makes a folder."""
+    if not config.steps:
+        raise UserError("steps must be 1 or more for a search, got 0")
     if options["sampler"] not in SAMPLERS:
         raise UserError(f"sampler must be {' or '.join(SAMPLERS)}, got {options['sampler']}")
     for name, most in MOST.items():
@@ -542,9 +553,15 @@ def run_search(config, space, options, target=None):
 
 def print_plan(config, target, space, options):
     """What is to be trained, what it costs and what transfers; with --plan, how long it takes, too."""
-    open_dataset(config, target)
+    dataset, where = open_dataset(config, target), storage_place(options)
+    if options["plan"] and os.path.exists(where):  # which may be of another search
+        with storage_errors_in_one_line(storage := open_storage(where), where):
+            Search(config, space, options, None, storage, dataset, target)
     sizes = planned_sizes(config, target, space, options)
     print(*plan.describe_plan(sizes, target, options["target"]), sep="\n")
+    tokens = config.tokens_before(config.steps)
+    print(f"text: {dataset.train_tokens:,} training tokens; a training of the proxy reads {tokens:,}: "
+          f"{dataset.describe_epochs(tokens)}")
     if target is not None and len(sizes) == 1 and options["verify"]:
         print("no width lies between the proxy and the target: nothing is verified there")
     if options["plan"]:

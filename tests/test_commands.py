@@ -107,11 +107,16 @@ def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):
     (["config/prxy.py"], "config/prxy.py: No such file or directory; did you mean config/proxy.py?"),
     (["out/mine2"], "out/mine2: No such file or directory; did you mean out/mine?"),
     (["out/mine2", "--prompt=hi"], "out/mine2: No such file or directory; did you mean out/mine?"),
+    (["../texts/mien.py"], "../texts/mien.py: No such file or directory; did you mean ../texts/mine.py?"),
+    (["out/found"], "out/found is the folder of a search; its settings are out/found/best.py"),
+    (["named.py"], "named.py: line 2: NameError: name 'novels' is not defined"),
     (["nothing-like-it"], "nothing-like-it: No such file or directory")])
 def test_a_slip_is_answered_with_what_was_meant(words, advice, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out" / "mine").mkdir(parents=True)
-    (tmp_path / "out" / "mine" / "config.json").write_text("{}")
+    for path, text in {"out/mine/config.json": "{}", "out/found/best.py": "lr = 0.5", "../texts/mine.py": "",
+                       "named.py": "lr = 0.5\ndataset = novels"}.items():
+        (tmp_path / "here" / path).parent.resolve().mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / path).resolve().write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError) as caught:
         sampling_config(words) or configure(words)
     advice = advice.replace("config/proxy.py?", os.path.relpath(os.path.join(ROOT, "config/proxy.py")) + "?")

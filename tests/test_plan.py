@@ -53,7 +53,8 @@ def test_the_proxy_of_a_target_with_few_key_heads_has_as_many_queries_for_each()
     ({"proxy_depth": 99}, [], "target"), ({}, ["--init_from=gpt2"], "init_from"),
     ({"proxy": "lr:0.1"}, [], "proxy"), ({"proxy": "width:64"}, [], "proxy"),
     ({"proxy": "steps:x"}, [], "proxy"),
-    ({"proxy": "steps:9"}, ["config/proxy.py"], "proxy"),
+    ({"proxy": "steps:9"}, ["config/proxy.py"], "proxy"), ({}, ["config/target.py"], "target"),
+    ({"target": "config/proxy.py"}, ["config/target.py"], "target"),
     ({"proxy_width": 64, "target": ""}, [], "proxy_width")])
 def test_a_proxy_that_cannot_be_is_rejected_by_name(given, words, name, monkeypatch):
     monkeypatch.setattr("configure.settings_to_start_from", lambda source: {})
@@ -102,6 +103,23 @@ def test_a_plan_times_each_size_and_leaves_no_folder(target, tmp_path, monkeypat
     for said in ("width 64, depth 2", "width 16, depth 1", "verify", "% of the target's", "seconds",
                  "memory of the target", "from the target in width, depth:"):
         assert said in output
+
+
+def test_a_plan_for_the_folder_of_another_search_says_so(target, tmp_path):
+    words = [f"--target={target}", "--plan", f"--out={tmp_path}/out", "--trials=1", "--seeds=1"]
+    given = options(target=target, trials=1, seeds=1, out=str(tmp_path / "out"), sampler="tpe", verify=False)
+    proxy, _ = search.proxy_and_target(given, ["--steps=1"])
+    search.run_search(proxy, search.parse_space("lr", proxy), given)
+    for other in ([], ["--space=lr", "--steps=2"]):
+        with pytest.raises(UserError, match="is of another search"):
+            search.main([*words, *other])
+
+
+@pytest.mark.parametrize("changed", [["--steps=0"], ["--steps=3", "--proxy=steps:0"]])
+def test_a_search_of_no_steps_is_rejected(target, tmp_path, changed):
+    with pytest.raises(UserError, match="^steps must be 1 or more"):
+        search.main([f"--target={target}", f"--out={tmp_path}/out", *changed])
+    assert not os.path.exists(tmp_path / "out")
 
 
 def test_the_plan_counts_at_least_the_trainings_that_a_search_makes(target, tmp_path, monkeypatch):

@@ -102,6 +102,18 @@ def test_a_target_of_another_text_or_block_than_was_searched_is_rejected_unless_
     assert configure(words).lr == 0.25
 
 
+def test_a_target_after_best_py_that_would_undo_what_was_found_is_rejected(tmp_path):
+    (tmp_path / "best.py").write_text("lr = 0.25\nsteps = 9")
+    for own, rejected in (("width = 64\nsteps = 8", ""), ("lr = 0.25", ""), ("lr = 0.5", "lr")):
+        (tmp_path / "target.py").write_text(own)
+        words = [str(tmp_path / "best.py"), str(tmp_path / "target.py")]
+        if rejected:
+            with pytest.raises(UserError, match=f"^{rejected} is 0.25 in .*best.py.* last"):
+                configure(words)
+            words.append(f"--{rejected}=0.125")
+        assert configure(words).lr == (0.125 if rejected else 0.25)
+
+
 @pytest.mark.parametrize(("words", "name"), [
     (["config/target.py", "out/search/best.py"], "target"),
     (["out/mine/best.py", "--width=512"], "mine-best"),
