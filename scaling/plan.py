@@ -111,7 +111,7 @@ def known_of_shape(name, target):
         return ("transfers, but for the lr, whose best value moves by -0.19 octaves (factors of 2) each time "
                 "the width doubles, with 32 sequences a step; it matters less with more")
     most = {"width": 0.05, "depth": 0.12}[name]
-    return ("transfers: in longer runs, from width 64 to 2048 and depth 2 to 64, the best lr moved by at most "
+    return ("transfers: in longer runs of widths 64 to 2048 and depths 2 to 64 the best lr moved by at most "
             f"{most} octaves (factors of 2) each time the {name} doubled")
 
 
