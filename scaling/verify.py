@@ -8,6 +8,7 @@ is trained at up to two more sizes, for a forecast of the target's loss (scaling
 import math
 import os
 from dataclasses import replace
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ def depth_at(width, proxy, target):
 def size_below(proxy, target):
     """(width, depth) of half the proxy's width: it costs little, and shows how the loss bends. None where
     that holds no whole heads: half the depth in its place lies far off the law where a text has much to
-    copy, and made a forecast 0.2 nats too high (scaling/results/README.md, "A forecast from the proxy")."""
+    copy, and once made a forecast 0.2 nats too high (Muon, manual pages: 2.450, measured 2.233)."""
     half = proxy.width // 2
     return (half, proxy.depth) if half % target.head_dim == 0 else None
 
@@ -116,18 +117,19 @@ class Candidate(NamedTuple):
     proxy_rows: list
     rows: list
 
-    @property
-    def proxy_loss(self):
-        return mean_loss(self.proxy_rows)
-
-    @property
-    def loss(self):
-        return mean_loss(self.rows)
-
 
 def mean_loss(rows):
     """Infinite where one diverged, or there is none."""
     return float(np.mean([loss_of(row) for row in rows])) if rows else math.inf
+
+
+def on_shared_seeds(candidates):
+    """These Candidates with the rows of the seeds alone that all of them have, wherever they have any."""
+    columns = [rows for each in candidates for rows in (each.proxy_rows, each.rows) if rows]
+    seeds = [{row["seed"] for row in rows} for rows in columns]
+    def shared(rows):
+        return [row for row in rows if all(row["seed"] in others for others in seeds)]
+    return [each._replace(proxy_rows=shared(each.proxy_rows), rows=shared(each.rows)) for each in candidates]
 
 
 def rows_over_seeds(search, configs, seeds, what):
@@ -181,8 +183,7 @@ def verify(search, candidates, target, sizes):
     proxy_rows = rows_over_seeds(search, configs, [1, 2], "candidates at the proxy")
     rows = race(search, larger, seeds, "candidates at a larger size")
     found = [Candidate(*each) for each in zip(names, configs, proxy_rows, rows, strict=True)]
-    most = max(len(candidate.rows) for candidate in found)
-    winner = min((candidate for candidate in found if len(candidate.rows) == most), key=lambda c: c.loss)
+    winner = min(found, key=lambda each: (-len(each.rows), mean_loss(each.rows)))
     shift = [lr_at(search, winner.config, "lr at the proxy"),
              lr_at(search, as_target(winner.config, target, *sizes[0]), "lr at a larger size")]
     noise = pooled_noise([candidate.rows for candidate in found])
@@ -214,10 +215,11 @@ class Verification:
     def __init__(self, found, winner, target, sizes, noise, shift, points, search):
         self.found, self.winner, self.target, self.sizes = found, winner, target, sizes
         self.noise, self.shift, self.points = noise, shift, points
-        self.best, self.loss, self.error = winner.config, winner.loss, self.error_of(winner.rows)
-        proxy, larger = ([getattr(each, which) for each in found] for which in ("proxy_loss", "loss"))
+        self.best, self.loss, self.error = winner.config, mean_loss(winner.rows), self.error_of(winner.rows)
+        proxy, larger = ([mean_loss(getattr(each, column)) for each in on_shared_seeds(found)]
+                         for column in ("proxy_rows", "rows"))
         self.rank = rank_correlation(np.array(proxy), np.array(larger))
-        self.favourite = min(found, key=lambda each: each.proxy_loss)
+        self.favourite = min(found, key=lambda each: mean_loss(each.proxy_rows))
         self.misordered = self.find_misordered()
         self.holds = not self.misordered and math.isfinite(self.loss)
         self.parameters = model_size(with_vocab_size(target, search.dataset)).parameters
@@ -232,41 +234,48 @@ class Verification:
         return self.noise[0] / math.sqrt(len(rows)) if rows else math.nan
 
     def find_misordered(self):
-        """[(a, b)]: a is clearly not worse than b at the proxy, and clearly worse at the larger size; by more
-        than CLEAR and two standard errors. For the proxy's favourite a tie there is enough: a search would
-        have chosen it."""
-        def clearly_worse(a, b, loss, rows):
-            error = math.hypot(self.error_of(getattr(a, rows)), self.error_of(getattr(b, rows)))
-            return getattr(a, loss) - getattr(b, loss) > max(CLEAR, 2 * error)
-        return [(a, b) for a in self.found for b in self.found
-                if clearly_worse(a, b, "loss", "rows")
-                and (a is self.favourite or clearly_worse(b, a, "proxy_loss", "proxy_rows"))]
+        """[(a, b)]: a is clearly better than b at the proxy, and clearly worse at the larger size; by more
+        than CLEAR and two standard errors, on the seeds that both have. For the proxy's favourite a tie there
+        is enough: a search would have chosen it."""
+        def clearly_worse(rows, others):
+            error = math.hypot(self.error_of(rows), self.error_of(others))
+            return mean_loss(rows) - mean_loss(others) > max(CLEAR, 2 * error)
+        return [(a, b) for a, b in map(on_shared_seeds, permutations(self.found, 2))
+                if clearly_worse(a.rows, b.rows)
+                and (a.name == self.favourite.name or clearly_worse(b.proxy_rows, a.proxy_rows))]
 
     def format_table(self):
         (width, depth), proxy = self.sizes[0], self.best
         length = max(len(each.name) for each in self.found)
         lines = [f"verified at width {width}, depth {depth}, {self.target.steps:,} steps of "
-                 f"{self.target.batch} x {self.target.context} tokens; loss, with standard error and seeds:",
-                 f"  {'':{length}}  {f'proxy {proxy.width} x {proxy.depth}':>18}"
+                 f"{self.target.batch} x {self.target.context} tokens; what looked worse, on fewer seeds;",
+                 "mean validation loss ± standard error (number of seeds; compare means of as many):",
+                 f"  {'':{length}}  {f'proxy {proxy.width} x {proxy.depth}':>22}"
                  f"  {f'{width} x {depth}':>22}"]
-        for each in sorted(self.found, key=lambda each: each.loss):
+        for each in sorted(self.found, key=lambda each: (-len(each.rows), mean_loss(each.rows))):
             mark = "  <- chosen" if each is self.winner else ""
-            at_proxy = f"{each.proxy_loss:9.4f} ± {self.error_of(each.proxy_rows):.4f}"
-            at_larger = f"{each.loss:9.4f} ± {self.error_of(each.rows):.4f} ({len(each.rows)})"
-            lines.append(f"  {each.name:{length}}  {at_proxy:>18}  {at_larger:>22}{mark}")
+            at_proxy, at_larger = (f"{mean_loss(rows):.4f} ± {self.error_of(rows):.4f} ({len(rows)})"
+                                   for rows in (each.proxy_rows, each.rows))
+            lines.append(f"  {each.name:{length}}  {at_proxy:>22}  {at_larger:>22}{mark}")
         return lines
 
     def format_judgement(self):
-        rank = "" if math.isnan(self.rank) else f" (rank correlation {self.rank:+.2f})"
+        rank = "" if math.isnan(self.rank) else f" (rank correlation {self.rank:+.2f}, on shared seeds)"
+        lines = [f"the proxy's order holds at the larger size, to within seed noise{rank}"]
+        if self.holds and self.winner is not self.favourite:
+            lines.append(f"chosen: {self.winner.name}, though {self.favourite.name} was best at the proxy; "
+                         "at the larger size the two differ by no more than seed noise")
         if self.holds:
-            return [f"the proxy's order holds at the larger size{rank}"]
+            return lines
         if not math.isfinite(self.loss):
             return ["NO CANDIDATE WAS TRAINED TO ITS END at the larger size; before you pay for the target: "
-                    "search again with smaller rates, as --space=lr:2**-12..2**-8"]
+                    "search again with smaller learning rates, for example --space=lr:2**-12..2**-8"]
         lines = [f"THE PROXY'S ORDER DOES NOT HOLD at the larger size{rank}:"]
         for a, b in self.misordered[:3]:
-            outcome = f"is {a.loss - b.loss:.3f} worse" if math.isfinite(a.loss) else "diverges"
-            lines.append(f"  {a.name} looked no worse than {b.name} at the proxy, and {outcome} here")
+            difference = mean_loss(a.rows) - mean_loss(b.rows)
+            outcome = f"is {difference:.3f} worse" if math.isfinite(difference) else "diverges"
+            lines.append(f"  {a.name} looked no worse than {b.name} at the proxy, and {outcome} at the "
+                         "larger size, on the seeds they share")
         return [*lines, f"before you pay for the target: {self.advice()}"]
 
     def advice(self):
@@ -283,25 +292,23 @@ class Verification:
         (at_proxy, _), (at_larger, losses) = self.shift
         if not math.isfinite(self.loss):
             return []
-        width, depth = self.sizes[0]
-        best = f"the best lr at {width} x {depth} lies"
-        if at_proxy is not None and at_larger is not None:
-            return [f"from the proxy to {width} x {depth} the best lr moves by {at_larger - at_proxy:+.2f} "
-                    "octaves (one seed)"]
-        if at_larger is not None:
-            offset = at_larger - math.log2(self.best.lr)
-            return [f"{best} {offset:+.2f} octaves from the chosen one (one seed)"]
-        lowest = math.log2(min(losses, key=losses.get) / self.best.lr)
-        return [f"{best} {lowest:+.1f} octaves from the chosen one or further, or its curve is lost in noise "
-                "(one seed)"]
+        where, octaves = "at {} x {}".format(*self.sizes[0]), "octaves (factors of 2)"
+        if at_larger is None:
+            lowest = math.log2(min(losses, key=losses.get) / self.best.lr)
+            return [f"the best lr {where} was not found: of the {len(losses)} tried, on one seed, the lowest "
+                    f"loss is at the one {lowest:+.1f} {octaves} from the chosen lr"]
+        start, which = at_proxy, "the proxy's best"
+        if at_proxy is None:
+            start, which = math.log2(self.best.lr), "the chosen one"
+        return [f"the best lr {where} lies {at_larger - start:+.2f} {octaves} from {which} (on one seed)"]
 
     def format_forecast(self):
-        name = f"the target ({self.target.width} x {self.target.depth})"
+        name = f"the target's loss ({self.target.width} x {self.target.depth})"
         if self.forecast is None:
-            return [f"no forecast for {name}: too few sizes were trained to their end"]
+            return [f"no forecast of {name}: too few sizes were trained to their end"]
         low, middle, high = self.forecast
-        return [f"forecast of the loss of {name}: {middle:.3f}, 95% interval {low:.3f} to {high:.3f}, from "
-                f"{len(self.points)} sizes"]
+        return [f"forecast of {name}: {middle:.3f}, 95% interval {low:.3f} to {high:.3f}, from the chosen "
+                f"settings at {len(self.points)} smaller sizes"]
 
     def draw(self, folder):
         """Writes verify.png to `folder`; returns its path."""
@@ -314,12 +321,12 @@ class Verification:
 
     def draw_candidates(self, ax, figures):
         """The loss at the larger size against the proxy's, a point for each candidate."""
-        finite = [each for each in self.found if np.isfinite([each.proxy_loss, each.loss]).all()]
+        finite = [each for each in self.found if mean_loss(each.proxy_rows) + mean_loss(each.rows) < math.inf]
         for i, each in enumerate(finite):
-            style = figures.line_style(i)
+            style, x, y = figures.line_style(i), mean_loss(each.proxy_rows), mean_loss(each.rows)
             if each is self.winner:
-                ax.plot(each.proxy_loss, each.loss, "o", markersize=18, mfc="none", mec="k")
-            ax.errorbar(each.proxy_loss, each.loss, xerr=self.error_of(each.proxy_rows),
+                ax.plot(x, y, "o", markersize=18, mfc="none", mec="k")
+            ax.errorbar(x, y, xerr=self.error_of(each.proxy_rows),
                         yerr=self.error_of(each.rows), linestyle="none", label=each.name, **style)
         (width, depth), proxy = self.sizes[0], self.best
         rank = "" if math.isnan(self.rank) else f", rank correlation {self.rank:+.2f}"

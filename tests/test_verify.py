@@ -1,5 +1,6 @@
 """What a search found, tried between the proxy and the target: scaling/verify.py and scaling/forecast.py."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ class FakeSearch:
         rng = np.random.default_rng(config.seed + config.width + round(1e6 * config.weight_decay))
         loss = law(config) + self.quality(config) + np.log2(config.lr / PROXY.lr)**2 / 5
         return {"val_loss": loss + self.noise * rng.standard_normal(), "diverged": not np.isfinite(loss),
-                "parameters": 12 * config.depth * config.width**2}
+                "parameters": 12 * config.depth * config.width**2, "seed": config.seed}
 
 
 def law(config):
@@ -87,6 +88,33 @@ def test_differences_within_the_noise_are_no_disorder():
     assert verified(FakeSearch(lambda config: 0.0, noise=0.01)).holds
 
 
+def test_order_is_judged_on_the_seeds_that_both_have():
+    """The first seed is easy at the larger size: those that got no other look better than they are, and the
+    proxy's favourite, which got all, does not lose to them."""
+    def quality(config):
+        return config.weight_decay - 0.5 * (config.width > 128 and config.seed == 1)
+    found = verified(FakeSearch(quality, noise=0.0))
+    assert [len(each.rows) for each in found.found] == [3, 3, 2, 1, 1]
+    assert found.found[0].rows[2]["val_loss"] > found.found[4].rows[0]["val_loss"] + 0.4
+    assert found.holds
+    assert found.rank == pytest.approx(1)
+
+
+def test_a_choice_that_is_not_the_proxys_favourite_is_explained():
+    """By less than noise: decay 0.01 leads at the larger size, decay 0 at the proxy."""
+    def quality(config):
+        return abs(config.weight_decay - 0.01 * (config.width > 128)) / 2
+    found = verified(FakeSearch(quality, noise=0.0))
+    assert found.holds and found.winner is not found.favourite
+    assert "chosen: decay 0.01" in found.text
+    assert "chosen: " not in verified(FakeSearch(noise=0.0)).text
+
+
+def test_the_table_counts_the_seeds_of_each_mean():
+    [row] = [line for line in verified(FakeSearch()).text.splitlines() if line.endswith("<- chosen")]
+    assert re.findall(r"\((\d)\)", row) == ["2", "3"]
+
+
 def test_candidates_are_tried_with_the_targets_context_batch_and_steps():
     target = replace(TARGET, context=128, batch=16, steps=80)
     search = FakeSearch(lambda config: config.weight_decay * (10 if config.context > 64 else -10))
@@ -123,8 +151,8 @@ def test_what_diverges_or_fails_is_not_chosen():
 
 
 @pytest.mark.parametrize("row_of", [
-    lambda config: None, lambda config: {"val_loss": np.nan, "diverged": True, "parameters": 1},
-    lambda config: {"val_loss": 3.0, "diverged": config.width > 128, "parameters": config.width}])
+    lambda config: None, lambda config: {"val_loss": np.nan, "diverged": True, "parameters": 1, "seed": 1},
+    lambda config: {"val_loss": 3.0, "diverged": config.width > 128, "parameters": 1, "seed": config.seed}])
 def test_nothing_is_forecast_of_candidates_that_all_fail_or_diverge(row_of, tmp_path):
     search = FakeSearch()
     search.row_of = row_of
