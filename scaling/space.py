@@ -184,13 +184,13 @@ def at_edge(config, space):
     return found
 
 
-def widened(space, config):
-    """{setting: wider Range} where the winner `config` lies at an end of a range that is the default's."""
+def widened(space, config, own=False):
+    """{setting: wider Range} where the winner `config` is at an end of a default range, or `own`, of any."""
     found = {}
     for name, _ in at_edge(config, space):
         domain = space[name]
         number = number_of(getattr(config, name), domain)
-        if domain != domain_of(name, config) or number <= 0:
+        if number <= 0 or not own and domain != domain_of(name, config):
             continue
         limit = math.inf if SETTINGS[name].accepts(2.0) else BELOW_ONE
         if number > math.sqrt(domain.low * domain.high):
