@@ -2,30 +2,40 @@
 
 import math
 import shlex
+import statistics
+from dataclasses import replace
 
 from configure import TUNED, names_in, split_words
 from scaling.plan import training_flops
 from scaling.rows import loss_of
-from scaling.space import at_edge
+from scaling.space import Range, at_edge, widened
 from scaling.study import importances
+from scaling.trials import find_row
 
 # What best.py leaves to the target: its size, its batches, and how much of the text it reads
 TARGETS_OWN = {"width", "depth", "head_dim", "kv_heads", "context", "vocab_size", "batch", "batch_start",
                "batch_ramp_tokens", "max_tokens", "init_from", "seed"}
+COMMENTS = {"base_width": "  # base_*: the shape at which all rules are the identity; leave it as it is"}
 
 
-def format_loss(mean, error):
-    """A mean over seeds with its standard error, nan for one seed."""
-    return f"{mean:.4f} on one seed" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
+def format_losses(search, config):
+    """The mean loss of a Config and its standard error, over the fresh seeds that it has been trained on."""
+    done = search.complete_rows()
+    fresh = [replace(config, seed=config.seed + k) for k in range(1, search.options["seeds"] + 1)]
+    losses = [loss_of(row) for each in fresh if (row := find_row(done, search.key_of(each)))]
+    mean, seeds = statistics.fmean(losses or [math.inf]), f"(seeds: {len(losses)})"
+    if len(losses) < 2 or math.isinf(mean):
+        return f"{mean:.4f} {seeds}"
+    return f"{mean:.4f} ± {statistics.stdev(losses) / math.sqrt(len(losses)):.4f} {seeds}"
 
 
 def format_best(search, draws, others):
     """The text of best.py: how it was found, and all that the target takes from the proxy. What came from
     outside, as the name of a data set, stands there as a literal and nowhere else."""
-    mean, error, config = search.best or search.lowest_draw(draws)
+    mean, _, config = search.best or search.lowest_draw(draws)
     loss = f"{mean:.4f} on one seed"
     if search.best:
-        loss = f"{format_loss(mean, error)}, the mean of {search.options['seeds']} seeds that no draw used"
+        loss = f"{format_losses(search, config)}, on seeds that no draw used"
     if search.failed() or not search.best:
         loss += ": the search is not finished"
     lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
@@ -35,13 +45,13 @@ def format_best(search, draws, others):
              f"{len(draws)} draws and {len(others)} trials for seeds, lr and verification, "
              f"{spent_flops(draws + others):.2e} FLOPs."]
     if search.verification:
-        sizes = ", ".join(f"{width} x {depth}" for width, depth in search.sizes)
-        lines.append(f"# Chosen by its loss at {sizes} (width x depth): "
-                     f"{format_loss(search.verification.loss, search.verification.error)}.")
+        (width, depth), found = search.sizes[0], search.verification
+        lines.append(f"# Chosen by its loss at width {width}, depth {depth}: {found.loss:.4f} ± "
+                     f"{found.error:.4f} (seeds: {len(found.winner.rows)}).")
     for group in ("data", "function", "init", "optimizer", "training"):
         lines += ["", f"# {group.capitalize()}"]
         names = [name for name in names_in(group) if name not in TARGETS_OWN]
-        lines += [f"{name} = {getattr(config, name)!r}" for name in names]
+        lines += [f"{name} = {getattr(config, name)!r}{COMMENTS.get(name, '')}" for name in names]
     return "\n".join(lines) + "\n"
 
 
@@ -60,10 +70,10 @@ def format_report(search, draws, others):
     reached = [f"{n}: {min(losses[:n]):.4f}" for n in counts]
     lines.append(f"best after so many draws: {', '.join(reached)}")
     if search.leaders:
-        lines.append("leaders, mean of up to "
-                     f"{search.options['seeds']} other seeds and its standard error:")
-        lines += [f"  {format_loss(mean, error)}  {describe(config, search.space)}"
-                  for mean, error, config in search.leaders]
+        lines.append("leaders, before the lr of the first is tuned; mean ± standard error so far, on seeds "
+                     "that no draw used:")
+        lines += [f"  {format_losses(search, config)}  {describe(config, search.space)}"
+                  for _, _, config in search.leaders]
     lines += describe_edges(search, draws) + describe_importances(search)
     if search.verification:
         lines.append(search.verification.text)
@@ -72,15 +82,23 @@ def format_report(search, draws, others):
 
 def describe_edges(search, draws):
     """Lines about the ends of ranges: what was widened, and where the best lies now."""
-    lines, (_, _, best) = [], search.best or search.lowest_draw(draws)
-    for name in search.widened:
-        domain = search.space[name]
-        low, high = (1 - domain.high, 1 - domain.low) if domain.complement else (domain.low, domain.high)
-        lines.append(f"widened, as the best draw lay at an end: {name} from {low:.3g} to {high:.3g}")
-    edges = [f"{name} ({end})" for name, end in at_edge(best, search.space)]
+    _, _, best = search.best or search.lowest_draw(draws)
+    lines = [f"widened, as the best draw lay at an end: {format_domain(name, search.space[name])}"
+             for name in search.widened]
+    wider = widened(search.space, best, own=True)
+    edges = [f"{name} ({end})" for name, end in at_edge(best, search.space) if name in wider]
     if edges:
-        lines.append(f"at an end of its range, so that better may lie beyond: {', '.join(edges)}")
+        items = ",".join(format_domain(*item) for item in (search.space | wider).items())
+        lines.append(f"at an end of its range, so that better may lie beyond: {', '.join(edges)}\n"
+                     f"  to look there, search again with another --out and --space={items}")
     return lines
+
+
+def format_domain(name, domain):
+    if not isinstance(domain, Range):
+        return name if len(domain.values) > 1 else f"{name}:{str(domain.values[0]).lower()}"
+    low, high = (1 - domain.high, 1 - domain.low) if domain.complement else (domain.low, domain.high)
+    return f"{name}:{low:.5g}..{high:.5g}"
 
 
 def describe_importances(search):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from children import claim_draws, hold_trial, run_command
@@ -67,7 +68,7 @@ def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path
     assert mean == pytest.approx(sum(row["val_loss"] for row in finals) / 2) and error > 0
     other = configure([str(tmp_path / "best.py"), "--width=64", "--seed=5", "--steps=3"])
     assert (other.lr, other.weight_decay, other.width, other.seed) == (best.lr, 0.01, 64, 5)
-    assert "sampler tpe, seed 0, 10 draws and" in text and "the mean of 2 seeds" in text
+    assert "sampler tpe, seed 0, 10 draws and" in text and "(seeds: 2), on seeds that no draw used" in text
     assert report == (tmp_path / "search.txt").read_text() and "best after so many draws: 1: " in report
     assert (tmp_path / "search.png").stat().st_size > 10_000
 
@@ -535,7 +536,7 @@ def test_a_winner_at_the_end_of_a_range_widens_it_once(corpus, tmp_path, monkeyp
     draws, _ = found.rows()
     assert len(draws) == 10 and min(row["lr"] for row in draws[:8]) >= 2**-7.01
     assert max(row["lr"] for row in draws[8:]) < 2**-8.9 and found.space["lr"] == Range(2**-9, 2**-6.5)
-    assert "widened, as the best draw lay at an end: lr from 0.00195 to" in report
+    assert "widened, as the best draw lay at an end: lr:0.0019531.." in report
     monkeypatch.setattr(sweep, "train", None)
     again, *_ = run(corpus | {"lr": 2**-6.8}, tmp_path, narrow, trials=8, steps=2)
     assert [row["config"] for row in again.rows()[0]] == [row["config"] for row in draws], "once"
@@ -556,14 +557,34 @@ def test_a_range_is_widened_at_the_end_where_the_winner_lies(monkeypatch, name, 
         assert space.widened({name: own}, Config(**{name: value})) == {}, "one's own range is not left"
 
 
+def test_a_best_at_the_end_of_a_range_comes_with_a_space_that_reaches_further():
+    config = Config(lr=2**-5, beta1=0.949, zero_query=True, weight_decay=0.0)
+    drawn = parse_space("lr,beta1,zero_query:true,schedule,warmup:0.01..0.4,weight_decay", config)
+    found = SimpleNamespace(space=drawn, widened={}, best=(3.0, 0.1, config))
+    [text] = search.search_report.describe_edges(found, [])
+    wider = parse_space(text.partition("--space=")[2], config)
+    further = {"lr": Range(2**-11, 2**-3), "beta1": Range(0.0125, 0.3, complement=True)}
+    assert wider == {name: pytest.approx(domain, rel=1e-3) if isinstance(domain, Range) else domain
+                     for name, domain in (drawn | further).items()}
+    assert "weight_decay (" not in text, "there is nothing below 0"
+
+
 def test_leaders_race_so_that_the_worse_get_fewer_seeds(corpus, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(search, "OCTAVES", ())
-    found, *_ = run(corpus, tmp_path, LR_ONLY, trials=7, seeds=4, steps=2)
+    found, _, report = run(corpus, tmp_path, LR_ONLY, trials=7, seeds=4, steps=2)
     _, others = found.rows()
     seeds = [sum(row["lr"] == config.lr for row in others) for _, _, config in found.leaders]
     assert seeds == [4, 4, 2, 1, 1]
     assert found.leaders[0][0] <= found.leaders[1][0]
+    assert re.findall(r"\(seeds: (.)\)  lr", report) == ["4", "4", "2", "1", "1"]
+    with Worker(str(tmp_path)) as found.worker:  # the third is chosen after all, and trained on all seeds
+        found.open_studies(found.storage)
+        found.best, = found.over_seeds([found.leaders[2][2]], "the best")
+        best_text, report = found.report()
+    mean, error, _ = found.best
+    for text in best_text, report:
+        assert f"{mean:.4f} ± {error:.4f} (seeds: 4)" in text
 
 
 def test_a_preset_that_was_drawn_and_led_is_the_same_candidate():
@@ -581,6 +602,7 @@ def test_a_preset_that_was_drawn_and_led_is_the_same_candidate():
 class Chooses:
     """A stand-in for scaling.verify: of the candidates, the one of this name is the best."""
     best = loss = error = None
+    winner = SimpleNamespace(rows=[{}, {}])
     text, forecast, holds = "what was verified", None, True
 
     def __init__(self, name):
@@ -608,7 +630,7 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
                         "--space=lr", f"--out={tmp_path}/out"]) == 0
     assert verify.calls == [["leader 1", "leader 2", "config/muon.py", "as given", "defaults"]]
     text = (tmp_path / "out/best.py").read_text()
-    assert "# Chosen by its loss at 32 x" in text and ": 4.2500 ± 0.0100." in text
+    assert "# Chosen by its loss at width 32, depth" in text and ": 4.2500 ± 0.0100 (seeds: 2)." in text
     assert "what was verified" in (tmp_path / "out/search.txt").read_text()
     assert (tmp_path / "out/verify.png").exists()
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train the target: ")]
