@@ -212,6 +212,8 @@ class Config:
         if self.batch_ramp_tokens is not None and self.batch_start in (None, self.batch):
             raise UserError(f"batch_start must be a divisor of batch ({self.batch}) and below it, got "
                             f"{self.batch_start}, where batch_ramp_tokens is set")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise UserError(f"head_dim must be even with position=rotary, got {self.head_dim}")
         heads = self.width // self.head_dim
         if self.kv_heads is not None and heads % self.kv_heads:
             raise UserError(f"kv_heads must divide the number of heads (width / head_dim = {heads}), got "
@@ -397,6 +399,8 @@ def check_setting(name, value, where=""):
     kind = declared.kind
     if value is None and declared.optional:
         return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         value = value.item() if value.ndim == 0 else value  # numpy's numbers are Python's to us
     if type(value) in (int, float) and abs(value) < 1e99:
@@ -579,6 +583,8 @@ def configure(argv, usage=None, names=None):
     usage, names: of the command, its help and the settings that it uses; a flag for another is rejected.
     None: train.py's, and all.
     """
+    if isinstance(argv, str):
+        raise UserError(f"configure() takes a list of words, such as [{argv!r}], got {argv!r}")
     if asks_for_help(argv):
         print(help_text(usage, names))
         sys.exit()

@@ -197,8 +197,6 @@ class GPT(nn.Module):
         self.config = config
         if config.vocab_size is None:
             raise UserError("vocab_size must be the tokenizer's number of tokens, got None")
-        if config.position == "rotary" and config.head_dim % 2:
-            raise UserError(f"head_dim must be even with position=rotary, got {config.head_dim}")
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)

@@ -167,14 +167,17 @@ def base_std(config, role, fan_in):
 
 
 def base_lr_mult(config, role):
-    """The tuned factor on lr."""
+    """The tuned factor on lr. Raises UserError for a role that is not told which it has."""
     if role == "hidden":
         return 1.0
     if role in ("embedding", "value_embedding"):
         return config.embedding_lr_mult
     if role == "readout":
         return config.readout_lr_mult
-    return config.norm_lr_mult
+    if role in ("norm", "bias", "final_norm"):
+        return config.norm_lr_mult
+    raise UserError(f"parametrization.py: role {role} has no factor on lr; add it to base_lr_mult(), with "
+                    "1.0 for none")
 
 
 class BatchAndHorizon(NamedTuple):

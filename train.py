@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 
 # Before torch: it rejects a deleted working directory, on which importing torch fails
@@ -64,6 +65,7 @@ from training.schedule import LearningRate, decay_start, describe_more_steps
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left{postfix}"
 READ_SECONDS = 0.5  # the metrics are read after a step that ends so long after the last read
+LINE_SECONDS = 30  # between two lines of progress in a file, where there is no bar
 
 
 @dataclass
@@ -104,6 +106,7 @@ class Run:
     watch: Watch  # calls the observers
     log: RunLog | None = None
     stop_early: dict = field(default_factory=dict)  # see train()
+    said: float = field(default_factory=time.monotonic)  # when show_progress() last printed a line
 
 
 # The step and the loop
@@ -258,7 +261,8 @@ def end_diverged(run, row):
 
 
 def show_progress(progress, run, rows):
-    """The progress bar after `rows`, the newest rows of metrics.csv."""
+    """The progress bar after `rows`, the newest rows of metrics.csv. Where the output is no terminal, as in a
+    job's log, a line now and then."""
     row = rows[-1]
     speed = row["tokens_per_second"]
     text = f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s"
@@ -267,6 +271,9 @@ def show_progress(progress, run, rows):
         text += f", MFU {speed * run.model.flops_per_token() / peak:.1%}"
     progress.set_postfix_str(text)
     progress.update(len(rows))
+    if progress.disable and time.monotonic() - run.said > LINE_SECONDS:
+        run.said = time.monotonic()
+        run.say(f"step {row['step']:,} of {run.config.steps:,}: {text}")
 
 
 # A run from its start to its end
@@ -430,8 +437,8 @@ def fit(run, quiet):
         learning_rate = LearningRate(run.optimizer, config, graph)
         # The first Ctrl-C or SIGTERM is put into this list: the loop then saves a checkpoint and returns
         signals = during.enter_context(catch_signals())
-        progress = during.enter_context(tqdm(total=config.steps, initial=run.start, disable=quiet,
-                                             bar_format=BAR))
+        progress = during.enter_context(tqdm(total=config.steps, initial=run.start, disable=quiet or None,
+                                             bar_format=BAR))  # None: unless it is a terminal
         if run.is_new and is_due_after(config, 0):  # a new run is evaluated before its first step, too
             if evaluates_after(config, 0):
                 run.result.history.append({"step": 0, "tokens": 0})
@@ -455,6 +462,7 @@ def evaluate_finished(run):
 def finish(run):
     """What a run measures of itself and writes at its end."""
     result = run.result
+    run.model.eval()  # for whoever goes on to use it: without dropout
     run.log.draw()
     result.tokens_per_second = run.metrics.median_speed()
     result.peak_memory = peak_memory(run.device)

@@ -17,7 +17,7 @@ from training.model_size import model_size
 # Where a proxy may differ from its target besides width and depth, if it is asked to
 PROXY_AXES = ("steps", "context", "batch", "batch_start", "batch_ramp_tokens", "head_dim", "vocab_size",
               "max_tokens")
-# Octaves by which the best lr moves when the axis doubles (README, "Limits")
+# Octaves by which the best lr moves when the axis doubles (results/README.md, "Batch, context and steps")
 DRIFT = {"batch": 0.30, "context": 0.12, "steps": -0.11}
 SP_DRIFT = {"width": -0.90, "depth": -0.44}  # in the standard parametrization
 TIMED_STEPS = 8  # of each size, for the minutes; the first of them warm up

@@ -11,6 +11,7 @@ from scaling.cli import make_folder, parse_options
 from scaling.trials import FACTS, HASHES, read_trials
 
 AXES = ("width", "depth", "context", "batch", "steps")
+SAME_LOSS = 0.02  # nats: two trainings of one trial differ by less on two machines
 
 
 def parse_folders(argv, defaults, doc):
@@ -28,12 +29,20 @@ def write_report(report, folder, name, default=float):
 
 
 def read_rows(folders):
-    """The trials in `folders`, as read_trials() gives them. Raises UserError where a folder has none."""
-    rows = []
+    """The trials in `folders`, as read_trials() gives them. Raises UserError where a folder has none, or
+    another loss of a trial that an earlier one has, too."""
+    rows, losses = [], {}
     for folder in folders:
         found = read_trials(folder)
         if not found:
             raise UserError(f"{folder} has no trials: give a folder that a sweep wrote, with its trials.csv")
+        for row in found:
+            loss = losses.get(row["config"], row["val_loss"])
+            if abs(loss - row["val_loss"]) > SAME_LOSS:
+                raise UserError(f"{folder} has a loss of {row['val_loss']:.4f} for a trial that has "
+                                f"{loss:.4f} before it: trained by other code, or on another machine; give "
+                                "the folders one by one")
+        losses |= {row["config"]: row["val_loss"] for row in found}
         rows += found
     return rows
 

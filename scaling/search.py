@@ -93,6 +93,7 @@ from scaling.trials import (
     has_failed,
     identity,
     read_results,
+    say_present,
     settings_of,
 )
 from scaling.verify import as_target, count_at_proxy, count_trainings, size_below, sizes_between, verify
@@ -538,6 +539,8 @@ def run_search(config, space, options, target=None):
         storage = storage or open_storage(where)
         with storage_errors_in_one_line(storage, where):
             search = Search(config, space, options, worker, storage, dataset, target, sizes)
+            if torchrun_rank()[0] == 0:
+                say_present(sum(search.rows(), []), worker.folder)
             try:
                 search.draw()
                 search.confirm()

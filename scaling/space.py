@@ -83,7 +83,7 @@ def domain_of(name, config):
         return MUON_LR
     if name in DRIFTING:
         values = [getattr(equivalent_in(config, preset), name) for preset in presets_for(config).values()]
-        return Range(min(values) / NEAR, max(values) * NEAR)
+        return Range(min(values) / NEAR, max(values) * NEAR) if values else SPACE[name]
     return SPACE[name]
 
 
@@ -206,7 +206,7 @@ def widened(space, config, own=False):
 
 def presets_for(config):
     """{name: Config} of the presets tuned for the optimizer of `config` and for its block, or the most
-    similar one: `config` with all that each has tuned."""
+    similar one: `config` with all that each has tuned. Empty for an optimizer that has none."""
     compared = [name for name in names_in("function") if name not in TUNED and name not in SHAPE]
     found = {}
     for path in PRESETS:
@@ -214,7 +214,7 @@ def presets_for(config):
         if preset.optimizer == config.optimizer:
             differences = sum(getattr(preset, name) != getattr(config, name) for name in compared)
             found[path] = differences, with_tuned(config, preset)
-    fewest = min(differences for differences, _ in found.values())
+    fewest = min((differences for differences, _ in found.values()), default=0)
     return {path: preset for path, (differences, preset) in found.items() if differences == fewest}
 
 

@@ -287,7 +287,8 @@ class SharedStudy:
         """{key: row} of the finished trials."""
         rows = {}
         for key, trial in self.finished().items():
-            row = {"swept": ""} | json.loads(trial.user_attrs["row"])  # as older versions wrote it
+            row = {"swept": "", "code": ""}  # which older versions did not write
+            row |= json.loads(trial.user_attrs["row"])
             rows[key] = row | {"config": complete_key(row["config"])}
         return rows
 

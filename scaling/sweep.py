@@ -37,6 +37,7 @@ from scaling.trials import (
     has_failed,
     identity,
     read_results,
+    say_present,
     trial_row,
 )
 from scaling.worker import PARENT, Worker, pause
@@ -204,6 +205,10 @@ def share_trials(trials, worker, stack, swept):
     """{key: row} of `trials`: run_trials() for a Worker."""
     failed = {}  # {key: row}: what failed here is not tried again by this process
     unfinished = without_result(trials, worker.folder)
+    if torchrun_rank()[0] == 0:
+        results = read_results(worker.folder)
+        present = [find_row(results, trial.key) for trial in trials]
+        say_present([row for row in present if row], worker.folder)
     with tqdm(total=group_flops(unfinished), disable=torchrun_rank()[0] > 0,
               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while unfinished:

@@ -1,14 +1,18 @@
 """Finished trials, one row of trials.csv each, in a folder from which a sweep resumes. Imports no torch."""
 
+import ast
 import csv
 import functools
 import glob
+import hashlib
 import io
 import json
 import math
 import os
+import sys
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 
 from configure import SETTINGS, Config, UserError, check_setting, complete_saved, names_in
 
@@ -16,8 +20,8 @@ SETTING_COLUMNS = ("parametrization", "width", "depth", "batch", "context", "ste
 EVALUATION_COLUMNS = ("val_loss", "val_error", "val_bits_per_byte")
 OLD_COLUMNS = (*SETTING_COLUMNS, *EVALUATION_COLUMNS, "train_loss", "parameters", "flops", "seconds",
                "diverged", "failure", "curve", "config")
-COLUMNS = (*OLD_COLUMNS, "swept")
-TEXT_COLUMNS = {"parametrization", "diverged", "failure", "curve", "config", "swept"}
+COLUMNS = (*OLD_COLUMNS, "swept", "code")
+TEXT_COLUMNS = {"parametrization", "diverged", "failure", "curve", "config", "swept", "code"}
 NUMBER_COLUMNS = [name for name in COLUMNS if name not in TEXT_COLUMNS]
 CURVE_POINTS = 25  # of a training curve: each is the mean loss of an equal share of the steps
 STOPPED_EARLY = "stopped early"  # by a search: how `failure` begins where the trial has not failed
@@ -28,6 +32,9 @@ NOT_IDENTITY = frozenset(names_in("run")) - {"steps"}
 # settings as the machine understood them
 HASHES = ("tokens", "weights")
 FACTS = (*HASHES, *(name for name in SETTINGS if SETTINGS[name].fact))
+# The code that decides what a trial measures
+CODE = ("model.py", "parametrization.py", "train.py", "training/optimizer.py", "training/muon.py",
+        "training/schedule.py")
 
 
 def identity(config, facts=None):
@@ -40,6 +47,26 @@ def identity(config, facts=None):
 def settings_of(key):
     """{setting: value} of an identity(), without its facts."""
     return {name: value for name, value in json.loads(key).items() if name not in FACTS}
+
+
+@functools.cache
+def code_hash():
+    """Tells versions of CODE apart: eight digits, which comments and spaces do not change."""
+    root = Path(__file__).parent.parent
+    trees = [ast.dump(ast.parse((root / name).read_text("utf-8"))) for name in CODE]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:8]
+
+
+def say_present(rows, folder):
+    """Says on stderr how many results there are in `folder` before anything is trained, and whether the code
+    that made them is this one: a sweep would mix the two."""
+    other = sum(row["code"] not in ("", code_hash()) for row in rows)
+    if other:
+        print(f"{folder}: {len(rows)} trials are there already, {other} of them by other code: model.py, "
+              "parametrization.py, train.py or the optimizer has changed since; use another --out to train "
+              "them anew", file=sys.stderr)
+    elif rows:
+        print(f"{folder}: {len(rows)} trials are there already", file=sys.stderr)
 
 
 def has_failed(row):
@@ -56,7 +83,8 @@ def swept_axes(rows):
 def trial_row(config, key, result, seconds):
     """The row of the trial `key`, an identity(). result: of train(), or the exception that it raised."""
     row = dict.fromkeys(NUMBER_COLUMNS, math.nan) | {name: getattr(config, name) for name in SETTING_COLUMNS}
-    row |= {"seconds": round(seconds, 2), "config": key, "curve": [], "diverged": True, "swept": ""}
+    row |= {"seconds": round(seconds, 2), "config": key, "curve": [], "diverged": True, "swept": "",
+            "code": code_hash()}
     if isinstance(result, Exception):
         message = " ".join(f"{type(result).__name__}: {result}".split())
         return row | {"failure": message[:300]}
@@ -141,7 +169,7 @@ def parse_row(row, path):
     """A row of text, as read_trials() returns it. Raises UserError when a setting is unknown or invalid."""
     parsed = row | {name: float(row[name] or "nan") for name in NUMBER_COLUMNS}
     parsed["config"] = complete_key(row["config"], f"{path}: ")
-    parsed["swept"] = row.get("swept") or ""
+    parsed |= {name: row.get(name) or "" for name in ("swept", "code")}  # older versions had neither
     parsed["diverged"] = row["diverged"] == "True" or bool(row["failure"])
     parsed["curve"] = [float(loss) for loss in row["curve"].split()]
     return parsed

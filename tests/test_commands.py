@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def test_python_m_scaling_lists_every_command_with_a_sentence(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(scaling_commands.commands()) + 1 >= 7
     assert all(re.fullmatch(r"python -m scaling \w+ +[A-Z].{20,100}", line) for line in lines[:-1])
+
+
+def test_python_may_give_a_path_and_a_line_in_place_of_words_is_answered():
+    assert Config(out=Path("a/b")).out == os.path.join("a", "b")
+    with pytest.raises(UserError, match="list of words"):
+        configure("config/proxy.py")
 
 
 @pytest.mark.parametrize(("words", "advice"), [

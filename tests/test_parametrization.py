@@ -305,6 +305,16 @@ def test_a_role_that_a_table_lacks_is_named():
         hyperparameters(tiny(), "gate")
 
 
+def test_a_role_with_a_row_but_without_a_factor_on_lr_is_rejected(own_tables):
+    def with_gate(a):
+        roles, factors = parametrization.mup(a)
+        return roles | {"gate": roles["hidden"]}, factors
+
+    parametrization.TABLES["mup"] = with_gate
+    with pytest.raises(UserError, match="^parametrization.py: role gate .*base_lr_mult"):
+        hyperparameters(tiny(), "gate")
+
+
 def test_a_norm_added_inside_attention_is_not_treated_as_a_hidden_matrix(monkeypatch):
     monkeypatch.setattr(model_module, "Attention", edited(
         "Attention", "v_norm", lambda c: torch.nn.LayerNorm(c.head_dim, bias=False)))

@@ -27,6 +27,7 @@ from data.prepare import prepare
 from parametrization import param_groups
 from scaling import figures, fits, scatter, stack, sweep
 from scaling import report as report_module
+from scaling import trials as trials_module
 from scaling.cli import parse_values
 from scaling.coordinate_check import (
     checked_layers,
@@ -38,6 +39,7 @@ from scaling.coordinate_check import (
 )
 from scaling.report import analyze, format_report
 from scaling.report import main as report_main
+from scaling.rows import read_rows
 from scaling.stack import train_stacked
 from scaling.sweep import run_trials, trial_configs
 from scaling.trials import append_rows, identity, read_trials, settings_of, swept_axes
@@ -257,14 +259,44 @@ def test_a_sweep_keeps_every_trial_as_train_gives_it_and_trains_none_twice(corpu
 def test_a_trial_that_fails_or_diverges_is_a_row_and_only_what_failed_is_tried_again(corpus, tmp_path,
                                                                                      monkeypatch):
     configs = trial_configs(Config(**corpus), {"hidden_std": [1.0, 1e30], "context": [16, 10**6]})
-    configs += trial_configs(Config(**corpus, position="rotary"), {"head_dim": [1]})
+    configs += trial_configs(Config(**corpus), {"vocab_size": [2]})
     rows = run_trials(configs, str(tmp_path))
     assert [row["diverged"] for row in rows] == [False, True, True, True, True]
     assert re.match("UserError: batch.*context", rows[1]["failure"])
-    assert not rows[2]["failure"] and rows[4]["failure"].startswith("UserError: head_dim ")
+    assert not rows[2]["failure"] and rows[4]["failure"].startswith("UserError: vocab_size ")
     monkeypatch.setattr(sweep, "train", None)
     [again] = run_trials([configs[2]], str(tmp_path))
     assert str(again) == str(rows[2]), "to diverge is a result"
+
+
+def test_a_sweep_says_what_is_there_already_and_which_of_it_other_code_made(corpus, tmp_path, monkeypatch,
+                                                                            capsys):
+    folder, code = str(tmp_path / "sweep"), tmp_path / "code"
+    for name in trials_module.CODE:
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), code / name)
+    monkeypatch.setattr(trials_module, "__file__", str(code / "scaling/trials.py"))
+    config = Config(**corpus | {"steps": 1})
+    said = []
+    for edit, seeds in (("", 1), ("\n# a comment\n", 2), ("\nx = 1\n", 3)):
+        with open(code / "model.py", "a") as file:
+            file.write(edit)
+        trials_module.code_hash.cache_clear()
+        run_trials(trial_configs(config, {"seed": [*range(seeds)]}), folder)
+        said.append(capsys.readouterr().err)
+    trials_module.code_hash.cache_clear()
+    assert "already" not in said[0]
+    assert "1 trials are there already" in said[1] and "other code" not in said[1]
+    assert "2 trials are there already, 2 of them by other code" in said[2]
+
+
+def test_folders_that_contradict_each_other_are_not_read_as_one(trials, tmp_path):
+    other = shutil.copytree(trials.parent, tmp_path / "other") / "trials.csv"
+    folders = [str(trials.parent), str(other.parent)]
+    loss = read_rows(folders)[-1]["val_loss"]
+    other.write_text(trials.read_text().replace(str(loss), str(loss + 0.1)))
+    with pytest.raises(UserError, match=f"^{re.escape(folders[1])} has a loss of {loss + 0.1:.4f} for"):
+        read_rows(folders)
 
 
 def test_trials_are_trained_in_the_order_of_the_models_own_flops(corpus):
@@ -938,7 +970,8 @@ def test_every_setting_changes_the_coordinate_check_or_is_rejected_by_it(corpus)
     for name, value in CHANGED.items():
         beside = {"optimizer": "muon"} if name == "momentum" else {}
         assert measured(**beside) != measured(**beside, **{name: value}), name
-    assert {*CHANGED, *NAMES, *coordinate_check_module.UNUSED} >= {*SETTINGS}
+    missing = {*SETTINGS} - {*CHANGED, *NAMES, *coordinate_check_module.UNUSED}
+    assert not missing, "add another value of a new setting to CHANGED"
     for name in coordinate_check_module.UNUSED - {"out", "steps"}:
         with pytest.raises(UserError, match=f"^{name} has no effect on the coordinate check"):
             coordinate_check_module.main([f"--{name}=1"])

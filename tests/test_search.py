@@ -509,6 +509,13 @@ def test_a_search_starts_at_the_preset_of_its_optimizer_and_block(path, preset):
                          {"lr": domains["lr"]}) == []
 
 
+def test_a_search_for_an_optimizer_without_a_preset_starts_at_the_defaults(monkeypatch):
+    monkeypatch.setattr(space, "PRESETS", ("config/muon.py",))
+    config = Config(lr=0.5)
+    drawn = space.default_space(config)
+    assert space.starting_points(config, drawn) == [config, space.nearest_point(config, Config(), drawn)]
+
+
 def test_the_first_draws_are_the_given_settings_the_preset_and_the_defaults(corpus, tmp_path):
     given = {"lr": 2**-6.5, "grad_clip": 0.0}
     domains = {"lr": Range(2**-11, 2**-5), "zero_residual_out": Choice((False, True))}

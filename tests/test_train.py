@@ -317,7 +317,8 @@ def observe_once(tmp_path_factory):
 
 
 def test_every_setting_has_a_case_here():
-    assert {field.name for field in dataclasses.fields(Config)} == set(SETTINGS)
+    declared = {field.name for field in dataclasses.fields(Config)}
+    assert declared == set(SETTINGS), "add what a new setting changes to SETTINGS of this file"
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -345,6 +346,20 @@ def test_settings_that_only_watch_leave_the_training_alone(corpus, tmp_path, set
     alone = run(settings)
     assert column(watched) == column(alone) and column(watched, "grad_norm") == column(alone, "grad_norm")
     assert same_weights(watched, alone)
+
+
+def test_where_there_is_no_terminal_lines_say_how_far_a_run_is(corpus, monkeypatch):
+    monkeypatch.setattr(train, "LINE_SECONDS", 0)
+    monkeypatch.setattr(train, "READ_SECONDS", 0)
+    said = []
+    monkeypatch.setattr(train.tqdm, "write", said.append)
+    train.train(Config(**corpus | {"steps": 3, "sample_tokens": 0}))
+    assert [line.partition(": loss ")[0] for line in said if ": loss " in line] == [
+        f"step {step} of 3" for step in (1, 2, 3)]
+
+
+def test_the_model_of_a_result_has_no_dropout(corpus):
+    assert not run(corpus | {"dropout": 0.5}, steps=1).model.training
 
 
 def test_the_seed_draws_weights_batches_dropout_and_sample_and_each_step_draws_anew(corpus, monkeypatch):
