@@ -44,7 +44,7 @@ def sizes_between(proxy, target, verify_width=None):
     if ratio <= LEAST and not verify_width:
         return []
     first = verify_width or head * round(proxy.width * min(max(ratio ** (1/3), LEAST), MOST) / head)
-    first = max(first, proxy.width + head)
+    first = max(first, head * (proxy.width // head + 1))
     if first >= target.width:
         return []
     sizes = [(first, depth_at(first, proxy, target))]
@@ -214,7 +214,9 @@ class Verification:
 
     def __init__(self, found, winner, target, sizes, noise, shift, points, search):
         self.found, self.winner, self.target, self.sizes = found, winner, target, sizes
-        self.noise, self.shift, self.points = noise, shift, points
+        self.shift, self.points = shift, points
+        at_proxy = pooled_noise([each.proxy_rows for each in found])
+        self.noises = {winner.config.width: at_proxy[0], sizes[0][0]: noise[0]}  # by width
         self.best, self.loss, self.error = winner.config, mean_loss(winner.rows), self.error_of(winner.rows)
         proxy, larger = ([mean_loss(getattr(each, column)) for each in on_shared_seeds(found)]
                          for column in ("proxy_rows", "rows"))
@@ -230,8 +232,8 @@ class Verification:
                                *self.format_forecast()])
 
     def error_of(self, rows):
-        """Standard error of the mean of these rows, by the noise of all."""
-        return self.noise[0] / math.sqrt(len(rows)) if rows else math.nan
+        """Standard error of the mean of these rows, by the noise of all of their width."""
+        return self.noises[rows[0]["width"]] / math.sqrt(len(rows)) if rows else math.nan
 
     def find_misordered(self):
         """[(a, b)]: a is clearly better than b at the proxy, and clearly worse at the larger size; by more

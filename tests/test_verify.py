@@ -18,9 +18,11 @@ TARGET = replace(PROXY, width=1024, depth=12)
 class FakeSearch:
     """Trains nothing: a loss that is `quality` of the Config above a power law, and seed noise."""
 
-    def __init__(self, quality=lambda config: 10 * config.weight_decay, noise=0.003, seeds=3):
+    def __init__(self, quality=lambda config: 10 * config.weight_decay, noise=0.003, seeds=3,
+                 proxy_noise=None):
         self.options, self.dataset = {"seeds": seeds}, SimpleNamespace(vocab_size=256)
         self.quality, self.noise, self.trained = quality, noise, []
+        self.proxy_noise = proxy_noise or noise
 
     def rows_of(self, configs, what):
         return [self.row_of(config) for config in configs]
@@ -29,8 +31,9 @@ class FakeSearch:
         self.trained.append(config)
         rng = np.random.default_rng(config.seed + config.width + round(1e6 * config.weight_decay))
         loss = law(config) + self.quality(config) + np.log2(config.lr / PROXY.lr)**2 / 5
-        return {"val_loss": loss + self.noise * rng.standard_normal(), "diverged": not np.isfinite(loss),
-                "parameters": 12 * config.depth * config.width**2, "seed": config.seed}
+        noise = self.proxy_noise if config.width == PROXY.width else self.noise
+        return {"val_loss": loss + noise * rng.standard_normal(), "diverged": not np.isfinite(loss),
+                "width": config.width, "parameters": 12 * config.depth * config.width**2, "seed": config.seed}
 
 
 def law(config):
@@ -53,6 +56,20 @@ def verified(search, target=TARGET, decays=(0.0, 0.01, 0.02, 0.03, 0.04)):
 def test_sizes_lie_between_the_proxy_and_the_target(target, head_dim, sizes):
     target = replace(TARGET, width=target[0], depth=target[1], head_dim=head_dim)
     assert sizes_between(replace(PROXY, head_dim=head_dim), target) == sizes
+
+
+def test_sizes_hold_whole_heads_where_the_proxy_does_not():
+    target = replace(TARGET, width=1024, head_dim=128)
+    assert sizes_between(replace(PROXY, width=192, head_dim=64), replace(target, width=512))[0] == (384, 9)
+    assert all(width % 128 == 0 for proxy in (64, 192) for width, _ in
+               sizes_between(replace(PROXY, width=proxy, head_dim=64), target))
+
+
+def test_each_column_of_the_table_has_the_noise_of_its_own_size():
+    text = verified(FakeSearch(noise=0.0, proxy_noise=0.3)).text
+    errors = [float(error) for line in text.splitlines() if line.startswith("  decay")
+              for error in re.findall(r"± ([0-9.]+)", line)]
+    assert min(errors[::2]) > 0.05 > 0.01 > max(errors[1::2])
 
 
 @pytest.mark.parametrize("width", [128, 1024, 2048, 200])
@@ -151,11 +168,12 @@ def test_what_diverges_or_fails_is_not_chosen():
 
 
 @pytest.mark.parametrize("row_of", [
-    lambda config: None, lambda config: {"val_loss": np.nan, "diverged": True, "parameters": 1, "seed": 1},
-    lambda config: {"val_loss": 3.0, "diverged": config.width > 128, "parameters": 1, "seed": config.seed}])
+    lambda config: None, lambda config: {"val_loss": np.nan, "diverged": True},
+    lambda config: {"val_loss": 3.0, "diverged": config.width > 128}])
 def test_nothing_is_forecast_of_candidates_that_all_fail_or_diverge(row_of, tmp_path):
     search = FakeSearch()
-    search.row_of = row_of
+    train = search.row_of
+    search.row_of = lambda config: row_of(config) and train(config) | row_of(config)
     found = verified(search)
     assert found.forecast is None
     assert not found.holds
