@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling import law_fits, report, scatter
-from scaling.fits import rank_interval
+from scaling.fits import average_seeds, optimum, rank_interval, slope, t_quantile
 from scaling.forecast import forecast
 from scaling.law_trials import columns, read_trial
 from scaling.rows import group
@@ -559,6 +559,22 @@ def other_settings():
     small, large = ladder_of("other", swept="schedule")["sizes"]
     assert small["order"] == large["order"]
     yield f"{', '.join(small['order'])}: the same order"
+
+
+@claims_of(RESULTS)
+def size_of_heads():
+    optima, squares, freedom = {}, 0.0, 0
+    for size, rows in group((row["head_dim"], row) for row in rows_of("head_dim")).items():
+        losses = {mult: {row["seed"]: row["val_loss"] for row in each}
+                  for mult, each in group((row["attention_mult"], row) for row in rows).items()}
+        means, of_size, free = average_seeds(losses)
+        optima[size] = optimum(means, seeds={mult: len(of_mult) for mult, of_mult in losses.items()})
+        squares, freedom = squares + of_size, freedom + free
+    best = write([2**optima[size][0] for size in (16, 32, 64, 128)], ".2g")
+    yield f"is {best} with heads of 16, 32, 64 and 128 channels"
+    moves, error = slope(optima)
+    half = t_quantile(freedom) * (squares / freedom) ** 0.5 * error
+    yield f"{moves:+.2f} ± {half:.2f} octaves a doubling"
 
 
 # Laws
