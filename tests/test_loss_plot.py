@@ -82,8 +82,8 @@ def test_a_resumed_run_is_drawn_again_from_its_first_step(corpus, tmp_path, draw
     (UserError("out: in use"), "in use"), (MemoryError(), "MemoryError")])
 def test_a_run_that_cannot_be_drawn_says_so_once_and_has_the_same_numbers(corpus, tmp_path, monkeypatch,
                                                                          capsys, error, said):
-    settings = {"steps": 30, "eval_every": 5}
-    expected = run(corpus, **settings, out=str(tmp_path / "drawn"))
+    settings = {"steps": STEPS, "eval_every": 3}
+    expected = run(corpus, **settings)
 
     def fail(*arguments):
         raise error
@@ -95,7 +95,7 @@ def test_a_run_that_cannot_be_drawn_says_so_once_and_has_the_same_numbers(corpus
     assert len(lines) == 1 and said in lines[0]
     assert numbers(result) == numbers(expected)
     assert all(map(torch.equal, result.model.parameters(), expected.model.parameters()))
-    assert not (tmp_path / "run/loss.png").exists() and len(column(result)) == 30
+    assert not (tmp_path / "run/loss.png").exists() and len(column(result)) == STEPS
 
 
 @pytest.mark.parametrize("steps", [STEPS, 3])
