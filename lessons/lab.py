@@ -9,12 +9,15 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from answers import EXERCISES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = {"rows": "trains nothing: it reads what the author's run wrote to lessons/rows",
@@ -131,16 +134,19 @@ class Lab:
 
     # Exercises
 
-    def grade(self, answer, is_right, hint):
-        """Raises AssertionError with the hint, unless `answer` is right. The short form has no numbers to
-        grade by."""
+    def grade(self, exercise, answer, **given):
+        """Raises AssertionError with a hint, unless `answer` to the exercise, such as "1.4", is right by
+        answers.py. given: what the check needs of the notebook. The short form has no numbers to grade by."""
+        is_right, hint = EXERCISES[exercise]
         if self.form == "short":
             print("not graded in the short form")
         elif answer is UNANSWERED:
             print("No answer yet: replace ... above and run this cell again.")
         else:
+            quoted = isinstance(answer, str) and re.fullmatch(r"[-+.\d]+|True|False", answer)
+            assert not quoted, f"{answer!r} is a text; write it without quotation marks. Hint: {hint}"
             try:
-                right = is_right(answer)
+                right = is_right(answer, **given)
             except Exception as problem:  # such as a number where a function is asked for
                 raise AssertionError(f"{answer!r} cannot be graded, {problem}: is it of the kind that the "
                                      f"exercise asks for? Hint: {hint}") from None
@@ -181,7 +187,7 @@ def measure_coordinates(words, widths, steps=5, seeds=2):
 
 def format_coordinates(checked):
     """The powers that measure_coordinates() found, a line for each layer."""
-    lines = [f"{'output of':<20}{'change ~ width^':>16}{'± 95%':>8}{'under muP':>11}"]
+    lines = [f"{'output of':<20}{'change ~ width^':>16}{'± 95%':>8}{'under μP':>11}"]
     for row in checked["rows"]:
         numbers = f"{row['change']:>+12.2f}{row['interval']:>8.2f}{row['expected']:>+11.1f}"
         lines.append(f"{row['layer']:<24}{numbers}   {row['verdict']}")

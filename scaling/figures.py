@@ -285,16 +285,23 @@ def draw_scatter(axis, pairs, folder):
         x, y = (np.minimum(pair[which], edge) for which, edge in
                 zip(("proxy", "target"), edges, strict=True))
         beyond = (pair["proxy"] > edges[0]) | (pair["target"] > edges[1])
-        ax.plot(x[~beyond], y[~beyond], "o", color=COLORS[0], markersize=5, label="the same settings")
-        ax.plot(x[beyond], y[beyond], "^", color=COLORS[1], fillstyle="none", label="beyond, or diverged")
+        ax.plot(x[~beyond], y[~beyond], "o", color=COLORS[0], markersize=5, label="one choice of settings")
+        ax.plot(x[beyond], y[beyond], "^", color=COLORS[1], fillstyle="none",
+                label="beyond the axes,\nor diverged")
         best = np.argmin(pair["proxy"])
-        ax.plot(x[best], y[best], "*", color=COLORS[4], markersize=14, mec="k", label="best by the proxy")
+        ax.plot(x[best], y[best], "*", color=COLORS[4], markersize=14, mec="k", label="the proxy's best")
         name = f"{title(pair['cloud'])}\n" if several else ""
         proxy, target = (f"{axis} {pair[which]}".strip().replace("_", " ") for which in ("base", "size"))
         ax.set(title=f"{name}{len(x)} pairs, rank correlation {pair['rank']:+.2f}",
                xlabel=f"loss at {proxy}, nats per token", ylabel=f"loss at {target}, nats per token")
     figure.legend(handles=axes[0].lines, fontsize=10, loc="outside right center")
     return save(figure, os.path.join(folder, "scatter.png"), pyplot)
+
+
+def large_numbers():
+    """The formatter of an axis of numbers such as 41.8 k and 1.2 M."""
+    from matplotlib.ticker import EngFormatter
+    return EngFormatter(places=1)
 
 
 def edge_of(losses):

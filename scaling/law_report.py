@@ -46,7 +46,7 @@ def format_residuals(report):
         return [f"residuals: {len(report['points'])}, the largest {worst['residual']:+.4f} nats, of width "
                 f"{worst['width']}, depth {worst['depth']}, {worst['steps']:,} steps (all are in laws.json)"]
     pairs = group(((point["width"], point["depth"], point["tokens"]), point) for point in report["points"])
-    lines = ["loss (and residual), nats a token", f"{'model':>12}" + "".join(f"{d:>18.2e}" for d in tokens)]
+    lines = ["loss (less the law's), nats a token", f"{'model':>12}" + "".join(f"{d:>18.2e}" for d in tokens)]
     for width, depth in sorted({pair[:2] for pair in pairs}):
         cells = [format_cell(pairs.get((width, depth, d))) for d in tokens]
         lines.append(f"{f'{width}x{depth}':>12}" + "".join(f"{cell:>18}" for cell in cells))

@@ -266,8 +266,8 @@ def compare_controls(report):
     mup = ladders.pop(in_mup[0])
     for name, control in ladders.items():
         tried, of_mup = (sum(size["trainings"] for size in each["sizes"]) for each in (control, mup))
-        lines.append(f"control {name}: {tried} trainings against {of_mup} of {in_mup[0]}; nats above that, "
-                     "with two standard errors")
+        lines.append(f"control {name}: {tried} trainings against {of_mup} of {in_mup[0]}; its loss less "
+                     f"that of {in_mup[0]}, in nats, ± two standard errors")
         for value, where in ((None, f"each at its best {swept}"),
                              (mup["shipped"], f"both at {format_value(mup['shipped'])}")):
             found = []
@@ -277,7 +277,8 @@ def compare_controls(report):
                 for reference, its_seeds in same:
                     if np.isfinite(loss - reference):
                         error = np.hypot(control["noise"] / seeds**0.5, mup["noise"] / its_seeds**0.5)
-                        found.append(f"{size[axis]:g}: {loss - reference:+.4f} ± {2 * error:.4f}")
+                        noise = f" ± {2 * error:.4f}" if np.isfinite(error) else " (one seed)"
+                        found.append(f"{size[axis]:g}: {loss - reference:+.4f}{noise}")
             if found:
                 lines.append(f"  {where}, {axis} {', '.join(found)}")
     return lines
@@ -290,8 +291,9 @@ def format_numbers(ladder, axis, swept):
                if np.isfinite(moved)]
     costs = {"cost": f"{format_value(ladder['shipped'])} costs", "most": "at most",
              "regret": f"best of {ladder['base']:g} costs"}
+    known = np.isfinite(ladder["drift_interval"]).all()
     return [f"best log2 {swept} moves {drift} for each doubling of {axis}, "
-            + format_interval(ladder["drift_interval"]),
+            + (format_interval(ladder["drift_interval"]) if known else "no interval"),
             *format_sizes(ladder["sizes"], axis, costs),
             f"Drift if parabolas are fitted within so many octaves of the lowest loss: "
             f"{', '.join(windows) or 'unknown'}",

@@ -354,6 +354,8 @@ class Verification:
                         textcoords="offset points", fontsize=10, ha="right")
         ax.set(title="the chosen settings, width x depth", xscale="log", xlabel="parameters",
                ylabel="validation loss, nats per token")
-        ax.xaxis.set_minor_formatter("")  # these overlap
+        ax.set_xticks([point[2] for point in self.points] + [self.parameters] * bool(self.forecast))
+        ax.xaxis.set_major_formatter(figures.large_numbers())
+        ax.minorticks_off()
         if self.points:
             ax.legend(fontsize=10)
