@@ -547,10 +547,13 @@ def same_tokens():
     yield f"{drift_of(ladder_of('batch_tokens_gpu', 'mup, base_batch=32', base=32))} octaves a doubling"
 
 
+OTHERS = ("logit_mult", "embedding_std", "hidden_std", "embedding_lr_mult", "readout_std")
+
+
 @claims_of(RESULTS)
 def other_settings():
     rows = []
-    for name in ("logit_mult", "embedding_std", "hidden_std", "embedding_lr_mult", "readout_std"):
+    for name in OTHERS:
         ladder = ladder_of("other", swept=name)
         best = write([2**size["log2_best"] for size in ladder["sizes"]], ".2g")
         rows.append([f"`{name}`", best, drift_of(ladder), write([ladder["sizes"][1]["regret"]])])
@@ -809,3 +812,5 @@ def front_page_of_limits():
     yield "{:.3f} to {:.3f} nats".format(*(one_run(width, SHIPPED)[0] for width in (256, 2048)))
     costs = [size["cost"] for size in ladder_of("depth", shipped=SHIPPED)["sizes"]]
     yield f"{min(costs):.3f} to {max(costs):.3f}"
+    costs = [ladder_of("other", swept=name)["sizes"][1]["regret"] for name in OTHERS]
+    yield f"up to {max(costs):.3f} nats at width 512"
