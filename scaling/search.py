@@ -54,6 +54,7 @@ from data.loader import TokenDataset
 from data.prepare import prepare
 from scaling import plan, search_report
 from scaling.cli import command, parse_options, reject_unused, resumable
+from scaling.figures import load_pyplot
 from scaling.fits import optimum
 from scaling.rows import loss_of
 from scaling.space import (
@@ -540,6 +541,7 @@ def run_search(config, space, options, target=None):
         with storage_errors_in_one_line(storage, where):
             search = Search(config, space, options, worker, storage, dataset, target, sizes)
             if torchrun_rank()[0] == 0:
+                load_pyplot()  # now: an import that a signal interrupts cannot always be repeated
                 say_present(sum(search.rows(), []), worker.folder)
             try:
                 search.draw()
