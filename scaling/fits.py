@@ -1,5 +1,8 @@
 """Fits to the losses of a sweep: where they are lowest, how that moves, how they fall with size."""
 
+import math
+import statistics
+
 import numpy as np
 
 POWER_LAW_ERROR = 0.08
@@ -27,6 +30,14 @@ def optimum(losses, octaves=1.0, seeds=None):
     by_loss = np.array([b / (2 * a * a), -1 / (2 * a), 0]) @ np.linalg.pinv(np.vander(offset[fitted], 3))
     variances = [1 / seeds[value] if seeds else 1.0 for value in x[fitted]]
     return np.log2(x[best]) - b / (2 * a), c - b * b / (4 * a), a, float(np.sqrt(by_loss**2 @ variances))
+
+
+def mean_and_error(losses):
+    """(mean, standard error of the mean); the error is nan for one loss, and the mean infinite for none."""
+    mean = sum(losses) / len(losses) if losses else math.inf
+    if len(losses) < 2 or not math.isfinite(mean):
+        return mean, math.nan
+    return mean, statistics.stdev(losses) / math.sqrt(len(losses))
 
 
 def average_seeds(losses):

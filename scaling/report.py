@@ -227,9 +227,9 @@ def with_text_keys(losses):
             for value, by_seed in sorted(losses.items())}
 
 
-def format_interval(ends):
-    """The interval as text; a dash when there is none, as with a single seed."""
-    return "[{:+.2f}, {:+.2f}]".format(*ends) if np.isfinite(ends).all() else "-"
+def format_interval(ends, none="-"):
+    """The interval as text, or `none` when there is none, as with a single seed."""
+    return "[{:+.2f}, {:+.2f}]".format(*ends) if np.isfinite(ends).all() else none
 
 
 def format_rank(correlation):
@@ -291,9 +291,8 @@ def format_numbers(ladder, axis, swept):
                if np.isfinite(moved)]
     costs = {"cost": f"{format_value(ladder['shipped'])} costs", "most": "at most",
              "regret": f"best of {ladder['base']:g} costs"}
-    known = np.isfinite(ladder["drift_interval"]).all()
     return [f"best log2 {swept} moves {drift} for each doubling of {axis}, "
-            + (format_interval(ladder["drift_interval"]) if known else "no interval"),
+            + format_interval(ladder["drift_interval"], "no interval"),
             *format_sizes(ladder["sizes"], axis, costs),
             f"Drift if parabolas are fitted within so many octaves of the lowest loss: "
             f"{', '.join(windows) or 'unknown'}",

@@ -40,7 +40,6 @@ import contextlib
 import functools
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -52,10 +51,9 @@ from configure import Config, UserError, check_setting, configure, read_settings
 from data.files import write_text
 from data.loader import TokenDataset
 from data.prepare import prepare
-from scaling import plan, search_report
+from scaling import figures, plan, search_report
 from scaling.cli import command, parse_options, reject_unused, resumable
-from scaling.figures import load_pyplot
-from scaling.fits import optimum
+from scaling.fits import mean_and_error, optimum
 from scaling.rows import loss_of
 from scaling.space import (
     Range,
@@ -90,6 +88,7 @@ from scaling.sweep import (
 from scaling.trials import (
     CURVE_POINTS,
     append_rows,
+    complete_rows,
     find_row,
     has_failed,
     identity,
@@ -111,14 +110,6 @@ CURVE_SEEDS = 2  # at each of them
 MOST = {"trials": 100_000, "seeds": 1_000, "workers": 1_000}  # more is a typing error
 LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a draw may be stopped
 REPORT_SECONDS = 20  # between two updates of best.py and the figure, at the least
-
-
-def mean_and_error(losses):
-    """(mean, standard error of the mean); the error is nan for one loss, and the mean infinite for none."""
-    mean = sum(losses) / len(losses) if losses else math.inf
-    if len(losses) < 2 or not math.isfinite(mean):
-        return mean, math.nan
-    return mean, statistics.stdev(losses) / math.sqrt(len(losses))
 
 
 class Search:
@@ -233,7 +224,7 @@ class Search:
     def complete_rows(self):
         """{key: row} of all that was trained to its end, as a draw or later."""
         draws, others = self.rows()
-        return {row["config"]: row for row in draws + others if not row["failure"]}
+        return complete_rows(draws + others)
 
     def confirm(self):
         """The leaders on fresh seeds, and the lr of the best: fills `leaders` and `best`."""
@@ -369,7 +360,6 @@ class Search:
 
     def report(self):
         """Writes best.py, search.txt and the figures to the folder; returns the texts of the first two."""
-        from scaling import figures
         draws, others = self.rows()
         if not draws or not math.isfinite(min(map(loss_of, draws))):
             return "", ""
@@ -541,7 +531,7 @@ def run_search(config, space, options, target=None):
         with storage_errors_in_one_line(storage, where):
             search = Search(config, space, options, worker, storage, dataset, target, sizes)
             if torchrun_rank()[0] == 0:
-                load_pyplot()  # now: an import that a signal interrupts cannot always be repeated
+                figures.load_pyplot()  # now: an import that a signal interrupts cannot always be repeated
                 say_present(sum(search.rows(), []), worker.folder)
             try:
                 search.draw()

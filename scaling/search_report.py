@@ -2,15 +2,15 @@
 
 import math
 import shlex
-import statistics
 from dataclasses import replace
 
 from configure import TUNED, names_in, split_words
+from scaling.fits import mean_and_error
 from scaling.plan import training_flops
 from scaling.rows import loss_of
 from scaling.space import Range, at_edge, widened
 from scaling.study import importances
-from scaling.trials import find_row
+from scaling.trials import complete_rows, find_row
 
 # What best.py leaves to the target: its size, its batches, and how much of the text it reads
 TARGETS_OWN = {"width", "depth", "head_dim", "kv_heads", "context", "vocab_size", "batch", "batch_start",
@@ -18,15 +18,14 @@ TARGETS_OWN = {"width", "depth", "head_dim", "kv_heads", "context", "vocab_size"
 COMMENTS = {"base_width": "  # base_*: the shape at which all rules are the identity; leave it as it is"}
 
 
-def format_losses(search, config):
-    """The mean loss of a Config and its standard error, over the fresh seeds that it has been trained on."""
-    done = search.complete_rows()
+def format_losses(search, rows, config):
+    """The mean loss of a Config and its standard error, over the fresh seeds of which `rows` has one."""
+    done = complete_rows(rows)
     fresh = [replace(config, seed=config.seed + k) for k in range(1, search.options["seeds"] + 1)]
     losses = [loss_of(row) for each in fresh if (row := find_row(done, search.key_of(each)))]
-    mean, seeds = statistics.fmean(losses or [math.inf]), f"(seeds: {len(losses)})"
-    if len(losses) < 2 or math.isinf(mean):
-        return f"{mean:.4f} {seeds}"
-    return f"{mean:.4f} ± {statistics.stdev(losses) / math.sqrt(len(losses)):.4f} {seeds}"
+    mean, error = mean_and_error(losses)
+    noise = "" if math.isnan(error) else f" ± {error:.4f}"
+    return f"{mean:.4f}{noise} (seeds: {len(losses)})"
 
 
 def format_best(search, draws, others):
@@ -35,7 +34,7 @@ def format_best(search, draws, others):
     mean, _, config = search.best or search.lowest_draw(draws)
     loss = f"{mean:.4f} on one seed"
     if search.best:
-        loss = f"{format_losses(search, config)}, on seeds that no draw used"
+        loss = f"{format_losses(search, draws + others, config)}, on seeds that no draw used"
     if search.failed() or not search.best:
         loss += ": the search is not finished"
     lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
@@ -72,7 +71,7 @@ def format_report(search, draws, others):
     if search.leaders:
         lines.append("leaders, before the lr of the first is tuned; mean ± standard error so far, on seeds "
                      "that no draw used:")
-        lines += [f"  {format_losses(search, config)}  {describe(config, search.space)}"
+        lines += [f"  {format_losses(search, draws + others, config)}  {describe(config, search.space)}"
                   for _, _, config in search.leaders]
     lines += describe_edges(search, draws) + describe_importances(search)
     if search.verification:

@@ -33,6 +33,7 @@ from scaling.trials import (
     FACTS,
     NOT_IDENTITY,
     append_rows,
+    code_hash,
     find_row,
     has_failed,
     identity,
@@ -52,6 +53,8 @@ from training.device import (
 from training.distributed import read_count, torchrun_variables
 from training.model_size import model_size
 from training.pretrained import hash_weights
+
+code_hash()  # now: what is edited while a trial runs is not what it ran
 
 # What is held: the setting that adapts
 HOLDS = {"steps": None, "tokens": "steps", "flops": "steps", "step_tokens": "batch"}
@@ -204,11 +207,11 @@ def run_trials(configs, folder, stack=1, swept=()):
 def share_trials(trials, worker, stack, swept):
     """{key: row} of `trials`: run_trials() for a Worker."""
     failed = {}  # {key: row}: what failed here is not tried again by this process
-    unfinished = without_result(trials, worker.folder)
+    results = read_results(worker.folder)
+    present = {trial.key: row for trial in trials if (row := find_row(results, trial.key))}
+    unfinished = [trial for trial in trials if trial.key not in present]
     if torchrun_rank()[0] == 0:
-        results = read_results(worker.folder)
-        present = [find_row(results, trial.key) for trial in trials]
-        say_present([row for row in present if row], worker.folder)
+        say_present(present.values(), worker.folder)
     with tqdm(total=group_flops(unfinished), disable=torchrun_rank()[0] > 0,
               bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while unfinished:

@@ -74,6 +74,11 @@ def has_failed(row):
     return bool(row["failure"]) and not row["failure"].startswith(STOPPED_EARLY)
 
 
+def complete_rows(rows):
+    """{key: row} of those of `rows` that were trained to their end."""
+    return {row["config"]: row for row in rows if not row["failure"]}
+
+
 def swept_axes(rows):
     """The axes of the sweeps that made `rows`, such as ["width,depth", "lr"], in the order in which they were
     typed; empty for the rows of a search, and for those of older versions, which do not say."""

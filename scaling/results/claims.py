@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling import law_fits, report, scatter
-from scaling.fits import average_seeds, optimum, rank_interval, slope, t_quantile
+from scaling.fits import rank_interval
 from scaling.forecast import forecast
 from scaling.law_trials import columns, read_trial
 from scaling.rows import group
@@ -61,10 +61,10 @@ def ladder_of(folder, name="mup", **options):
     return report.analyze(rows_of(folder), **options)["ladders"][name]
 
 
-def ladder_from(smallest, axis, rows):
+def ladder_from(smallest, axis, rows, swept="lr"):
     """(ladder, {size: what is found there}) of the report of `rows`, from the size `smallest` on."""
     rows = [row for row in rows if row[axis] >= smallest]
-    return report.fit_sizes(report.losses_by_size(axis, "lr", rows), smallest)
+    return report.fit_sizes(report.losses_by_size(axis, swept, rows), smallest)
 
 
 def sizes_of(ladder):
@@ -566,18 +566,10 @@ def other_settings():
 
 @claims_of(RESULTS)
 def size_of_heads():
-    optima, squares, freedom = {}, 0.0, 0
-    for size, rows in group((row["head_dim"], row) for row in rows_of("head_dim")).items():
-        losses = {mult: {row["seed"]: row["val_loss"] for row in each}
-                  for mult, each in group((row["attention_mult"], row) for row in rows).items()}
-        means, of_size, free = average_seeds(losses)
-        optima[size] = optimum(means, seeds={mult: len(of_mult) for mult, of_mult in losses.items()})
-        squares, freedom = squares + of_size, freedom + free
-    best = write([2**optima[size][0] for size in (16, 32, 64, 128)], ".2g")
+    ladder, found = ladder_from(16, "head_dim", rows_of("head_dim"), "attention_mult")
+    best = write([2**found[size]["log2_best"] for size in (16, 32, 64, 128)], ".2g")
     yield f"is {best} with heads of 16, 32, 64 and 128 channels"
-    moves, error = slope(optima)
-    half = t_quantile(freedom) * (squares / freedom) ** 0.5 * error
-    yield f"{moves:+.2f} ± {half:.2f} octaves a doubling"
+    yield f"{drift_of(ladder)} octaves a doubling"
 
 
 # Laws
