@@ -32,6 +32,13 @@ def optimum(losses, octaves=1.0, seeds=None):
     return np.log2(x[best]) - b / (2 * a), c - b * b / (4 * a), a, float(np.sqrt(by_loss**2 @ variances))
 
 
+def lowest_end(losses):
+    """The end of the grid at which the loss of {x: loss} is lowest; None where it is lower in between, or
+    there is a single x."""
+    lowest = min(losses, key=losses.get)
+    return lowest if len(losses) > 1 and lowest in (min(losses), max(losses)) else None
+
+
 def mean_and_error(losses):
     """(mean, standard error of the mean); the error is nan for one loss, and the mean infinite for none."""
     mean = sum(losses) / len(losses) if losses else math.inf

@@ -9,7 +9,7 @@ costs, and what of it transfers to the target. Then it
    losses so far expects the most. A draw whose training loss is above the median of the others' at a third or
    two thirds of the steps is stopped. If the best lies at an end of a range, that range is widened, once.
 2. trains the best few on other seeds, as the best of many noisy trials looks better than it is, and moves the
-   lr of the winner to the bottom of its own curve.
+   lr of the winner to the bottom of its own curve, which is extended while it falls to an end.
 3. trains the best few, the presets and the defaults at a larger width, between the proxy and the target.
    Their order there decides; if it is not the proxy's, it says so. It forecasts the target's loss.
 
@@ -53,7 +53,7 @@ from data.loader import TokenDataset
 from data.prepare import prepare
 from scaling import figures, plan, search_report
 from scaling.cli import command, parse_options, reject_unused, resumable
-from scaling.fits import mean_and_error, optimum
+from scaling.fits import lowest_end, mean_and_error, optimum
 from scaling.rows import loss_of
 from scaling.space import (
     Range,
@@ -106,6 +106,7 @@ RACE = (5, 1), (3, 2), (2, math.inf)
 VERIFIED = 3  # leaders that are trained at a larger width
 MORE_DRAWS = 4  # a quarter of the trials, where a range was widened
 OCTAVES = -1, -1/2, 1/2, 1  # from the lr of the best, for the curve
+FURTHER = 3  # octaves that the curve is extended by at most, while its lowest loss is at an end of it
 CURVE_SEEDS = 2  # at each of them
 MOST = {"trials": 100_000, "seeds": 1_000, "workers": 1_000}  # more is a typing error
 LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a draw may be stopped
@@ -129,6 +130,7 @@ class Search:
         self.widened = {}
         self.use_widened()
         self.reported, self.leaders, self.best, self.verification = time.monotonic(), [], None, None
+        self.lr_curve = {}  # {lr: mean loss}, of tune_lr()
 
     def open_studies(self, storage):
         self.storage, name, settings = storage, self.options["study"], self.key_of(self.config)
@@ -263,14 +265,19 @@ class Search:
         return sorted(found, key=lambda result: result[0])
 
     def tune_lr(self):
-        """Moves the lr of `best` to the bottom of its curve, if that is confirmed: draws are far apart."""
-        _, _, best = self.best
-        seeds = min(CURVE_SEEDS, self.options["seeds"])
-        around = [replace(best, lr=best.lr * 2**octave) for octave in OCTAVES]
-        curve = self.over_seeds([best, *around], "curve of lr", seeds)
-        losses = {config.lr: mean for mean, _, config in curve}
-        bottom = optimum(losses)
-        lr = float(2 ** bottom[0]) if bottom else min(losses, key=losses.get)
+        """Moves the lr of `best` to the bottom of its curve, if that is confirmed: draws are far apart. While
+        the loss is lowest at an end of the curve, it gets another octave there, FURTHER times at most."""
+        best, seeds = self.best[2], min(CURVE_SEEDS, self.options["seeds"])
+        self.lr_curve, rates = {}, [best.lr * 2**octave for octave in (0, *OCTAVES)]
+        for _ in range(1 + FURTHER):
+            curve = self.over_seeds([replace(best, lr=lr) for lr in rates], "curve of lr", seeds)
+            self.lr_curve |= {config.lr: mean for mean, _, config in curve}
+            end = lowest_end(self.lr_curve)
+            if end is None:
+                break
+            rates = [2 * end if end > best.lr else end / 2]
+        bottom = optimum(self.lr_curve)
+        lr = float(2 ** bottom[0]) if bottom else min(self.lr_curve, key=self.lr_curve.get)
         tuned = self.over_seeds([replace(best, lr=lr)], "the best")
         self.best = min(tuned[0], self.best, key=lambda result: result[0])
 
@@ -428,7 +435,9 @@ def planned_sizes(config, target, space, options):
     at_proxy = {"draws": trials, "more draws if a range proves too narrow": trials // MORE_DRAWS,
                 "of the best few on other seeds": race}
     if "lr" in space:
-        at_proxy["for the lr of the best"] = len(OCTAVES) * min(CURVE_SEEDS, seeds) + seeds
+        curve_seeds = min(CURVE_SEEDS, seeds)
+        at_proxy["for the lr of the best"] = len(OCTAVES) * curve_seeds + seeds
+        at_proxy["more for it if its curve falls to an end"] = FURTHER * curve_seeds
     shapes, sizes = verification_sizes(config, target, options), []
     if shapes:
         candidates = VERIFIED + len(presets_for(config)) + 2

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import replace
 
 from configure import TUNED, names_in, split_words
-from scaling.fits import mean_and_error
+from scaling.fits import lowest_end, mean_and_error
 from scaling.plan import training_flops
 from scaling.rows import loss_of
 from scaling.space import Range, at_edge, widened
@@ -73,10 +73,20 @@ def format_report(search, draws, others):
                      "that no draw used:")
         lines += [f"  {format_losses(search, draws + others, config)}  {describe(config, search.space)}"
                   for _, _, config in search.leaders]
-    lines += describe_edges(search, draws) + describe_importances(search)
+    lines += describe_lr(search) + describe_edges(search, draws) + describe_importances(search)
     if search.verification:
         lines.append(search.verification.text)
     return "\n".join(lines) + "\n"
+
+
+def describe_lr(search):
+    """A line where the lr of the first leader was still getting better at the last lr that was tried."""
+    end = lowest_end(search.lr_curve) if search.lr_curve else None
+    if end is None:
+        return []
+    low, high = math.log2(min(search.lr_curve)), math.log2(max(search.lr_curve))
+    return [f"the lr of the first was tuned from 2**{low:.2f} to 2**{high:.2f}; its loss is lowest at "
+            f"2**{math.log2(end):.2f}, an end of that, so a better lr may lie beyond"]
 
 
 def describe_edges(search, draws):

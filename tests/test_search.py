@@ -36,6 +36,7 @@ def short_ending(monkeypatch):
     """Fewer trials after the draws: they take most of the time of such small searches."""
     monkeypatch.setattr(search, "RACE", ((2, math.inf),))
     monkeypatch.setattr(search, "OCTAVES", (-1, 1))
+    monkeypatch.setattr(search, "FURTHER", 0)
 
 
 def run(corpus, folder, space=SPACE, **options):
@@ -277,6 +278,7 @@ def test_a_failed_trial_of_a_search_is_shown_and_is_tried_again_as_it_was(corpus
     monkeypatch.undo()
     monkeypatch.setattr(search, "RACE", ((2, math.inf),))
     monkeypatch.setattr(search, "OCTAVES", (-1, 1))
+    monkeypatch.setattr(search, "FURTHER", 0)
     assert search.main(words) == 0
     assert "is not finished" not in (tmp_path / "a/best.py").read_text() + capsys.readouterr().out
     assert not any(row["failure"] for row in read_trials(tmp_path / "a"))
@@ -592,6 +594,24 @@ def test_leaders_race_so_that_the_worse_get_fewer_seeds(corpus, tmp_path, monkey
     mean, error, _ = found.best
     for text in best_text, report:
         assert f"{mean:.4f} ± {error:.4f} (seeds: 4)" in text
+
+
+@pytest.mark.parametrize(("octaves", "diverges_at", "found", "says"), [
+    (0.25, 9, 0.25, False), (-1.75, 9, -1.75, False), (3.25, 9, 3.25, False),  # from the lr of the best
+    (8, 9, 4, True), (-8, 9, -4, True), (8, 3, 2, False)])
+def test_the_lr_of_the_best_is_looked_for_beyond_the_ends_of_its_curve(monkeypatch, octaves, diverges_at,
+                                                                    found, says):
+    monkeypatch.undo()
+    def over_seeds(configs, what, seeds=None):
+        losses = {config: math.log2(config.lr / 2**-8) for config in configs}
+        losses = {config: math.inf if x >= diverges_at else (x - octaves)**2 for config, x in losses.items()}
+        return sorted([(loss, 0.1, config) for config, loss in losses.items()], key=lambda item: item[0])
+    fake = SimpleNamespace(best=over_seeds([Config(lr=2**-8)], "")[0], options={"seeds": 3},
+                           over_seeds=over_seeds)
+    search.Search.tune_lr(fake)
+    assert math.log2(fake.best[2].lr / 2**-8) == pytest.approx(found, abs=1e-6)
+    said = search.search_report.describe_lr(fake)
+    assert bool(said) == says and (not says or f"lowest at 2**{found - 8:.2f}," in said[0])
 
 
 def test_a_preset_that_was_drawn_and_led_is_the_same_candidate():
