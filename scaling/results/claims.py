@@ -294,23 +294,29 @@ def forecasts_of_targets():
     yield f"missed the mean of the two seeds by {min(errors):.3f} to {max(errors):.3f}"
 
 
-def pairs_of_settings():
-    """{size: how 24 settings there agree with the target}"""
-    names = {"proxy_half_context": "128 x 4, context 256", "proxy": "128 x 4, context 512",
-             "256x6": "256 x 6, context 512"}
-    folders = [str(HERE / "journey/settings" / folder) for folder in (*names, "target")]
-    return dict(zip(names.values(), scatter.pair_folders(folders[:-1], folders[-1]), strict=True))
+def pairs_of_settings(folder, *sizes):
+    """How 24 settings at each of the sizes, folders in journey/FOLDER, agree with the target."""
+    return scatter.pair_folders([str(HERE / "journey" / folder / size) for size in sizes],
+                                str(HERE / "journey" / folder / "target"))
 
 
 @claims_of(RESULTS)
 def settings_at_four_sizes():
+    names = {"settings": "manuals, AdamW", "settings_novels": "novels, AdamW", "settings_code": "code, Muon"}
+    sizes = {"proxy_half_context": "128 x 4, context 256", "proxy": "128 x 4", "256x6": "256 x 6"}
     rows = []
-    for name, pair in pairs_of_settings().items():
-        ranks = [with_interval(pair[rank], *rank_interval(pair[rank], count), "+.2f")
-                 for rank, count in (("rank", 24), ("rank_of_better_half", 12))]
-        rows.append([name, *ranks, write([pair["cost"]])])
-    yield table(["24 settings", "rank correlation with the target", "of the better half",
+    for folder, name in names.items():
+        own = [size for size in sizes if (HERE / "journey" / folder / size).exists()]
+        for size, pair in zip(own, pairs_of_settings(folder, *own), strict=True):
+            ranks = [with_interval(pair[rank], *rank_interval(pair[rank], count), "+.2f")
+                     for rank, count in (("rank", 24), ("rank_of_better_half", 12))]
+            rows.append([name, sizes[size], *ranks, write([pair["cost"]])])
+    yield table(["24 settings", "size", "rank correlation with the target", "of the better half",
                  "what its favourite costs at the target"], *rows)
+    shipped = journey_of("code", "muon")["preset"]
+    own = [row["val_loss"] for row in rows_of("journey/settings_code/proxy")
+           if near(row["lr"], 2 * shipped.lr)]  # the same, written for four times the batch
+    yield "end at {:.2f}, {:.2f} or {:.2f}".format(*sorted([*shipped.proxy, *own]))
 
 
 # Forecasts
@@ -770,9 +776,14 @@ def front_page_of_searches():
     yield f"off by at most {max(abs(middle - targets.mean(axis=1))):.2f} nats"
     apart = max(np.ptp(of.target) for text in TEXTS for of in journey_of(text, "adamw").values())
     yield f"two seeds of one target differ by up to {apart:.2f} nats"
-    _, proxy, larger = (pair["rank_of_better_half"] for pair in pairs_of_settings().values())
-    yield f"says little (rank correlation {proxy:+.2f})"
-    yield f"verification at 256 x 6 is for ({larger:+.2f})"
+    pairs = [pairs_of_settings(folder, "proxy", "256x6")
+             for folder in ("settings", "settings_novels", "settings_code")]
+    proxy, larger = ([of_text[i]["rank_of_better_half"] for of_text in pairs] for i in range(2))
+    yield "rank correlation is {:+.2f} on this text, {:+.2f} and {:+.2f} on two more".format(*proxy)
+    yield "at 256 x 6 it is {:+.2f}, {:+.2f} and {:+.2f}".format(*larger)
+    costs = [[of_text[i]["cost"] for of_text in pairs] for i in range(2)]
+    yield "favourite costs {:.3f}, {:.3f} and {:.3f} nats there".format(*costs[0])
+    yield "that of 256 x 6 {:.3f}, {:.3f} and {:.3f}".format(*costs[1])
 
 
 @claims_of(README)
