@@ -71,6 +71,7 @@ from scaling.stack import check_stackable
 from scaling.study import (
     STUDY_FILE,
     SharedStudy,
+    find_other,
     median_at,
     open_storage,
     storage_errors_in_one_line,
@@ -134,7 +135,8 @@ class Search:
 
     def open_studies(self, storage):
         self.storage, name, settings = storage, self.options["study"], self.key_of(self.config)
-        self.draws = SharedStudy(storage, name, self.worker, settings, self.first_domains)
+        target = self.options.get("target", "")
+        self.draws = SharedStudy(storage, name, self.worker, settings, self.first_domains, target)
         self.others = SharedStudy(storage, f"{name}, seeds and lr", self.worker, settings)
 
     def key_of(self, config):
@@ -555,12 +557,23 @@ def run_search(config, space, options, target=None):
             return search, *search.report()
 
 
-def print_plan(config, target, space, options):
+def find_other_search(config, space, options, dataset):
+    """Which other search is where this one would be kept, for people; "" where none is. Writes nothing: with
+    --plan, a database is not asked, as that makes its tables."""
+    where = storage_place(options)
+    is_database = "://" in where
+    if is_database and options["plan"] or not is_database and not os.path.exists(where):
+        return ""
+    config = trial_configs(config, {})[0]
+    settings = identity(config, facts_of(config, dataset))
+    with storage_errors_in_one_line(storage := open_storage(where), where):
+        other = find_other(storage, options["study"], settings, distributions(space))
+    folder = where if options["storage"] else options["out"]
+    return other and f"{folder} holds {other}"
+
+
+def print_plan(config, target, space, options, dataset):
     """What is to be trained, what it costs and what transfers; with --plan, how long it takes, too."""
-    dataset, where = open_dataset(config, target), storage_place(options)
-    if options["plan"] and os.path.exists(where):  # which may be of another search
-        with storage_errors_in_one_line(storage := open_storage(where), where):
-            Search(config, space, options, None, storage, dataset, target)
     sizes = planned_sizes(config, target, space, options)
     print(*plan.describe_plan(sizes, target, options["target"]), sep="\n")
     tokens = config.tokens_before(config.steps)
@@ -600,8 +613,15 @@ def main(argv):
     check_search(config, space, options)  # before the other workers start
     reuse_freed_memory()
     use_sensible_threads(config)
+    dataset = open_dataset(config, target)
+    other = find_other_search(config, space, options, dataset)
+    advice = "--study=ANOTHER_NAME" if options["storage"] else "--out=ANOTHER_FOLDER"
+    if other and not options["plan"]:
+        raise UserError(f"out: {other}; add {advice}")
     if rank == 0:
-        print_plan(config, target, space, options)
+        print_plan(config, target, space, options, dataset)
+        if other:
+            print(f"{other}: to run this one, add {advice}")
     if options["plan"]:
         return 0
     with resumable(options["out"]), worker_processes(argv, options["workers"]):

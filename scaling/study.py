@@ -18,14 +18,15 @@ import statistics
 import time
 from typing import NamedTuple
 
-from configure import UserError, complete_saved
-from scaling.trials import FACTS, complete_key, has_failed
+from configure import TUNED, UserError, complete_saved
+from scaling.trials import FACTS, HASHES, complete_key, has_failed
 
 STUDY_FILE = "study.log"
 STARTUP = 16  # draws from all of the space before the sampler has something to learn from
 CAP = 0.7  # quantile of the losses
 LOST_AFTER = 600  # seconds; a trial on another machine is lost after 10 times the slowest, this at least
 LOCKED_SECONDS = 300  # that a locked SQLite file is waited for
+DIFFERENCES = 4  # settings that are named, of those in which two searches differ
 TRIES = 20  # to make the tables of a new database, as others may be making them
 
 
@@ -150,27 +151,19 @@ def open_database(optuna, url):
 class SharedStudy:
     """The study `name` of `storage`, for one worker of it (a scaling.worker.Worker). Raises UserError where
     it is of another search. settings: text of identity() that the study is of; None only reads it. space: the
-    distributions that its trials are drawn from."""
+    distributions that its trials are drawn from. target: the name of the search's target, for people."""
 
-    def __init__(self, storage, name, worker, settings=None, space=None):
+    def __init__(self, storage, name, worker, settings=None, space=None, target=""):
         self.optuna, self.worker = load_optuna(), worker
         self.failed = {}  # {key: row} of trials that failed here, and are not tried again by this worker
         self.study = self.optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        attributes = self.study.user_attrs
-        if settings is not None:
-            self.check("settings", settings, attributes.get("settings"), describe_difference)
-        if space is not None:
-            drawn = [trial.distributions for trial in self.trials().values()]  # all that older versions kept
-            known = attributes.get("space") or (describe_space(drawn[0]) if drawn else None)
-            self.check("space", describe_space(space), known, describe_other_space)
-
-    def check(self, name, text, known, describe):
-        """Keeps `text` in a new study, and compares it with what is known of another. Raises UserError."""
-        if known is None:
-            self.study.set_user_attr(name, text)
-        elif different := describe(known, text):
-            raise UserError(f"out: the study {self.study.study_name!r} is of another search ({different}); "
-                            "use another --out, or another --study in the same storage")
+        if other := describe_other(self.study, settings, space):
+            raise UserError(f"out: the study {name!r} is of {other}; use another --out, or another --study "
+                            "in the same storage")
+        given = {"settings": settings, "space": space and describe_space(space), "target": target}
+        for attribute, text in given.items():
+            if text and attribute not in self.study.user_attrs:
+                self.study.set_user_attr(attribute, text)
 
     def widened(self):
         """{setting: (low, high)} of the ranges that were widened; empty where none was. Raises UserError."""
@@ -293,16 +286,50 @@ class SharedStudy:
         return rows
 
 
+def describe_other(study, settings, space):
+    """What an Optuna study is of, for people, where that is another search than one of these `settings`, text
+    of identity(), and this `space`, distributions; "" where it is of that search, or of none yet. None is not
+    compared."""
+    known = study.user_attrs
+    different = ""
+    if settings is not None and "settings" in known:
+        different = describe_difference(known["settings"], settings)
+    if space is not None and not different:
+        drawn = [trial.distributions for trial in study.get_trials(deepcopy=False)]
+        # All that older versions wrote down
+        known_space = known.get("space") or (describe_space(drawn[0]) if drawn else "")
+        different = known_space and describe_other_space(known_space, describe_space(space))
+    if not different:
+        return ""
+    target = f", for {known['target']}" if known.get("target") else ""
+    return f"another search{target} ({different})"
+
+
+def find_other(storage, name, settings, space):
+    """describe_other() of the study `name` of `storage`, which need not be there. Changes nothing."""
+    optuna = load_optuna()
+    if name not in optuna.get_all_study_names(storage):
+        return ""
+    return describe_other(optuna.load_study(study_name=name, storage=storage), settings, space)
+
+
 def describe_difference(known, settings):
-    """The first setting in which two texts of identity() differ, for people, or "". `known` may be of an
-    older version: settings it did not have are what they were then, and it does not say how it measured."""
+    """The settings in which two texts of identity() differ, for people, or "": the first few, before all
+    those that a search may draw. `known` may be of an older version: settings it did not have are what they
+    were then, and it does not say how it measured."""
     known, settings = json.loads(known), json.loads(settings)
     unsaid = {name for name in FACTS if name in settings and name not in known}
     known = complete_saved(known) | {name: settings[name] for name in unsaid}
-    for name in settings:
-        if known[name] != settings[name]:
-            return f"{name}: {known[name]}, here {settings[name]}"
-    return ""
+    names = [name for name in settings if known[name] != settings[name]]
+    names.sort(key=lambda name: name in TUNED)
+    listed = []
+    for name in names[:DIFFERENCES]:
+        length = 8 if name in HASHES else 60
+        there, here = str(known[name])[:length], str(settings[name])[:length]
+        listed.append(f"{name}: {there}, here {here}")
+    if len(names) > DIFFERENCES:
+        listed.append(f"and {len(names) - DIFFERENCES} more settings")
+    return "; ".join(listed)
 
 
 def describe_space(distributions):

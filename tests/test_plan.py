@@ -2,10 +2,11 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 
 import pytest
-from conftest import tiny, tokens
+from conftest import snapshot, tiny, tokens
 
 from configure import Config, UserError, configure
 from model import GPT
@@ -105,14 +106,27 @@ def test_a_plan_times_each_size_and_leaves_no_folder(target, tmp_path, monkeypat
         assert said in output
 
 
-def test_a_plan_for_the_folder_of_another_search_says_so(target, tmp_path):
-    words = [f"--target={target}", "--plan", f"--out={tmp_path}/out", "--trials=1", "--seeds=1"]
+def test_a_plan_for_the_folder_of_another_search_says_which_and_a_search_there_ends_first(
+        target, tmp_path, monkeypatch, capsys):
     given = options(target=target, trials=1, seeds=1, out=str(tmp_path / "out"), sampler="tpe", verify=False)
     proxy, _ = search.proxy_and_target(given, ["--steps=1"])
     search.run_search(proxy, search.parse_space("lr", proxy), given)
-    for other in ([], ["--space=lr", "--steps=2"]):
-        with pytest.raises(UserError, match="is of another search"):
-            search.main([*words, *other])
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(search, "run_search", None)
+    monkeypatch.setattr(plan, "seconds_of", lambda config: (1.0, math.nan))
+    capsys.readouterr()
+    others = {"space: ": ["--steps=1"], "steps: 1, here 2; lr: ": ["--lr=0.25", "--steps=2"]}
+    for difference, other in others.items():
+        words = [f"--target={target}", f"--out={tmp_path}/out", *other]
+        said = f"{tmp_path}/out holds another search, for {target} ({difference}"
+        assert search.main([*words, "--plan"]) == 0
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first.startswith("target ") and last.startswith(said) and "--out" in last
+        with pytest.raises(UserError, match=f"^out: {re.escape(said)}.*--out"):
+            search.main(words)
+        assert capsys.readouterr().out == "", "it ends before it prints a plan"
+    assert search.main([*words, "--plan", "--study=mine"]) == 0 and "holds" not in capsys.readouterr().out
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("changed", [["--steps=0"], ["--steps=3", "--proxy=steps:0"]])
