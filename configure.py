@@ -494,13 +494,17 @@ def read_settings(source):
     try:
         if os.path.exists(os.path.join(source, "best.py")) and not os.path.exists(path):
             raise UserError(f"{source} is the folder of a search; its settings are {source}/best.py")
+        if path != source and not os.path.exists(path):
+            raise UserError(f"{source} is no run: it has no config.json; to train on the texts in it, give a "
+                            f"configuration and --dataset={source}")
         if path != source:
             saved = json.loads(Path(path).read_text("utf-8"))
             return complete_saved(saved) | {"out": source}
         if not source.endswith(".py") and os.path.exists(source):
             run = run_of(source)
             advice = f"; try {run}" if os.path.exists(os.path.join(run, "config.json")) else ""
-            raise UserError(f"{source} must be a configuration, a .py file or a run directory{advice}")
+            raise UserError(f"{source} must be a configuration, a .py file or a run directory{advice}; a "
+                            f"text is given as --dataset={source}")
         with forget_imports():
             assigned = {"__name__": "config", "__file__": path}
             exec(compile(Path(path).read_bytes(), path, "exec"), assigned)

@@ -282,10 +282,11 @@ def print_table(parametrization, axis, rows):
     print(f"{parametrization}, powers of {axis}\n{'':<24}  at the start    change      95%   expected")
     for row in rows:
         numbers = "{layer:<24}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}".format(**row)
-        print(f"{numbers}   {row['verdict']}")
+        print(f"{numbers}   {row['verdict']}".replace("+nan", "   -").replace("nan", "  -"))
     verdict = overall(rows)
     of_fail, of_pass = __doc__.split("\n\n")[3:]
-    print(verdict, of_fail if verdict == "FAIL" else of_pass, sep="\n")
+    print(f"{verdict}: a row passes where its change is within {BOUND} of what is expected",
+          of_fail if verdict == "FAIL" else of_pass, sep="\n")
 
 
 def say_what_decides(axis, sizes, rows, seeds):

@@ -11,8 +11,9 @@ from conftest import column, read_rows, run, snapshot
 from processes import Fork, start_ranks, start_train, to_words, wait_for_rows, wait_until
 
 import train
-from configure import UserError
+from configure import Config, UserError
 from training.checkpoint import read_checkpoint
+from training.cli import chosen_run_dir
 from training.run_dir import locked_folder
 
 ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
@@ -64,6 +65,17 @@ def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus
     seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
     checkpoints = [read_checkpoint(str(folder / "last.pt"))["config"]["seed"] for folder in folders]
     assert sorted(seeds) == [0, 1, 2] and checkpoints == seeds
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, unfinished):
+    monkeypatch.chdir(tmp_path)
+    run(corpus, steps=2, out="out/mine")
+    if unfinished:
+        os.remove("out/mine/sample.txt")
+    with chosen_run_dir(Config(), ["mine.py"]) as config:
+        assert config.out == "out/mine-2"
+    assert ("train.py out/mine`" in capsys.readouterr().err) == unfinished
 
 
 def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus, tmp_path):

@@ -83,7 +83,7 @@ FAILURES = {
     "prompt that is no UTF-8": ("--prompt=\udcff", "prompt"),
     "line break in a name": ("--dataset=a\nb.txt", "dataset"),
     # run directories
-    "folder that is no run": ("empty", r"empty.config\.json"),
+    "folder that is no run": ("empty", r"empty.*config\.json.*--dataset=empty"),
     "config.json that is no JSON": ("broken", r"broken.config\.json"),
     "config.json that is a list": ("list", r"list.config\.json"),
     "config.json with an unknown setting": ("newer", "newer: speed"),

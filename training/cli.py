@@ -1,15 +1,17 @@
 """What train.py's command line needs besides settings: a run directory, signals, and errors in one line."""
 
 import contextlib
+import glob
 import os
 import re
 import signal
+import sys
 import threading
 from dataclasses import replace
 
 from configure import UserError, stop
 from training.distributed import from_rank0, rank, world_size
-from training.run_dir import claim_folder, remove_empty
+from training.run_dir import claim_folder, remove_empty, unfinished_steps
 
 
 @contextlib.contextmanager
@@ -22,11 +24,23 @@ def chosen_run_dir(config, argv):
         return
     out, made = None, []
     if rank() == 0:
-        out, made = claim_folder(os.path.join("out", run_name(argv)))
+        name = os.path.join("out", run_name(argv))
+        out, made = claim_folder(name)
+        say_unfinished(name, out)
     try:
         yield replace(config, out=from_rank0(out))
     finally:
         remove_empty(made)
+
+
+def say_unfinished(name, out):
+    """Says on stderr which run of the name `name` stopped before its end, where the same command begins a
+    new one, in the folder `out`."""
+    for folder in sorted(glob.glob(f"{glob.escape(name)}*")):
+        steps = unfinished_steps(folder)
+        if steps is not None and re.fullmatch(r"(-\d+)?", folder.removeprefix(name)):
+            print(f"{folder} is unfinished, after {steps:,} steps: `python train.py {folder}` resumes it. "
+                  f"This is a new run, in {out}", file=sys.stderr)
 
 
 def run_name(argv):

@@ -14,6 +14,7 @@ run.lock      who writes here, while a process does
 """
 
 import contextlib
+import csv
 import json
 import os
 import socket
@@ -61,6 +62,17 @@ def claim_folder(name):
             raise cannot_write(path, error) from None
         else:
             return path, [*made, path]
+
+
+def unfinished_steps(path):
+    """The steps of the run in the folder `path` that ended before its last one and can be resumed; None for
+    any other folder. A finished run has a sample, one that still runs a lock."""
+    present = os.listdir(path) if os.path.isdir(path) else []
+    if not {"last.pt", "metrics.csv"} <= {*present} or {"sample.txt", LOCK} & {*present}:
+        return None
+    with open(os.path.join(path, "metrics.csv"), newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
 def make_folders(path):
