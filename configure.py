@@ -519,6 +519,17 @@ def read_settings(source):
         raise UserError(f"{path}:{where} {reason}{closest_source(source)}") from None
 
 
+FOUND_BY_SEARCH = "# Found by scaling.search"  # so begins a line of the best.py of each search
+
+
+def is_from_search(source):
+    """Whether a config file is the best.py of a search, by whatever name it is kept."""
+    if not os.path.isfile(source):
+        return False
+    lines = Path(source).read_text("utf-8", "replace").splitlines()
+    return any(line.startswith(FOUND_BY_SEARCH) for line in lines)
+
+
 def closest_source(source):
     """The end of an error line about a missing config file or run directory: the most similar one."""
     if os.path.exists(source):
@@ -611,7 +622,7 @@ def reject_other_search(sources, layers, flags):
     sets another text or block, or one after it sets a tuned setting anew. A flag decides."""
     earlier, search, found = {}, None, {}
     for source, settings in zip(sources, layers, strict=True):
-        is_search = os.path.basename(source) == "best.py"
+        is_search = is_from_search(source)
         for name, value in settings.items():
             if name in flags or name not in SETTINGS:
                 continue

@@ -4,7 +4,7 @@ import math
 import shlex
 from dataclasses import replace
 
-from configure import TUNED, names_in, split_words
+from configure import FOUND_BY_SEARCH, TUNED, names_in, split_words
 from scaling.fits import lowest_end, mean_and_error
 from scaling.plan import training_flops
 from scaling.rows import loss_of
@@ -40,7 +40,7 @@ def format_best(search, draws, others):
     lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
              f"{config.steps} steps of {config.batch}x{config.context} tokens.",
              f"# Validation loss {loss}.",
-             f"# Found by scaling.search: sampler {search.options['sampler']}, seed {config.seed}, "
+             f"{FOUND_BY_SEARCH}: sampler {search.options['sampler']}, seed {config.seed}, "
              f"{len(draws)} draws and {len(others)} trials for seeds, lr and verification, "
              f"{spent_flops(draws + others):.2e} FLOPs."]
     if search.verification:

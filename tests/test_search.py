@@ -19,7 +19,7 @@ import pytest
 from children import claim_draws, hold_trial, run_command
 from processes import TIMEOUT, Fork, lab_words, wait_until
 
-from configure import Config, UserError, configure
+from configure import FOUND_BY_SEARCH, Config, UserError, configure
 from scaling import search, space, study, sweep
 from scaling.space import SPACE, Choice, Range, parse_space
 from scaling.trials import read_trials, settings_of
@@ -69,7 +69,8 @@ def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path
     assert mean == pytest.approx(sum(row["val_loss"] for row in finals) / 2) and error > 0
     other = configure([str(tmp_path / "best.py"), "--width=64", "--seed=5", "--steps=3"])
     assert (other.lr, other.weight_decay, other.width, other.seed) == (best.lr, 0.01, 64, 5)
-    assert "sampler tpe, seed 0, 10 draws and" in text and "(seeds: 2), on seeds that no draw used" in text
+    assert f"\n{FOUND_BY_SEARCH}: sampler tpe, seed 0, 10 draws and" in text
+    assert "(seeds: 2), on seeds that no draw used" in text
     assert report == (tmp_path / "search.txt").read_text() and "best after so many draws: 1: " in report
     assert (tmp_path / "search.png").stat().st_size > 10_000
 
@@ -92,12 +93,14 @@ def test_a_target_is_trained_as_the_search_was_whatever_the_defaults_are(corpus,
     ({"width": 64, "lr": 0.5, "norm": "rms"}, "")])
 def test_a_target_of_another_text_or_block_than_was_searched_is_rejected_unless_a_flag_decides(tmp_path, own,
                                                                                             rejected):
-    files = {"target.py": own, "best.py": {"dataset": "mine.txt", "norm": "rms", "lr": 0.25}}
+    files = {"target.py": own, "found.py": {"dataset": "mine.txt", "norm": "rms", "lr": 0.25}}
     for name, settings in files.items():
         (tmp_path / name).write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    with open(tmp_path / "found.py", "a") as file:
+        file.write(FOUND_BY_SEARCH)
     words = [str(tmp_path / name) for name in files]
     if rejected:
-        with pytest.raises(UserError, match=f"^{rejected} is .* before .*best.py"):
+        with pytest.raises(UserError, match=f"^{rejected} is .* before .*found.py"):
             configure(words)
         words.append(f"--{rejected}={own[rejected]}")
         assert getattr(configure(words), rejected) == own[rejected]
@@ -105,12 +108,13 @@ def test_a_target_of_another_text_or_block_than_was_searched_is_rejected_unless_
 
 
 def test_a_target_after_best_py_that_would_undo_what_was_found_is_rejected(tmp_path):
-    (tmp_path / "best.py").write_text("lr = 0.25\nsteps = 9")
+    """By whatever name it is kept."""
+    (tmp_path / "found.py").write_text(f"{FOUND_BY_SEARCH}\nlr = 0.25\nsteps = 9")
     for own, rejected in (("width = 64\nsteps = 8", ""), ("lr = 0.25", ""), ("lr = 0.5", "lr")):
         (tmp_path / "target.py").write_text(own)
-        words = [str(tmp_path / "best.py"), str(tmp_path / "target.py")]
+        words = [str(tmp_path / "found.py"), str(tmp_path / "target.py")]
         if rejected:
-            with pytest.raises(UserError, match=f"^{rejected} is 0.25 in .*best.py.* last"):
+            with pytest.raises(UserError, match=f"^{rejected} is 0.25 in .*found.py.* last"):
                 configure(words)
             words.append(f"--{rejected}=0.125")
         assert configure(words).lr == (0.125 if rejected else 0.25)
