@@ -19,13 +19,20 @@ COMMENTS = {"base_width": "  # base_*: the shape at which all rules are the iden
 
 
 def format_losses(search, rows, config):
-    """The mean loss of a Config and its standard error, over the fresh seeds of which `rows` has one."""
+    """The mean loss of a Config and its standard error, over the fresh seeds of which `rows` has one. The
+    error is that of the verification, where there is one, so that a mean has one error wherever it stands."""
     done = complete_rows(rows)
     fresh = [replace(config, seed=config.seed + k) for k in range(1, search.options["seeds"] + 1)]
-    losses = [loss_of(row) for each in fresh if (row := find_row(done, search.key_of(each)))]
-    mean, error = mean_and_error(losses)
-    noise = "" if math.isnan(error) else f" ± {error:.4f}"
-    return f"{mean:.4f}{noise} (seeds: {len(losses)})"
+    found = [row for each in fresh if (row := find_row(done, search.key_of(each)))]
+    mean, error = mean_and_error([loss_of(row) for row in found])
+    if search.verification:
+        error = search.verification.error_of(found)
+    return format_mean(mean, error, len(found))
+
+
+def format_mean(mean, error, seeds):
+    noise = f" ± {error:.4f}" if math.isfinite(mean) and math.isfinite(error) else ""
+    return f"{mean:.4f}{noise} (seeds: {seeds})"
 
 
 def format_best(search, draws, others):
@@ -45,8 +52,9 @@ def format_best(search, draws, others):
              f"{spent_flops(draws + others):.2e} FLOPs."]
     if search.verification:
         (width, depth), found = search.sizes[0], search.verification
-        lines.append(f"# Chosen by its loss at width {width}, depth {depth}: {found.loss:.4f} ± "
-                     f"{found.error:.4f} (seeds: {len(found.winner.rows)}).")
+        loss = format_mean(found.loss, found.error, len(found.winner.rows))
+        lines += [f"# Chosen by its loss at width {width}, depth {depth}: {loss}.",
+                  "# ± is a standard error by the noise of all candidates of that size together (pooled)."]
     for group in ("data", "function", "init", "optimizer", "training"):
         lines += ["", f"# {group.capitalize()}"]
         names = [name for name in names_in(group) if name not in TARGETS_OWN]
@@ -69,8 +77,9 @@ def format_report(search, draws, others):
     reached = [f"{n}: {min(losses[:n]):.4f}" for n in counts]
     lines.append(f"best after so many draws: {', '.join(reached)}")
     if search.leaders:
-        lines.append("leaders, before the lr of the first is tuned; mean ± standard error so far, on seeds "
-                     "that no draw used:")
+        error = "pooled standard error" if search.verification else "standard error"
+        lines += [f"leaders, before the lr of the first is tuned; mean ± {error} so far, on seeds that",
+                  "no draw used; compare rows with equal numbers of seeds:"]
         lines += [f"  {format_losses(search, draws + others, config)}  {describe(config, search.space)}"
                   for _, _, config in search.leaders]
     lines += describe_lr(search) + describe_edges(search, draws) + describe_importances(search)

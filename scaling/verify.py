@@ -251,7 +251,9 @@ class Verification:
         length = max(len(each.name) for each in self.found)
         lines = [f"verified at width {width}, depth {depth}, {self.target.steps:,} steps of "
                  f"{self.target.batch} x {self.target.context} tokens; what looked worse, on fewer seeds;",
-                 "mean validation loss ± standard error (number of seeds; compare means of as many):",
+                 "mean validation loss ± standard error, by the noise of all candidates of a size together "
+                 "(pooled), and",
+                 "the number of seeds; compare rows with equal numbers of seeds:",
                  f"  {'':{length}}  {f'proxy {proxy.width} x {proxy.depth}':>22}"
                  f"  {f'{width} x {depth}':>22}"]
         for each in sorted(self.found, key=lambda each: (-len(each.rows), mean_loss(each.rows))):

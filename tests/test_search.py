@@ -644,6 +644,9 @@ class Chooses:
         self.best, self.loss, self.error = dict(candidates)[self.name], 4.25, 0.01
         return self
 
+    def error_of(self, rows):
+        return self.error
+
     def draw(self, folder):
         with open(os.path.join(folder, "verify.png"), "w"):
             pass
@@ -661,8 +664,11 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
                         "--space=lr", f"--out={tmp_path}/out"]) == 0
     assert verify.calls == [["leader 1", "leader 2", "config/muon.py", "as given", "defaults"]]
     text = (tmp_path / "out/best.py").read_text()
-    assert "# Chosen by its loss at width 32, depth" in text and ": 4.2500 ± 0.0100 (seeds: 2)." in text
-    assert "what was verified" in (tmp_path / "out/search.txt").read_text()
+    assert "# Chosen by its loss at width 32, depth" in text
+    assert ": 4.2500 ± 0.0100 (seeds: 2)." in text and "(pooled)" in text
+    report = (tmp_path / "out/search.txt").read_text()
+    assert "what was verified" in report
+    assert {*re.findall("± ([0-9.]+)", text + report)} == {"0.0100"}, "that of the verification, everywhere"
     assert (tmp_path / "out/verify.png").exists()
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train the target: ")]
     target = configure(line.split()[5:])
