@@ -15,6 +15,7 @@ import torch
 import configure
 import parametrization
 import train
+import training.log
 from configure import Config
 from model import GPT
 
@@ -225,6 +226,28 @@ def unsynced():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """The picture of a run takes longer than these runs: tests/test_loss_plot.py alone draws it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.log, "draw_loss", lambda rows, name: b"")
+        yield
+
+
+@pytest.fixture
+def unrendered():
+    """The figures of scaling/ are made, but their files are empty: to render one takes half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: open(path, "w").close())
+        yield patch
+
+
+@pytest.fixture
+def rendered(unrendered):
+    """Figures are rendered, where other tests of the module use `unrendered`."""
+    unrendered.undo()
 
 
 @pytest.fixture(autouse=True)

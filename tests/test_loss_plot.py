@@ -15,6 +15,12 @@ from training.loss_plot import draw_loss
 STEPS = 12
 
 
+@pytest.fixture(autouse=True)
+def drawing(monkeypatch):
+    """conftest.py's runs are not drawn; these are."""
+    monkeypatch.setattr(training.log, "draw_loss", draw_loss)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """A list of the figures that are drawn from now on."""
@@ -33,7 +39,9 @@ def points(line):
 
 
 def test_the_picture_shows_the_losses_and_the_learning_rate_of_each_step(corpus, tmp_path, drawn):
-    result = run(corpus, out=str(tmp_path / "run"), steps=STEPS, eval_every=4)
+    settings = corpus | {"steps": STEPS, "eval_every": 4}
+    result = run(settings, out=str(tmp_path / "run"))
+    assert numbers(result) == numbers(run(settings)), "which is not drawn"
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     above, below = drawn[-1].axes
     training, validation = above.get_lines()[:2]

@@ -32,8 +32,8 @@ LR_ONLY = {"lr": Range(2**-14, 2**-5)}
 
 
 @pytest.fixture(autouse=True)
-def short_ending(monkeypatch):
-    """Fewer trials after the draws: they take most of the time of such small searches."""
+def short_ending(monkeypatch, unrendered):
+    """Fewer trials after the draws: they take most of the time of such small searches; no figure's pixels."""
     monkeypatch.setattr(search, "RACE", ((2, math.inf),))
     monkeypatch.setattr(search, "OCTAVES", (-1, 1))
     monkeypatch.setattr(search, "FURTHER", 0)
@@ -58,7 +58,7 @@ def draws_of(folder, storage=""):
         return shared.finished()
 
 
-def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path):
+def test_a_search_finds_the_rate_that_learns_and_writes_best_py(corpus, tmp_path, rendered):
     found, text, report = run(corpus, tmp_path, LR_ONLY, trials=10, seeds=2, weight_decay=0.01, steps=20)
     mean, error, best = found.best
     draws, others = found.rows()
