@@ -25,7 +25,9 @@ from conftest import ROOT
 TIMEOUT = 900
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
+forks.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp",
+                              "scaling.search", "matplotlib.pyplot",  # and what a search imports late
+                              "optuna.storages", "sqlalchemy", "alembic.context"])
 multiprocessing.forkserver.ensure_running()
 
 

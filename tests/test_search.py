@@ -310,7 +310,7 @@ def test_a_search_in_which_all_trials_fail_ends_in_a_line_and_writes_no_best_py(
 def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(corpus, tmp_path, request):
     """SIGKILL at random, twice (10 times with --long), each time while another worker starts or works."""
     kills = 10 if request.config.getoption("--long") else 2
-    tiny, trials = corpus | {"steps": 25}, 8 * kills
+    tiny, trials = corpus | {"steps": 10}, 8 * kills
     choose = random.Random(0)
     survivor = start_search(tiny, tmp_path, f"--trials={trials}")
     for _ in range(kills):
