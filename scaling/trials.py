@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,7 +39,7 @@ CODE = ("model.py", "parametrization.py", "train.py", "training/optimizer.py", "
 def identity(config, facts=None):
     """What makes a trial this trial and no other, as JSON: its settings, and {name of FACTS: value}. The key
     of its row. Rows of older versions do not say how they were measured: their keys have no facts."""
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    settings = {name: getattr(config, name) for name in SETTINGS if name not in NOT_IDENTITY}
     return json.dumps(settings | {name: facts[name] for name in FACTS if name in (facts or {})})
 
 
