@@ -25,12 +25,18 @@ NO_CLAIM = (r"2\^-[\d.]+", r"\^-0\.32", r"α = 0\.[58]", r"ELTeC-eng 1\.0\.1", r
 
 
 @pytest.fixture(scope="module")
-def recomputed():
+def functions():
+    """{claim: (document, function)}, which read each folder of rows once."""
+    return claims.load_claims()
+
+
+@pytest.fixture(scope="module")
+def recomputed(functions):
     """{document: {claim: its texts}}. Laws are fitted from fewer starts: they end at the same constants."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(law_fits, "BEST_STARTS", 4)
-        for name, (document, function) in claims.load_claims().items():
+        for name, (document, function) in functions.items():
             found.setdefault(document, {})[name] = [*map(claims.one_line, function())]
     return found
 
@@ -65,11 +71,11 @@ def test_a_claim_whose_rows_change_is_reported_and_fails_the_command(monkeypatch
         claims.main(["plain"])
 
 
-def test_a_forecasts_interval_holds_what_was_measured():
+def test_a_forecasts_interval_holds_what_was_measured(functions):
     """Each size of each committed ladder, forecast from sizes of at most 0.3 of its blocks' parameters."""
-    functions = next(iter(claims.load_claims().values()))[1].__globals__
-    for kind in functions["LADDERS"]:
-        held, size, _ = functions["forecasts"](kind)
+    module = functions["forecasts_within_the_rows"][1].__globals__
+    for kind in module["LADDERS"]:
+        held, size, _ = module["forecasts"](kind)
         assert len(held) >= 4, kind
         assert held.mean() >= 0.9, kind
         assert np.median(size) < 0.15, kind
