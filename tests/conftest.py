@@ -38,7 +38,7 @@ BLOCKS = {"default": {}, "gpt2": GPT2_BLOCK, "learned": {"position": "learned"},
 # At these settings the coordinate check sees every rule: no random start hides what is learned
 CHECKED = {"zero_residual_out": True, "readout_std": 0.5, "embedding_std": 1.0, "embedding_lr_mult": 8.0,
            "readout_lr_mult": 4.0, "lr": 2**-7, "width": 64, "depth": 2, "base_width": 64, "base_depth": 2,
-           "base_head_dim": 16, "context": 64}
+           "base_head_dim": 16, "context": 32}
 
 
 def tiny(**settings):

@@ -873,8 +873,8 @@ def test_a_typing_error_is_one_line_and_nothing_is_trained(corpus, trials, tmp_p
 OPTIMIZERS = {"adamw": {}, "muon": {"optimizer": "muon", "lr": 2**-3, "embedding_lr_mult": 0.25,
                                     "readout_lr_mult": 1.0}}
 # Sizes that suffice to tell mup from sp, and a right table from a wrong one. Muon's widths are smaller: its
-# products cost most there
-DEPTHS, WIDTHS = (4, 16), {"adamw": (64, 256), "muon": (32, 128)}
+# products cost most there. Three steps tell as much as the command's five
+DEPTHS, WIDTHS, STEPS = (4, 16), {"adamw": (64, 192), "muon": (32, 128)}, 3
 VARIANTS = [(name, "adamw") for name in BLOCKS if "gpt2 " not in name]
 VARIANTS += [("default", "muon"), ("gpt2", "muon"), ("smear", "muon"), ("value_embeddings", "muon")]
 
@@ -882,7 +882,7 @@ VARIANTS += [("default", "muon"), ("gpt2", "muon"), ("smear", "muon"), ("value_e
 def failing(config, axis="width"):
     """{layer: power of its change} where the coordinate check fails."""
     sizes = DEPTHS if axis == "depth" else WIDTHS[config.optimizer]
-    rows, _ = coordinate_check(config, axis, sizes, seeds=1)
+    rows, _ = coordinate_check(config, axis, sizes, STEPS, seeds=1)
     return {row["layer"]: row["change"] for row in rows if row["verdict"] != "PASS"}
 
 
@@ -905,7 +905,7 @@ def test_the_coordinate_check_tells_mup_from_sp_over_width_with_every_block(corp
 @pytest.mark.parametrize("settings", [{}, {"embedding_std": 0.5, "embedding_lr_mult": 24.0}])
 def test_the_coordinate_check_passes_mup_with_tied_embeddings_however_large_they_start(corpus, settings):
     config = Config(**corpus | CHECKED | {"tied": True} | settings)
-    rows, _ = coordinate_check(config, "width", (64, 256), seeds=1)
+    rows, _ = coordinate_check(config, "width", (64, 256), STEPS, seeds=1)
     assert {row["verdict"] for row in rows} == {"PASS"}
     readout = next(row for row in rows if row["layer"] == "readout")
     assert abs(readout["change"]) < 0.1
@@ -1002,8 +1002,8 @@ MUTANTS = {  # role and its wrong exponents, and the axis on which they show
 
 
 def test_a_large_random_readout_hides_neither_a_right_table_nor_a_wrong_one(corpus, monkeypatch):
-    config = Config(**corpus | {"width": 64, "base_width": 64, "context": 64})  # small embeddings by default
-    rows, _ = coordinate_check(config, "width", (64, 256), seeds=1)
+    config = Config(**corpus | {"width": 64, "base_width": 64, "context": 32})  # small embeddings by default
+    rows, _ = coordinate_check(config, "width", (64, 256), STEPS, seeds=1)
     powers = {row["layer"]: row["change"] for row in rows}
     assert powers["logits"] < -0.3 and abs(powers["readout"]) < 0.2
     assert {row["verdict"] for row in rows} == {"PASS"}
@@ -1023,7 +1023,7 @@ def test_the_coordinate_check_sees_a_wrong_eps_where_eps_outweighs_the_gradients
     config = Config(**corpus | CHECKED | GPT2_BLOCK | {"eps": 0.1, "zero_residual_out": False})
 
     def power():
-        rows, _ = coordinate_check(config, "width", (64, 256), seeds=1)
+        rows, _ = coordinate_check(config, "width", (64, 256), STEPS, seeds=1)
         return next(row["change"] for row in rows if row["layer"] == "attention.qkv")
 
     assert abs(power()) < 0.3
