@@ -520,6 +520,7 @@ def read_settings(source):
 
 
 FOUND_BY_SEARCH = "# Found by scaling.search"  # so begins a line of the best.py of each search
+FOR_TARGET = "# For the target "  # and one, with its file, where a target was named
 
 
 def is_from_search(source):

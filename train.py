@@ -29,7 +29,7 @@ from data.prepare import find_prepared, is_prepared, prepare
 from model import GPT
 from parametrization import format_table, role_of
 from training.checkpoint import folders_of, has_finite_weights, settings_of_checkpoint
-from training.cli import catch_signals, chosen_run_dir, errors_in_one_line
+from training.cli import catch_signals, chosen_run_dir, errors_in_one_line, reject_missing_target
 from training.compile import CudaGraphed, compiled_training, fall_back_or_raise, use_cuda_graph
 from training.device import (
     batches_on_device,
@@ -492,6 +492,7 @@ def main(argv):
         sample(*asked)
         return 0
     config = configure(argv)
+    reject_missing_target(argv)
     init_distributed()
     reuse_freed_memory()
     use_sensible_threads(config)

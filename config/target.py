@@ -1,4 +1,7 @@
-"""The target: 8 times wider and 4 times deeper than the proxy, with the same settings. For a GPU."""
+"""The target: 8 times wider and 4 times deeper than the proxy, with the same settings.
+
+For a GPU: on two CPU cores the search of its settings alone takes a day (`search --plan` says how long).
+"""
 
 from config.proxy import *
 

@@ -4,7 +4,7 @@ import math
 import shlex
 from dataclasses import replace
 
-from configure import FOUND_BY_SEARCH, TUNED, names_in, split_words
+from configure import FOR_TARGET, FOUND_BY_SEARCH, TUNED, names_in, split_words
 from scaling.fits import lowest_end, mean_and_error
 from scaling.plan import training_flops
 from scaling.rows import loss_of
@@ -50,6 +50,8 @@ def format_best(search, draws, others):
              f"{FOUND_BY_SEARCH}: sampler {search.options['sampler']}, seed {config.seed}, "
              f"{len(draws)} draws and {len(others)} trials for seeds, lr and verification, "
              f"{spent_flops(draws + others):.2e} FLOPs."]
+    if search.target is not None:
+        lines.append(f"{FOR_TARGET}{search.options['target']}")
     if search.verification:
         (width, depth), found = search.sizes[0], search.verification
         loss = format_mean(found.loss, found.error, len(found.winner.rows))

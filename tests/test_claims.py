@@ -114,7 +114,7 @@ def test_each_command_of_the_readme_can_be_typed():
 
 
 SMALLER = {"width=64,128,256": "width=32,64", "lr=2**-10..2**-6": "lr=2**-8..2**-6",
-           "--workers=2": "--workers=1", "--steps=2000": "--steps=8", "--steps=200": "--steps=2"}
+           "--workers=2": "--workers=1", "--trials=24": "--trials=1", "--steps=2000": "--steps=8", "--steps=200": "--steps=2"}
 
 
 def shrunk(words, corpus):
@@ -123,8 +123,8 @@ def shrunk(words, corpus):
     model = corpus | {"steps": 2}
     trials = {name: value for name, value in model.items() if name != "sample_tokens"}
     of_command = {
-        "config/proxy.py": model, "config/target.py": model, "sweep": trials,
-        "search": trials | {"trials": 1, "seeds": 1},
+        "config/proxy.py": model, "config/small_target.py": model, "sweep": trials,
+        "search": trials | {"seeds": 1},
         "config/finetune.py": text | {"steps": 2, "batch": 4, "sample_tokens": 8},
         "check": {"dataset": corpus["dataset"], "tokenizer": "bytes", "data_dir": corpus["data_dir"],
                   "widths": "64,128", "seeds": 2, "steps": 1}}
@@ -147,4 +147,4 @@ def test_the_commands_of_the_readme_run_in_their_order(corpus, tmp_path, monkeyp
         except SystemExit as end:  # --help
             code = end.code
         assert code in (0, None) or words[0] == "check" and code == 1, words  # too few seeds to decide
-    assert {"proxy", "mine", "finetune", "wide", "search", "target", "first"} <= {*os.listdir("out")}
+    assert {"proxy", "mine", "finetune", "wide", "search", "small_target", "first"} <= {*os.listdir("out")}

@@ -19,13 +19,13 @@ import pytest
 from children import claim_draws, hold_trial, run_command
 from processes import TIMEOUT, Fork, lab_words, wait_until
 
-from configure import FOUND_BY_SEARCH, Config, UserError, configure
+from configure import FOR_TARGET, FOUND_BY_SEARCH, Config, UserError, configure
 from scaling import search, space, study, sweep
 from scaling.space import SPACE, Choice, Range, parse_space
 from scaling.trials import read_trials, settings_of
 from scaling.worker import Worker
 from train import train
-from training.cli import run_name
+from training.cli import reject_missing_target, run_name
 
 OPTIONS = {"trials": 8, "seeds": 1, "stack": 1, "sampler": "tpe", "storage": "", "study": "search", "seed": 0}
 LR_ONLY = {"lr": Range(2**-14, 2**-5)}
@@ -118,6 +118,17 @@ def test_a_target_after_best_py_that_would_undo_what_was_found_is_rejected(tmp_p
                 configure(words)
             words.append(f"--{rejected}=0.125")
         assert configure(words).lr == (0.125 if rejected else 0.25)
+
+
+@pytest.mark.parametrize(("line", "target"), [(f"{FOR_TARGET}big.py", "big.py"), ("", "TARGET.py")])
+def test_best_py_is_not_trained_at_the_default_size_for_want_of_its_target(tmp_path, line, target):
+    """An older one does not name it."""
+    found = str(tmp_path / "found.py")
+    (tmp_path / "found.py").write_text(f"{FOUND_BY_SEARCH}\n{line}\nlr = 0.25")
+    with pytest.raises(UserError, match=f"train.py {target} {found}`"):
+        reject_missing_target([found, "--lr=0.5"])
+    reject_missing_target(["config/target.py", found])
+    reject_missing_target([found, "--width=64"])
 
 
 @pytest.mark.parametrize(("words", "name"), [
@@ -664,7 +675,7 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
                         "--space=lr", f"--out={tmp_path}/out"]) == 0
     assert verify.calls == [["leader 1", "leader 2", "config/muon.py", "as given", "defaults"]]
     text = (tmp_path / "out/best.py").read_text()
-    assert "# Chosen by its loss at width 32, depth" in text
+    assert "# Chosen by its loss at width 32, depth" in text and f"{FOR_TARGET}{tmp_path}/target.py\n" in text
     assert ": 4.2500 ± 0.0100 (seeds: 2)." in text and "(pooled)" in text
     report = (tmp_path / "out/search.txt").read_text()
     assert "what was verified" in report

@@ -8,10 +8,23 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
-from configure import UserError, stop
+from configure import FOR_TARGET, UserError, is_from_search, split_words, stop
 from training.distributed import from_rank0, rank, world_size
 from training.run_dir import claim_folder, remove_empty, unfinished_steps
+
+
+def reject_missing_target(argv):
+    """Raises UserError where the best.py of a search is all that says what to train: it leaves the size
+    and the batches to its target, and would train the defaults."""
+    sources, flags = split_words(argv)
+    if sources and all(map(is_from_search, sources)) and not {"width", "depth"} & flags.keys():
+        lines = Path(sources[-1]).read_text("utf-8").splitlines()
+        targets = [line.removeprefix(FOR_TARGET) for line in lines if line.startswith(FOR_TARGET)]
+        command = f"python train.py {targets[0] if targets else 'TARGET.py'} {sources[-1]}"
+        raise UserError(f"{sources[-1]} says how to train, not what: give its target before it, `{command}`, "
+                        "or --width and --depth")
 
 
 @contextlib.contextmanager

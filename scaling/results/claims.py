@@ -780,10 +780,10 @@ def front_page_of_searches():
              for folder in ("settings", "settings_novels", "settings_code")]
     proxy, larger = ([of_text[i]["rank_of_better_half"] for of_text in pairs] for i in range(2))
     yield "rank correlation is {:+.2f} on this text, {:+.2f} and {:+.2f} on two more".format(*proxy)
-    yield "at 256 x 6 it is {:+.2f}, {:+.2f} and {:+.2f}".format(*larger)
+    yield "right it is {:+.2f}, {:+.2f} and {:+.2f}".format(*larger)
     costs = [[of_text[i]["cost"] for of_text in pairs] for i in range(2)]
     yield "favourite costs {:.3f}, {:.3f} and {:.3f} nats there".format(*costs[0])
-    yield "that of 256 x 6 {:.3f}, {:.3f} and {:.3f}".format(*costs[1])
+    yield "that of 256 channels and 6 blocks (right) {:.3f}, {:.3f} and {:.3f}".format(*costs[1])
 
 
 @claims_of(README)
