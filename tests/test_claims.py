@@ -114,7 +114,8 @@ def test_each_command_of_the_readme_can_be_typed():
 
 
 SMALLER = {"width=64,128,256": "width=32,64", "lr=2**-10..2**-6": "lr=2**-8..2**-6",
-           "--workers=2": "--workers=1", "--trials=24": "--trials=1", "--steps=2000": "--steps=8", "--steps=200": "--steps=2"}
+           "--workers=2": "--workers=1", "--trials=24": "--trials=1", "--steps=2000": "--steps=8",
+           "--steps=200": "--steps=2"}
 
 
 def shrunk(words, corpus):
