@@ -144,12 +144,14 @@ def draw_transfer(report, pyplot, above_best=False):
 
 
 def explain_marks(report, above_best):
-    """Handles of a legend for the stars and, where they are drawn, the ranges of the seeds."""
+    """Handles of a legend for the stars and, where there are several seeds, their ranges."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     star = Line2D([], [], marker="*", color="w", mec="k", markersize=13, label=report["star"])
     seeds = Patch(color="0.5", alpha=0.3, label="range of the seeds")
-    return [star] if above_best else [star, seeds]
+    several = any(len(losses) > 1 for ladder in report["ladders"].values() for size in ladder["sizes"]
+                  for losses in curve_of(size, report["numeric"])[1])
+    return [star, seeds] if several and not above_best else [star]
 
 
 def draw_size_curve(ax, size, numeric, color, shift):
