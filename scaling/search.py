@@ -22,7 +22,7 @@ batch and number of steps stay the target's own.
 --trials=64 --seeds=3      draws, of the proxy; seeds of what is compared at the end
 --proxy_width=, --proxy_depth=   a proxy of another shape than the base shape
 --proxy=steps:300,context:256    let the proxy differ in more; the plan says what is known about that
---verify=false             no larger size; --verify_width=512 chooses its width
+--verify=false             train at no larger size; --verify_width=512 chooses its width
 --space=lr,zero_query      only these are drawn; lr:2**-9..2**-6 is a range of your own
 --sampler=gp               a Gaussian process, or tpe: Parzen trees; both are Optuna's
 --workers=2                processes on this machine; on others, the same command on the same folder joins in
@@ -114,6 +114,10 @@ LOOKS = 9, 17  # points of the training curve, of CURVE_POINTS, after which a dr
 REPORT_SECONDS = 20  # between two updates of best.py and the figure, at the least
 
 
+class NotTrained(Exception):
+    """A search that is not to train any more lacks a row."""
+
+
 class Search:
     """One worker's part in a search: it draws, trains and reports, as do others on the same folder or
     storage. dataset: its TokenDataset. options: `trials`, `seeds`, `stack`, `sampler`, `study`. target: a
@@ -132,6 +136,7 @@ class Search:
         self.use_widened()
         self.reported, self.leaders, self.best, self.verification = time.monotonic(), [], None, None
         self.lr_curve = {}  # {lr: mean loss}, of tune_lr()
+        self.trains = True
 
     def open_studies(self, storage):
         self.storage, name, settings = storage, self.options["study"], self.key_of(self.config)
@@ -212,9 +217,12 @@ class Search:
     # Other trials, each known by its settings
 
     def rows_of(self, configs, what):
-        """The rows of these Configs, trained by whoever shares the search; None for one that failed."""
+        """The rows of these Configs, trained by whoever shares the search; None for one that failed. Raises
+        NotTrained where it is not to train, and one has no row."""
         done = self.complete_rows()
         new = [config for config in dict.fromkeys(configs) if not find_row(done, self.key_of(config))]
+        if new and not self.trains:
+            raise NotTrained
         groups = {}
         for config in new:  # models of one seed read one text, and those of one size fit into one stack
             kind = (*size_of(config), config.seed) if self.options["stack"] > 1 else None
@@ -300,11 +308,22 @@ class Search:
         return found
 
     def verify(self):
-        """The candidates at a larger width, whose order there decides: fills `verification` and `best`."""
+        """The candidates at a larger width, whose order there decides: fills `verification` and `best`. With
+        --verify=false by what an earlier verification has trained, if that is all."""
         if not self.sizes or self.best is None:
             return
-        self.verification = verify(self, self.candidates(), self.target, self.sizes)
-        self.best = self.over_seeds([self.verification.best], "the verified best")[0]
+        _, others = self.rows()
+        self.trains = self.options["verify"]
+        if not self.trains and all(row["width"] <= self.config.width for row in others):
+            return
+        try:
+            found = verify(self, self.candidates(), self.target, self.sizes)
+            [best] = self.over_seeds([found.best], "the verified best")
+        except NotTrained:
+            print("--verify=false: the verification is not finished, or was of other candidates; best.py "
+                  "holds what was best at the proxy")
+            return
+        self.verification, self.best = found, best
 
     # Training
 
@@ -422,7 +441,7 @@ def proxy_and_target(options, words):
 
 def verification_sizes(config, target, options):
     """[(width, depth)] between the proxy and the target at which the candidates are trained too."""
-    if target is None or not options["verify"]:
+    if target is None:
         return []
     return sizes_between(config, target, options["verify_width"] or None)
 
@@ -441,7 +460,7 @@ def planned_sizes(config, target, space, options):
         at_proxy["for the lr of the best"] = len(OCTAVES) * curve_seeds + seeds
         at_proxy["more for it if its curve falls to an end"] = FURTHER * curve_seeds
     shapes, sizes = verification_sizes(config, target, options), []
-    if shapes:
+    if shapes and options["verify"]:
         candidates = VERIFIED + len(presets_for(config)) + 2
         at_proxy["to compare with larger sizes"] = count_at_proxy(candidates) + seeds
         counts = count_trainings(shapes, candidates, seeds)

@@ -17,12 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 from children import claim_draws, hold_trial, run_command
+from conftest import snapshot
 from processes import TIMEOUT, Fork, lab_words, wait_until
 
 from configure import FOR_TARGET, FOUND_BY_SEARCH, Config, UserError, configure
 from scaling import search, space, study, sweep
 from scaling.space import SPACE, Choice, Range, parse_space
 from scaling.trials import read_trials, settings_of
+from scaling.verify import as_target
 from scaling.worker import Worker
 from train import train
 from training.cli import reject_missing_target, run_name
@@ -689,6 +691,29 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
     kept = settings | {"steps": 2, "base_width": 16, "base_depth": 1, "base_head_dim": 8}
     del kept["lr"], kept["sample_tokens"]
     assert {name: getattr(target, name) for name in kept} == kept
+
+
+class TrainsWhatItChooses(Chooses):
+    def __call__(self, found, candidates, target, sizes):
+        found.rows_of([as_target(dict(candidates)[self.name], target, *sizes[0])], "the one")
+        return super().__call__(found, candidates, target, sizes)
+
+
+def test_what_a_verification_chose_stays_chosen_by_a_search_that_is_not_to_verify(corpus, tmp_path, capsys,
+                                                                               monkeypatch):
+    verify = TrainsWhatItChooses("defaults")
+    monkeypatch.setattr(search, "verify", verify)
+    (tmp_path / "target.py").write_text("")
+    words = [*lab_words(corpus | {"width": 64, "steps": 2, "lr": 2**-6}), f"--target={tmp_path}/target.py",
+             f"--out={tmp_path}/out", "--trials=2", "--seeds=1", "--space=lr", "--sampler=tpe"]
+    assert search.main(words) == 0
+    chosen = snapshot(tmp_path / "out")["best.py"]
+    monkeypatch.setattr(sweep, "train", None)
+    assert search.main([*words, "--verify=false"]) == 0 and snapshot(tmp_path / "out")["best.py"] == chosen
+    capsys.readouterr()
+    verify.name = "leader 1"  # which has no row at the larger size
+    assert search.main([*words, "--verify=false"]) == 0 and "--verify=false: " in capsys.readouterr().out
+    assert "Chosen by its loss" not in (tmp_path / "out/best.py").read_text()
 
 
 def test_verification_is_left_out_if_not_wanted_or_not_possible(corpus, tmp_path, monkeypatch, capsys):
