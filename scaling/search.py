@@ -47,7 +47,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from configure import Config, UserError, check_setting, configure, read_settings, split_words
+from configure import TUNED, Config, UserError, check_setting, configure, read_settings, split_words
 from data.files import write_text
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -59,6 +59,7 @@ from scaling.space import (
     Range,
     defaults_for,
     distributions,
+    lr_ratio,
     parse_space,
     presets_for,
     starting_points,
@@ -291,15 +292,21 @@ class Search:
         tuned = self.over_seeds([replace(best, lr=lr)], "the best")
         self.best = min(tuned[0], self.best, key=lambda result: result[0])
 
+    def known(self):
+        """[(name, Config)] of the settings that were there before the search."""
+        changed = [name for name in TUNED if getattr(self.config, name) != getattr(self.target, name)]
+        whose = "the proxy's own settings" if changed else "your target's own settings"
+        own = [(whose, self.config), ("defaults", defaults_for(self.config))]
+        return [*presets_for(self.config).items(), *own]
+
     def candidates(self):
         """[(name, Config)] of what is compared at a larger width, each once, with all of its names."""
-        best = self.best[2]
+        best, known = self.best[2], self.known()
         leaders = [best, *(config for mean, _, config in self.leaders[1:VERIFIED] if math.isfinite(mean))]
-        named = [*presets_for(self.config).items(), ("as given", self.config),
-                 ("defaults", defaults_for(self.config))]
-        named = [(f"leader {i}", config) for i, config in enumerate(leaders, start=1)] + named
+        named = [(f"leader {i}{at_another_lr(config, known)}", config)
+                 for i, config in enumerate(leaders, start=1)]
         found = []
-        for name, config in named:
+        for name, config in named + known:
             same = next((i for i, (_, other) in enumerate(found) if trains_alike(config, other)), None)
             if same is None:
                 found.append((name, config))
@@ -401,6 +408,16 @@ class Search:
             if self.verification:
                 self.verification.draw(self.worker.folder)
         return best_text, report_text
+
+
+def at_another_lr(config, known):
+    """The end of a candidate's name, " = NAME at lr x 1.4", where but for its lr it is one of `known`, as
+    Search.known() returns them; else nothing."""
+    for name, other in known:
+        ratio = lr_ratio(config, other)
+        if ratio and not trains_alike(config, other):
+            return f" = {name} at lr x {ratio:.3g}"
+    return ""
 
 
 def size_of(config):

@@ -55,7 +55,7 @@ def format_best(search, draws, others):
     if search.verification:
         (width, depth), found = search.sizes[0], search.verification
         loss = format_mean(found.loss, found.error, len(found.winner.rows))
-        lines += [f"# Chosen by its loss at width {width}, depth {depth}: {loss}.",
+        lines += [f"# Chosen by its loss at width {width}, depth {depth}: {loss}: {found.winner.name}.",
                   "# ± is a standard error by the noise of all candidates of that size together (pooled)."]
     for group in ("data", "function", "init", "optimizer", "training"):
         lines += ["", f"# {group.capitalize()}"]
@@ -82,8 +82,8 @@ def format_report(search, draws, others):
         error = "pooled standard error" if search.verification else "standard error"
         lines += [f"leaders, before the lr of the first is tuned; mean ± {error} so far, on seeds that",
                   "no draw used; compare rows with equal numbers of seeds:"]
-        lines += [f"  {format_losses(search, draws + others, config)}  {describe(config, search.space)}"
-                  for _, _, config in search.leaders]
+        lines += [f"  {i}. {format_losses(search, draws + others, config)}  {describe(config, search.space)}"
+                  for i, (_, _, config) in enumerate(search.leaders, start=1)]
     lines += describe_lr(search) + describe_edges(search, draws) + describe_importances(search)
     if search.verification:
         lines.append(search.verification.text)

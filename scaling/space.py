@@ -262,6 +262,13 @@ def trains_alike(config, other):
     return all(a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=DIGITS) for a, b in pairs)
 
 
+def lr_ratio(config, other):
+    """How many times the lr of `other` that of `config` is, where they train alike but for the lr; else None.
+    The rates are compared as equivalent_in() has them, with one base batch."""
+    lr = equivalent_in(config, other).lr
+    return config.lr / lr if trains_alike(replace(config, lr=lr), other) else None
+
+
 def nearest_point(config, other, space):
     """`config` with the settings of the point of the space that is nearest to `other`."""
     return to_config(config, to_params(equivalent_in(config, other), space), space)

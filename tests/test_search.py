@@ -637,6 +637,8 @@ def test_a_preset_that_was_drawn_and_led_is_the_same_candidate():
     drawn = space.nearest_point(config, preset, space.default_space(config))
     assert preset.base_batch == 8 and drawn.base_batch == 4 and drawn.lr != preset.lr
     assert space.trains_alike(drawn, preset)
+    assert space.lr_ratio(replace(drawn, lr=1.4 * drawn.lr), preset) == pytest.approx(1.4, rel=1e-3)
+    assert space.lr_ratio(replace(drawn, zero_query=True), preset) is None
     for change in {"lr": drawn.lr * 1.01}, {"zero_query": True}, {"readout_std": 0.18}:
         assert not space.trains_alike(replace(drawn, **change), preset)
 
@@ -644,9 +646,8 @@ def test_a_preset_that_was_drawn_and_led_is_the_same_candidate():
 # The journey to a target
 
 class Chooses:
-    """A stand-in for scaling.verify: of the candidates, the one of this name is the best."""
-    best = loss = error = None
-    winner = SimpleNamespace(rows=[{}, {}])
+    """A stand-in for scaling.verify: of the candidates, the first whose name begins so is the best."""
+    best = loss = error = winner = None
     text, forecast, holds = "what was verified", None, True
 
     def __init__(self, name):
@@ -654,8 +655,12 @@ class Chooses:
 
     def __call__(self, found, candidates, target, sizes):
         self.calls.append([name for name, _ in candidates])
-        self.best, self.loss, self.error = dict(candidates)[self.name], 4.25, 0.01
+        self.winner = SimpleNamespace(rows=[{}, {}], name=self.name)
+        self.best, self.loss, self.error = self.choose(candidates), 4.25, 0.01
         return self
+
+    def choose(self, candidates):
+        return next(config for name, config in candidates if name.startswith(self.name))
 
     def error_of(self, rows):
         return self.error
@@ -675,10 +680,14 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
     words = lab_words({name: value for name, value in settings.items() if name not in ("steps", "norm")})
     assert search.main([*words, f"--target={tmp_path}/target.py", "--trials=4", "--seeds=2", "--sampler=tpe",
                         "--space=lr", f"--out={tmp_path}/out"]) == 0
-    assert verify.calls == [["leader 1", "leader 2", "config/muon.py", "as given", "defaults"]]
+    own = "your target's own settings"
+    [names] = verify.calls
+    assert names[2:] == ["config/muon.py", own, "defaults"]
+    assert re.match(f"leader 1 = {own} at lr x [1-9]", names[0]), "another lr is all that a draw has here"
+    assert re.match(f"leader 2 = {own} at lr x [1-9]", names[1])
     text = (tmp_path / "out/best.py").read_text()
     assert "# Chosen by its loss at width 32, depth" in text and f"{FOR_TARGET}{tmp_path}/target.py\n" in text
-    assert ": 4.2500 ± 0.0100 (seeds: 2)." in text and "(pooled)" in text
+    assert f": 4.2500 ± 0.0100 (seeds: 2): {chosen}." in text and "(pooled)" in text
     report = (tmp_path / "out/search.txt").read_text()
     assert "what was verified" in report
     assert {*re.findall("± ([0-9.]+)", text + report)} == {"0.0100"}, "that of the verification, everywhere"
@@ -695,7 +704,7 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
 
 class TrainsWhatItChooses(Chooses):
     def __call__(self, found, candidates, target, sizes):
-        found.rows_of([as_target(dict(candidates)[self.name], target, *sizes[0])], "the one")
+        found.rows_of([as_target(self.choose(candidates), target, *sizes[0])], "the one")
         return super().__call__(found, candidates, target, sizes)
 
 
