@@ -163,6 +163,11 @@ def hidden_parameters(config):
     return config.depth * sum(p.numel() for p in block.parameters() if p.dim() == 2)
 
 
+def format_share(ratio):
+    """A ratio for people, before the name of what it is of: 52.1% of, 12.3 times."""
+    return f"{ratio:.1%} of" if ratio < 1 else f"{ratio:.3g} times"
+
+
 def format_bytes(number):
     return f"{number / GIB:.3g} GiB" if number >= GIB / 10 else f"{number / 2**20:.3g} MiB"
 
@@ -193,17 +198,21 @@ def describe_plan(sizes, target, name):
     for size in sizes:
         flops = size.trainings * training_flops(size.config)
         total += flops
-        share = f", {flops / training_flops(target):.1%} of the target's" if target else ""
-        lines.append(f"{size.name:8}{describe_shape(size.config)}: at most {size.trainings} trainings, "
-                     f"{flops:.2e} FLOPs{share}")
-        if len(size.counts) > 1:
-            lines.append(" " * 8 + ", ".join(f"{count} {what}" for what, count in size.counts.items()))
+        share = f", {format_share(flops / training_flops(target))} the target's" if target else ""
+        purposes = {what: count for what, count in size.counts.items() if count}
+        purpose = f" {[*purposes][0]}" if len(purposes) == 1 else ""
+        lines.append(f"{size.name:8}{describe_shape(size.config)}: at most {size.trainings} "
+                     f"training{'s' * (size.trainings > 1)}{purpose}, {flops:.2e} FLOPs{share}")
+        if len(purposes) > 1:
+            parts = " + ".join(f"{count} {what}" for what, count in purposes.items())
+            lines.append(f"{'':8}{size.trainings} = {parts}")
     if target is None:
         return [*lines, "no --target is named: nothing is verified at a larger size"]
     flops = training_flops(target)
     parameters = model_size(sized(target)).parameters
     lines.insert(0, f"target  {describe_shape(target)}: {name}, {parameters:,} parameters, {flops:.2e} FLOPs")
-    lines.append(f"together at most {total / flops:.1%} of the target's FLOPs")
+    trainings = sum(size.trainings for size in sizes)
+    lines.append(f"together at most {trainings} trainings, {format_share(total / flops)} the target's FLOPs")
     if total > flops:
         lines[-1] += (": more than the target itself takes; fewer --trials, a smaller --proxy_width or fewer "
                       "steps (--proxy=steps:N) cost less")

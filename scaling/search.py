@@ -470,21 +470,22 @@ def planned_sizes(config, target, space, options):
     for count, seeds_then in RACE:
         race += count * (min(seeds_then, seeds) - last)
         last = min(seeds_then, seeds)
-    at_proxy = {"draws": trials, "more draws if a range proves too narrow": trials // MORE_DRAWS,
+    at_proxy = {"draws": trials, "more if a range proves too narrow": trials // MORE_DRAWS,
                 "of the best few on other seeds": race}
     if "lr" in space:
         curve_seeds = min(CURVE_SEEDS, seeds)
         at_proxy["for the lr of the best"] = len(OCTAVES) * curve_seeds + seeds
-        at_proxy["more for it if its curve falls to an end"] = FURTHER * curve_seeds
+        at_proxy["more if its curve falls to an end"] = FURTHER * curve_seeds
     shapes, sizes = verification_sizes(config, target, options), []
     if shapes and options["verify"]:
         candidates = VERIFIED + len(presets_for(config)) + 2
         at_proxy["to compare with larger sizes"] = count_at_proxy(candidates) + seeds
         counts = count_trainings(shapes, candidates, seeds)
-        sizes = [plan.Size("verify", as_target(config, target, *shape), {"trainings": count})
-                 for shape, count in zip(shapes, counts, strict=True)]
+        purposes = ("to compare the candidates", "for the forecast")[:len(shapes)]
+        for shape, count, purpose in zip(shapes, counts, purposes, strict=True):
+            sizes.append(plan.Size("verify", as_target(config, target, *shape), {purpose: count}))
         if below := size_below(config, target):
-            sizes.insert(0, plan.Size("smaller", as_target(config, target, *below), {"trainings": 2}))
+            sizes.insert(0, plan.Size("smaller", as_target(config, target, *below), {"for the forecast": 2}))
     return [plan.Size("proxy", config, at_proxy), *sizes]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from configure import FOR_TARGET, FOUND_BY_SEARCH, TUNED, names_in, split_words
 from scaling.fits import lowest_end, mean_and_error
-from scaling.plan import training_flops
+from scaling.plan import format_share, training_flops
 from scaling.rows import loss_of
 from scaling.space import Range, at_edge, widened
 from scaling.study import importances
@@ -151,7 +151,7 @@ def format_cost(search, rows):
     if search.target is None:
         return f"tuning took {spent:.2e} FLOPs"
     flops = training_flops(search.target)
-    return (f"tuning took {spent:.2e} FLOPs, {spent / flops:.1%} of one training of "
+    return (f"tuning took {spent:.2e} FLOPs, {format_share(spent / flops)} one training of "
             f"{search.options['target']}, {flops:.2e}")
 
 

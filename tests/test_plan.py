@@ -101,7 +101,11 @@ def test_a_plan_times_each_size_and_leaves_no_folder(target, tmp_path, monkeypat
     output = capsys.readouterr().out
     assert not os.path.exists(tmp_path / "out") and os.listdir(tmp_path) == ["target.py"]
     assert [config.width for config in timed] == [16, 16 // 2, 32], "the target's would take long"
+    [count] = re.findall("width 16.*: at most ([0-9]+) trainings, .* times the target's", output)
+    [parts] = re.findall(f"{count} = (.* draws .*)", output)
+    assert sum(int(part.split()[0]) for part in parts.split(" + ")) == int(count)
     for said in ("width 64, depth 2", "width 16, depth 1", "verify", "% of the target's", "seconds",
+                 "at most 2 trainings for the forecast, ",
                  "memory of the target", "from the target in width, depth:"):
         assert said in output
 

@@ -753,7 +753,7 @@ def test_a_search_prints_its_cost_as_a_share_of_a_target_that_trains_longer(corp
              f"{tmp_path}/proxy.py", f"--target={tmp_path}/target.py"]
     search.main([*words, *lab_words(corpus)])
     output = capsys.readouterr().out
-    assert ", 125.0% of one training of" in output, "5 trials of 6 steps, beside 24"
+    assert ", 1.25 times one training of" in output, "5 trials of 6 steps, beside 24"
     assert "the proxy differs from the target in steps:" in output
     (tmp_path / "target.py").write_text("widht = 24\n")
     with pytest.raises(UserError, match="target.py: widht: no such setting; did you mean width"):
