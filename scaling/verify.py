@@ -324,14 +324,18 @@ class Verification:
         return figures.save(figure, os.path.join(folder, "verify.png"), pyplot)
 
     def draw_candidates(self, ax, figures):
-        """The loss at the larger size against the proxy's, a point for each candidate."""
+        """The loss at the larger size against the proxy's, a point for each candidate; one that is far worse
+        than the others lies on the edge, so that it does not press them together."""
         finite = [each for each in self.found if mean_loss(each.proxy_rows) + mean_loss(each.rows) < math.inf]
+        x, y = (np.array([mean_loss(rows) for rows in of_size]) for of_size in (
+            [each.proxy_rows for each in finite], [each.rows for each in finite]))
         for i, each in enumerate(finite):
-            style, x, y = figures.line_style(i), mean_loss(each.proxy_rows), mean_loss(each.rows)
+            style, at = figures.line_style(i), [min(losses[i], figures.edge_of(losses)) for losses in (x, y)]
             if each is self.winner:
-                ax.plot(x, y, "o", markersize=18, mfc="none", mec="k")
-            ax.errorbar(x, y, xerr=self.error_of(each.proxy_rows),
-                        yerr=self.error_of(each.rows), linestyle="none", label=each.name, **style)
+                ax.plot(*at, "o", markersize=18, mfc="none", mec="k")
+            name = each.name if at == [x[i], y[i]] else f"{each.name}, beyond the axes"
+            ax.errorbar(*at, xerr=self.error_of(each.proxy_rows), yerr=self.error_of(each.rows),
+                        linestyle="none", label=name, **style)
         (width, depth), proxy = self.sizes[0], self.best
         rank = "" if math.isnan(self.rank) else f", rank correlation {self.rank:+.2f}"
         ax.set(title=f"{len(finite)} candidates{rank}", ylabel=f"loss at {width} x {depth}, nats per token",
