@@ -569,7 +569,8 @@ def is_assignment(name, value):
 
 
 def split_words(argv):
-    """(config files and run directories, {setting: value} of the --name=value words). Raises UserError."""
+    """(config files and run directories, {setting: value} of the --name=value words). Raises UserError, for a
+    setting that is given twice too."""
     words, sources, flags = iter(argv), [], {}
     for word in words:
         if not word.startswith("-"):
@@ -585,8 +586,15 @@ def split_words(argv):
             text = next(words, "--")
             if text.startswith("--"):
                 raise UserError(f"{name} must be given a value: --{name}=VALUE")
+        reject_second(name, flags)
         flags[name] = parse_value(name, text)
     return sources, flags
+
+
+def reject_second(name, given):
+    """Raises UserError where the option `name` is among those `given` before it on the command line."""
+    if name in given:
+        raise UserError(f"{name} must be given once; remove all but one --{name}")
 
 
 def asks_for_help(argv):

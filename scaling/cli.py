@@ -14,6 +14,7 @@ from configure import (
     check_setting,
     closest,
     parse_value,
+    reject_second,
     run_cli,
     stop,
     stop_signals,
@@ -49,8 +50,8 @@ def resumable(folder):
 def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     """Splits the command line into (options, axes, words).
 
-    options: `defaults`, {name: text, number or bool}, updated by the --name=value words that name one; --name
-    alone sets a bool.
+    options: `defaults`, {name: text, number or bool}, updated by the --name=value words that name one,
+    once at most; --name alone sets a bool.
     axes: {setting: text} of the NAME=VALUES words, which are rejected unless the command takes_axes.
     words: all other words, in order: for configure(), unless the command takes no settings. --help prints
     `doc` and exits. Raises UserError.
@@ -58,7 +59,7 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
     if asks_for_help(argv):
         print(doc.strip(), *[SETTINGS_HELP] * takes_settings, sep="\n\n")
         sys.exit()
-    options, axes, words, remaining = dict(defaults), {}, [], iter(argv)
+    given, axes, words, remaining = {}, {}, [], iter(argv)
     for word in remaining:
         name, equals, text = word.lstrip("-").partition("=")
         is_flag = word.startswith("-")
@@ -69,7 +70,8 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
                 text = next(remaining, "--")
                 if text.startswith("--"):
                     raise UserError(f"{name} needs a value: --{name}=VALUE")
-            options[name] = parse_option(name, text, type(defaults[name]))
+            reject_second(name, given)
+            given[name] = parse_option(name, text, type(defaults[name]))
         elif is_flag and not takes_settings:
             advice = closest(name, defaults) or f"; there are --{', --'.join(defaults)}"
             raise UserError(f"{name}: no such option{advice}")
@@ -83,7 +85,7 @@ def parse_options(argv, defaults, doc, takes_axes=False, takes_settings=True):
             axes[name] = text
         else:
             words.append(word)
-    return options, axes, words
+    return defaults | given, axes, words
 
 
 def parse_option(name, text, kind):

@@ -526,8 +526,8 @@ def worker_processes(argv, count):
     if count > 1:
         import torch
         torch.set_num_threads(cores)
-    processes = [subprocess.Popen([sys.executable, "-m", "scaling", "search", *argv, "--workers=1"],
-                                  env=environment, stdout=subprocess.DEVNULL) for _ in range(count - 1)]
+    processes = [subprocess.Popen([sys.executable, "-m", "scaling", "search", *argv], env=environment,
+                                  stdout=subprocess.DEVNULL) for _ in range(count - 1)]
     try:
         yield
     except BaseException:
@@ -642,8 +642,9 @@ OPTIONS = {"trials": 64, "seeds": 3, "out": "out/search", "stack": 1, "space": "
 
 @command
 def main(argv):
-    end_with_parent()
+    is_worker = end_with_parent()
     options, _, words = parse_options(argv, OPTIONS, __doc__)
+    workers = 1 if is_worker else options["workers"]
     reject_unused(words, UNUSED, "a search")
     config, target = proxy_and_target(options, words)
     space, (rank, _) = parse_space(options["space"], config), torchrun_rank()
@@ -661,6 +662,6 @@ def main(argv):
             print(f"{other}: to run this one, add {advice}")
     if options["plan"]:
         return 0
-    with resumable(options["out"]), worker_processes(argv, options["workers"]):
+    with resumable(options["out"]), worker_processes(argv, workers):
         found = run_search(config, space, options, target)
     return print_result(*found, words) if rank == 0 else 0

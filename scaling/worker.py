@@ -90,7 +90,8 @@ def pause():
 
 
 def end_with_parent():
-    """Ends this process, if another started it as its worker, when that other has ended, by SIGKILL too."""
+    """Ends this process, if another started it as its worker, when that other has ended, by SIGKILL too.
+    Returns whether one did."""
     parent = os.environ.get(PARENT)
 
     def watch():
@@ -100,3 +101,4 @@ def end_with_parent():
 
     if parent is not None:
         threading.Thread(target=watch, daemon=True).start()
+    return parent is not None

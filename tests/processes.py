@@ -82,6 +82,12 @@ def lab_words(settings):
     return to_words({name: value for name, value in settings.items() if name != "sample_tokens"})
 
 
+def replaced(words, *more):
+    """The --name=value `words`, with those of `more` in place of theirs of the same names."""
+    names = {word.partition("=")[0] for word in more}
+    return [*(word for word in words if word.partition("=")[0] not in names), *more]
+
+
 def start_train(settings, **changes):
     """A fork that does what `python train.py` does with these settings."""
     return Fork(run_train, to_words(settings | changes))

@@ -142,9 +142,10 @@ def test_an_option_may_be_followed_by_its_value_and_a_slip_in_one_is_noticed():
                                          "", takes_axes=True)
     assert (options, axes, words) == ({"out": "x", "stack": 1}, {"lr": "1,2"}, ["--width", "64"])
     for words, line in {"--stak=8": "stak: no such setting or option; did you mean stack?",
-                        "--out": "out needs a value: --out=VALUE"}.items():
+                        "--out": "out needs a value: --out=VALUE",
+                        "--out=x --out y": "out must be given once; remove all but one --out"}.items():
         with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
-            parse_options([words], {"out": "", "stack": 1}, "")
+            parse_options(words.split(), {"out": "", "stack": 1}, "")
 
 
 # More steps

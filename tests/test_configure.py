@@ -33,7 +33,8 @@ def test_flags_beat_later_files_which_beat_earlier_ones_which_beat_defaults(tmp_
         config = configure(argv)
         assert (config.lr, config.depth, config.seed, config.steps) == (3.0, 2, 1, FIELDS["steps"])
     assert configure([second, first]).depth == 1
-    assert configure(["--seed=1", "--seed=2"]).seed == 2
+    with pytest.raises(UserError, match="^seed must be given once"):
+        configure(["--seed=1", first, "--seed", "2"])
     assert configure([]) == Config()
 
 

@@ -18,6 +18,7 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT
+from processes import replaced, to_words
 
 import train
 from configure import Config, run_cli, stop, stop_signals
@@ -154,7 +155,7 @@ def contents(folder):
 
 
 def arguments(corpus, case):
-    return [*[f"--{name}={value}" for name, value in corpus.items()], *FAILURES[case][0].split(" ")]
+    return replaced(to_words(corpus), *FAILURES[case][0].split(" "))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -125,9 +125,9 @@ class Reached(BaseException):
 def commands_of_readme():
     with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
         text = file.read()
-    settings = re.search(r'^S="(.*)"$', text, re.MULTILINE)[1]
-    rows = text.partition("## One command each")[2]
-    return [command.replace("$S", settings) for command in re.findall(r"`(python -m scaling [^`]*)`", rows)]
+    base, settings = (re.search(rf'^{name}="(.*)"$', text, re.MULTILINE)[1] for name in "BS")
+    rows = text.partition("## One command each")[2].replace("$S", settings).replace("$B", base)
+    return re.findall(r"`(python -m scaling [^`]*)`", rows)
 
 
 @pytest.mark.parametrize("command", commands_of_readme())

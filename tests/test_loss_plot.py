@@ -6,6 +6,7 @@ import matplotlib.figure
 import pytest
 import torch
 from conftest import column, numbers, run
+from processes import to_words
 
 import train
 import training.log
@@ -109,9 +110,8 @@ def test_a_run_that_cannot_be_drawn_says_so_once_and_has_the_same_numbers(corpus
 @pytest.mark.parametrize("steps", [STEPS, 3])
 def test_the_last_lines_of_a_run_name_its_sample_and_its_picture_where_there_is_one(corpus, tmp_path, capsys,
                                                                                    steps):
-    words = [f"--{name}={value}" for name, value in corpus.items()]
     out = str(tmp_path / "run")
-    assert train.main([*words, f"--steps={steps}", f"--out={out}"]) == 0
+    assert train.main(to_words(corpus | {"steps": steps, "out": out})) == 0
     files, last = capsys.readouterr().out.splitlines()[-2:]
     assert os.path.join(out, "sample.txt") in files and last.startswith(f"{out}: validation loss")
     assert (os.path.join(out, "loss.png") in files) == (steps == STEPS) == os.path.exists(f"{out}/loss.png")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import column, run
+from processes import replaced
 
 import train
 from configure import Config, UserError, configure, names_in
@@ -38,7 +39,7 @@ def other_text(tmp_path_factory):
 def start_words(corpus, source, text, *more):
     """The command line of a run that starts from `source` and names no shape."""
     names = "val_fraction data_dir context batch steps eval_tokens sample_tokens device".split()
-    return [*words(corpus, *names), f"--init_from={source}", f"--dataset={text}", *more]
+    return replaced(words(corpus, *names), f"--init_from={source}", f"--dataset={text}", *more)
 
 
 @pytest.mark.parametrize("name", ["", "best.pt", "last.pt"])
@@ -149,7 +150,7 @@ def test_a_run_that_started_from_another_resumes_without_it(corpus, pretrained, 
     shutil.copytree(pretrained[0], source)
     steady = start_words(corpus, source, other_text, "--schedule=constant", "--warmup=0")
     uninterrupted = train.train(configure(steady), quiet=True)
-    train.train(configure([*steady, f"--out={out}", "--steps=3"]), quiet=True)
+    train.train(configure(replaced(steady, f"--out={out}", "--steps=3")), quiet=True)
     shutil.rmtree(source)
     resumed = train.train(configure([out, "--steps=6"]), quiet=True)
     assert column(resumed) == column(uninterrupted) and len(column(resumed)) == 6

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from children import run_command
 from conftest import BLOCKS, CHECKED, GPT2_BLOCK, ROOT, change_table
-from processes import Fork, lab_words, wait_until
+from processes import Fork, lab_words, replaced, wait_until
 
 import model
 import parametrization
@@ -864,7 +864,7 @@ def test_a_typing_error_is_one_line_and_nothing_is_trained(corpus, trials, tmp_p
         return text.replace("FOLDER", str(trials.parent)).replace("FILE", str(file))
 
     with pytest.raises(UserError) as caught:
-        importlib.import_module(f"scaling.{command}").main([*settings, *place(line).split()])
+        importlib.import_module(f"scaling.{command}").main(replaced(settings, *place(line).split()))
     assert str(caught.value).startswith(place(TYPING_ERRORS[command][line]))
     assert sorted(os.listdir(tmp_path)) == ["file", "trials"]
     assert len(read_trials(trials.parent)) == 2
