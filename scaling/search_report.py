@@ -55,7 +55,7 @@ def format_best(search, draws, others):
     if search.verification:
         (width, depth), found = search.sizes[0], search.verification
         loss = format_mean(found.loss, found.error, len(found.winner.rows))
-        lines += [f"# Chosen by its loss at width {width}, depth {depth}: {loss}: {found.winner.name}.",
+        lines += [f"# Chosen by its loss at width {width}, depth {depth}, {loss}: {found.winner.name}.",
                   "# ± is a standard error by the noise of all candidates of that size together (pooled)."]
     for group in ("data", "function", "init", "optimizer", "training"):
         lines += ["", f"# {group.capitalize()}"]

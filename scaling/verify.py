@@ -26,6 +26,7 @@ SECOND_COST = 0.2  # and at most this share of a training of the target
 AS_TARGET = ("context", "batch", "batch_start", "batch_ramp_tokens", "steps", "head_dim", "kv_heads")
 OCTAVES = -1/2, 0, 1/2  # from the winner's lr, for its shift
 PRIOR_NOISE, PRIOR_DEGREES = 0.015, 3  # nats between seeds, before any are seen, worth so many degrees
+BELOW = {"fontsize": 10, "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}  # a legend under its panel
 CLEAR = 0.02  # nats: less is no difference, whatever the seeds say
 
 
@@ -318,7 +319,7 @@ class Verification:
         """Writes verify.png to `folder`; returns its path."""
         from scaling import figures
         pyplot = figures.load_pyplot()
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 6), layout="constrained")
         self.draw_candidates(left, figures)
         self.draw_forecast(right, figures)
         return figures.save(figure, os.path.join(folder, "verify.png"), pyplot)
@@ -341,7 +342,7 @@ class Verification:
         ax.set(title=f"{len(finite)} candidates{rank}", ylabel=f"loss at {width} x {depth}, nats per token",
                xlabel=f"loss at the proxy, {proxy.width} x {proxy.depth}, nats per token")
         if finite:
-            ax.legend(fontsize=10, title="circled: chosen", title_fontsize=10)
+            ax.legend(title="circled: chosen", title_fontsize=10, **BELOW)
 
     def draw_forecast(self, ax, figures):
         """The loss of the winner against the parameters, and the forecast at the target."""
@@ -364,4 +365,4 @@ class Verification:
         ax.xaxis.set_major_formatter(figures.large_numbers())
         ax.minorticks_off()
         if self.points:
-            ax.legend(fontsize=10)
+            ax.legend(**BELOW)

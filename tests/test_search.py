@@ -687,7 +687,7 @@ def test_best_py_is_what_the_verification_chooses_among_leaders_presets_and_defa
     assert re.match(f"leader 2 = {own} at lr x [1-9]", names[1])
     text = (tmp_path / "out/best.py").read_text()
     assert "# Chosen by its loss at width 32, depth" in text and f"{FOR_TARGET}{tmp_path}/target.py\n" in text
-    assert f": 4.2500 ± 0.0100 (seeds: 2): {chosen}." in text and "(pooled)" in text
+    assert f", 4.2500 ± 0.0100 (seeds: 2): {chosen}." in text and "(pooled)" in text
     report = (tmp_path / "out/search.txt").read_text()
     assert "what was verified" in report
     assert {*re.findall("± ([0-9.]+)", text + report)} == {"0.0100"}, "that of the verification, everywhere"
