@@ -744,6 +744,8 @@ def test_another_trial_of_a_shape_compiles_nothing_whatever_its_tuned_settings(c
     assert len(compiled) == 2
     run(settings, width=64)
     assert len(compiled) == 4
+    run(settings, compile="model")
+    assert len(compiled) == 5, "the pass of every step, by one that changes nothing"
 
 
 @cuda

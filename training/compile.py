@@ -123,11 +123,12 @@ def band_mask(window, context, device):
 def try_one_pass(model, parallel_model, config, device, autocast):
     """Compile, by a forward and backward pass that changes nothing. Returns the exception that it ends in."""
     rows = config.pass_batch(world_size())
-    tokens_BT = torch.zeros(rows, config.context, dtype=torch.long).to(device)
+    # Two tensors, as in training: code for one that is both would serve no step, and compile again
+    batch = torch.zeros(2, rows, config.context, dtype=torch.long).to(device)
 
     def pass_once():
         with autocast:
-            parallel_model(tokens_BT, tokens_BT).backward()
+            parallel_model(*batch).backward()
 
     try:
         try:
