@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, a tiny corpus, and the same model written plainly."""
 
 import csv
+import functools
 import math
 import os
 import pathlib
@@ -217,6 +218,12 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
     return graphs
+
+
+@pytest.fixture
+def compiled_eagerly(monkeypatch):
+    """torch.compile makes no machine code, and nothing anew that an earlier test has had it compile."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
 @pytest.fixture(scope="session", autouse=True)

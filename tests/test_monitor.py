@@ -119,7 +119,7 @@ class Probe(Observer):
 
 @pytest.mark.parametrize("settings", [{}, {"compile": "blocks"}, {"compile": "model"}], ids=str)
 def test_an_observer_logs_any_column_at_any_step_and_changes_no_number(
-        corpus, tmp_path, monkeypatch, compiled, settings):
+        corpus, tmp_path, monkeypatch, compiled_eagerly, settings):
     settings = corpus | CONSTANT | {"dropout": 0.1} | settings
     alone = run(settings, steps=6)
     monkeypatch.setattr(train, "build_observers", lambda model, dataset, config: [Probe()])

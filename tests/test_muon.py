@@ -184,7 +184,7 @@ def test_training_with_muon_learns_and_differs_from_adamw(corpus, at_once):
     assert column(at_once)[2] != column(run(corpus | MUON, optimizer="adamw"))[2]
 
 
-def test_a_compiled_bf16_run_ends_its_steps_as_torch_has_it(corpus, compiled):
+def test_a_compiled_bf16_run_ends_its_steps_as_torch_has_it(corpus, compiled_eagerly):
     settings = corpus | MUON | {"compile": "model", "precision": "bf16"}
     config = Config(**settings | {"vocab_size": 257})
     model = GPT(config)
