@@ -163,7 +163,7 @@ def draw_frontier(report, pyplot):
         ax.plot(flops, law.loss(N, flops / per_token), color=color, linewidth=1)
         ax.plot([*means], [*means.values()], "o", color=color, markersize=5, label=name)
     top_flops = max([report["flops"][1], *(float(forecast["flops"]) for forecast in report["forecasts"])])
-    budgets = np.geomspace(report["flops"][0], top_flops, 200)
+    budgets = np.geomspace(report["flops"][0], top_flops, 40)
     _, lowest = law_frontier(law, sizes_of(by_size, count), budgets)
     ax.plot(budgets, lowest, "--", color=COLORS[3], label="frontier of the law")
     for i, forecast in enumerate(report["forecasts"]):
