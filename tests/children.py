@@ -1,5 +1,6 @@
 """What the processes of tests/processes.py do. Importing this module imports no torch."""
 
+import json
 import os
 import resource
 import runpy
@@ -34,6 +35,36 @@ def run_command(name, words):
     sys.argv = [name, *words]
     sys.modules.pop(name, None)  # imported before the fork; runpy warns of it
     runpy.run_module(name, run_name="__main__")
+
+
+def run_notebook(source, printed, formats):
+    """Run the cells of the notebook at `source` as a kernel of Jupyter would, and write what each printed to
+    `printed`, as JSON: {number: text}. formats: of the figures that are rendered, such as (".png",); the
+    files of others are empty."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+    from matplotlib.figure import Figure
+    savefig = Figure.savefig
+
+    def save(figure, path, **options):
+        if path.endswith(formats):
+            savefig(figure, path, **options)
+        else:
+            open(path, "w").close()
+
+    Figure.savefig = save
+    sys.path.insert(0, "")
+    shell, texts = InteractiveShell.instance(), {}
+    with open(source) as file:
+        cells = json.load(file)["cells"]
+    for i, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            with capture_output() as output:
+                result = shell.run_cell("".join(cell["source"]))
+            result.raise_error()
+            texts[i] = output.stdout
+    with open(printed, "w") as file:
+        json.dump(texts, file)
 
 
 def run_train_on_a_small_disk(words, largest_file):

@@ -1,6 +1,7 @@
 """The notebooks of lessons/ run in their short form and grade their exercises; the README names commands."""
 
 import copy
+import json
 import os
 import re
 import shlex
@@ -9,7 +10,9 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+from children import run_notebook
 from conftest import ROOT
+from processes import Fork
 
 nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
 nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
@@ -20,7 +23,7 @@ NAMES = sorted(name for name in os.listdir(FOLDER) if name.endswith(".ipynb"))
 LARGEST = 600_000  # bytes of a notebook, outputs included
 
 sys.path.insert(0, FOLDER)
-from execute import execute  # noqa: E402
+import execute  # noqa: E402
 
 
 def read(name):
@@ -38,11 +41,26 @@ def form(monkeypatch, tmp_path):
     return lambda name: monkeypatch.setenv("LESSON", name)
 
 
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs a notebook: {number of a cell: what it printed}. It does so in a fork, where a
+    kernel would take seconds to import torch. What the lab writes goes to a folder of the test's own."""
+    def run(notebook, form, formats):
+        paths = [str(tmp_path / name) for name in ("notebook.ipynb", "printed.json")]
+        nbformat.write(notebook, paths[0])
+        environment = {"LESSON": form, "LESSON_OUT": str(tmp_path), "IPYTHONDIR": str(tmp_path)}
+        process = Fork(run_notebook, *paths, formats, environment=environment, folder=FOLDER)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        with open(paths[1]) as file:
+            return {int(number): text for number, text in json.load(file).items()}
+
+    return run
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_short_form_of_a_lab_runs_from_its_first_cell_to_its_last(form, name, tmp_path):
-    form("short")
-    notebook = read(name)
-    execute(notebook)
+def test_the_short_form_of_a_lab_runs_from_its_first_cell_to_its_last(run, name, tmp_path):
+    run(read(name), "short", (".png",))
     trained = [path for path in tmp_path.rglob("*") if path.name in ("trials.csv", "right.json")]
     assert trained, "a lab that trains nothing was not run"
 
@@ -72,17 +90,27 @@ def answered(cell, right, wrong):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_exercises_of_a_lab_take_the_right_answers_and_no_wrong_ones(form, name):
-    form("rows")
+def test_the_exercises_of_a_lab_take_the_right_answers_and_no_wrong_ones(run, name):
     notebook = read(name)
     found = exercises(notebook)
     assert len(found) >= 4
     for i, right, wrong in found:
         assert wrong
         notebook.cells[i] = answered(notebook.cells[i], right, wrong)
-    execute(notebook)
+    texts = run(notebook, "rows", ())
     for i, _, _ in found:
-        assert "is right" in printed(notebook.cells[i])
+        assert "is right" in texts[i]
+
+
+def test_execute_py_runs_a_lab_in_a_kernel_and_stores_what_it_shows(form, tmp_path, capsys):
+    form("rows")
+    execute.main([NAMES[2], f"--copy={tmp_path}"])
+    cells = nbformat.read(tmp_path / NAMES[2], as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert "LESSON=rows" in printed(code[0])
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert "minutes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)
