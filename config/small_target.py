@@ -7,7 +7,7 @@
 from config.proxy import *
 
 width, base_width = 256, 64  # the search tries settings at the base shape
-depth, base_depth = 4, 2
+base_depth = 2  # half of its own 4 blocks
 context = 128  # tokens: copying from further back takes longer runs to learn
 steps = 300
 eval_every = checkpoint_every = 100
