@@ -60,7 +60,7 @@ def run_name(argv):
     """The name of a run: that of the last config file of the command line. The best.py of a search says how a
     target is trained, not which; without a target the run is named after the search."""
     files = [word for word in argv if word.endswith(".py")] or ["run.py"]
-    targets = [path for path in files if os.path.basename(path) != "best.py"]
+    targets = [path for path in files if os.path.basename(path) != "best.py" and not is_from_search(path)]
     if targets:
         return os.path.basename(targets[-1]).removesuffix(".py")
     return f"{os.path.basename(os.path.dirname(os.path.abspath(files[-1])))}-best"
