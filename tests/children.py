@@ -37,12 +37,9 @@ def run_command(name, words):
     runpy.run_module(name, run_name="__main__")
 
 
-def run_notebook(source, printed, formats):
-    """Run the cells of the notebook at `source` as a kernel of Jupyter would, and write what each printed to
-    `printed`, as JSON: {number: text}. formats: of the figures that are rendered, such as (".png",); the
-    files of others are empty."""
-    from IPython.core.interactiveshell import InteractiveShell
-    from IPython.utils.capture import capture_output
+def save_only(formats):
+    """What may stand for matplotlib's Figure.savefig: it renders files that end in one of `formats`, such as
+    (".png",), and leaves others empty, as to render one takes half a second."""
     from matplotlib.figure import Figure
     savefig = Figure.savefig
 
@@ -52,7 +49,16 @@ def run_notebook(source, printed, formats):
         else:
             open(path, "w").close()
 
-    Figure.savefig = save
+    return save
+
+
+def run_notebook(source, printed, formats):
+    """Run the cells of the notebook at `source` as a kernel of Jupyter would, and write what each printed to
+    `printed`, as JSON: {number: text}. formats: as for save_only()."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+    from matplotlib.figure import Figure
+    Figure.savefig = save_only(formats)
     sys.path.insert(0, "")
     shell, texts = InteractiveShell.instance(), {}
     with open(source) as file:

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 import pytest
 import torch
+from children import save_only
 
 import configure
 import parametrization
@@ -245,9 +246,9 @@ def undrawn():
 
 @pytest.fixture
 def unrendered():
-    """The figures of scaling/ are made, but their files are empty: to render one takes half a second."""
+    """The figures of scaling/ are made, but not rendered: their files are empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: open(path, "w").close())
+        patch.setattr("matplotlib.figure.Figure.savefig", save_only(()))
         yield patch
 
 

@@ -111,7 +111,7 @@ def test_a_plan_times_each_size_and_leaves_no_folder(target, tmp_path, monkeypat
 
 
 def test_a_plan_for_the_folder_of_another_search_says_which_and_a_search_there_ends_first(
-        target, tmp_path, monkeypatch, capsys):
+        target, tmp_path, monkeypatch, capsys, unrendered):
     given = options(target=target, trials=1, seeds=1, out=str(tmp_path / "out"), sampler="tpe", verify=False)
     proxy, _ = search.proxy_and_target(given, ["--steps=1"])
     search.run_search(proxy, search.parse_space("lr", proxy), given)
@@ -140,7 +140,7 @@ def test_a_search_of_no_steps_is_rejected(target, tmp_path, changed):
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_the_plan_counts_at_least_the_trainings_that_a_search_makes(target, tmp_path, monkeypatch):
+def test_the_plan_counts_at_least_the_trainings_that_a_search_makes(target, tmp_path, unrendered):
     given = options(target=target, trials=5, seeds=2, sampler="tpe", out=str(tmp_path / "out"))
     proxy, large = search.proxy_and_target(given, ["--width=64", "--steps=2"])
     space = search.parse_space("", proxy)
