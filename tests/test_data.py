@@ -21,10 +21,10 @@ import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 
-import datasets
 import httpx
 import numpy as np
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import tiktoken
@@ -60,11 +60,11 @@ def write_corpus(folder, texts, form="jsonl"):
             (folder / f"{i:03}.txt").write_bytes(text.encode())
         return str(folder)
     path = folder / f"all.{form}"
-    table = datasets.Dataset.from_dict({"text": texts})
+    table = pyarrow.table({"text": texts})
     if form == "parquet":
-        table.to_parquet(path)
+        pyarrow.parquet.write_table(table, path)
     elif form == "csv":
-        table.to_csv(path)
+        pyarrow.csv.write_csv(table, path)
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
@@ -572,7 +572,7 @@ def test_a_hub_data_set_is_streamed_no_further_than_max_tokens(tmp_path, monkeyp
 
     info = types.SimpleNamespace(sha="abc")
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: info)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("data.prepare.BATCH_CHARS", 1000)
     config = Config(dataset="owner/name", subset="small", split="half", tokenizer="bytes", max_tokens=10_000,
                     val_fraction=0.3, data_dir=str(tmp_path))

@@ -8,13 +8,12 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import fully_shard
+from conftest import run
 
 import model
 import training
 from configure import Config
 from model import GPT, Attention, HeadNorm
-from tests.conftest import run
 from training.compile import replaced
 from training.kernel_check import difference, kernels_that_agree, outputs_and_gradients
 
@@ -110,6 +109,7 @@ def test_kernels_that_agree_with_the_model_take_its_place_in_every_block(gpt, mo
 
 
 def test_sharded_parameters_are_not_needed_to_compare(gpt, monkeypatch):
+    from torch.distributed.fsdp import fully_shard  # takes a second
     dist = torch.distributed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
