@@ -30,12 +30,9 @@ class Trial:
     curve: tuple = ()  # training loss along the steps
 
 
-size_of_shape = functools.cache(model_size)
-
-
 def count_parameters(config):
     """{count: parameters} of a config whose vocab_size is known, and its training FLOPs a token."""
-    size = size_of_shape(shape_of(config))
+    size = model_size(config)
     depth = config.depth if config.value_embeddings else 1
     body = size.parameters - outer_parameters(shape_of(replace(config, depth=depth)))
     return {"all": size.parameters, "body": body}, size.flops_per_token
@@ -54,7 +51,7 @@ def vocab_size_of(config, parameters):
     """Rows of the embedding of a model with this number of parameters."""
     if config.vocab_size is not None:
         return config.vocab_size
-    one, two = (size_of_shape(shape_of(replace(config, vocab_size=size))).parameters for size in (1, 2))
+    one, two = (model_size(replace(config, vocab_size=size)).parameters for size in (1, 2))
     return round(1 + (parameters - one) / (two - one))
 
 
