@@ -71,7 +71,7 @@ def test_a_process_that_fails_as_another_died_is_not_ended_before_it_has_said_so
 def interrupt_torchrun(settings, folder):
     """(exit code, output) of an endless run by torchrun, one of whose two processes is killed midway."""
     process = start_command(settings, processes=2, out=folder, steps=100_000, checkpoint_every=20)
-    wait_for_rows(process, folder, 60)
+    wait_for_rows(process, folder, 30)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     children = found.stdout.split()
     if len(children) == 2:
@@ -158,7 +158,7 @@ def check_interrupted(folder, output, number):
 def test_a_process_that_ends_ends_the_run_with_one_line_and_a_good_checkpoint(corpus, tmp_path, number):
     folder = tmp_path / "run"
     ranks = start_ranks(2, corpus, out=folder, steps=100_000, checkpoint_every=20)
-    wait_for_rows(ranks[0], folder, 60)
+    wait_for_rows(ranks[0], folder, 30)
     ranks[1].send_signal(number)
     output = "".join(text for rank in ranks for text in rank.communicate())
     expected = {signal.SIGKILL: [2, -signal.SIGKILL], signal.SIGTERM: [130, 130]}
