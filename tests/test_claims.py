@@ -140,7 +140,8 @@ def test_the_commands_of_the_readme_run_in_their_order(corpus, tmp_path, monkeyp
     (tmp_path / "config").symlink_to(f"{ROOT}/config")
     shutil.copytree(corpus["dataset"], tmp_path / "my_texts")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_only((".png",)))  # and the same as .svg
+    # The figure of the coordinate check: others are rendered by tests of their commands
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_only(("width.png",)))
     for program, *words in commands_in("README.md"):
         if "config/gpt2.py" in words or words[0] == "explore" and not importlib.util.find_spec("plotly"):
             continue  # several GPUs; an optional package

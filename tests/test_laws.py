@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from children import save_only
 from conftest import tiny
 from processes import lab_words
 
@@ -228,6 +229,7 @@ def test_the_command_forecasts_what_it_has_not_seen_and_says_whether_it_hit(tmp_
     true = TRUE["chinchilla"]
     rows = simulated_rows(tmp_path / "rows", true, seeds=[0])
     unseen = simulated_rows(tmp_path / "unseen", true, shapes=[(512, 12)], steps=[25_600], seeds=[0])
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_only((".png",)))  # and the same as .svg
     monkeypatch.setattr(laws, "MOST_STEPS", 5_000)  # the best model would take about 14,000
     laws.main([rows, "--flops=1e14", f"--measured={unseen}", f"--to={tmp_path}/to"])
     said = capsys.readouterr().out
