@@ -67,15 +67,30 @@ def test_runs_that_start_together_without_a_name_get_folders_of_their_own(corpus
     assert sorted(seeds) == [0, 1, 2] and checkpoints == seeds
 
 
-@pytest.mark.parametrize("unfinished", [True, False])
-def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, unfinished):
+def stop(folder):
+    (folder / "sample.txt").unlink()
+
+
+def damage_metrics(folder):
+    stop(folder)
+    (folder / "metrics.csv").write_bytes(b"\xff\n")
+
+
+def hide_metrics(folder):
+    stop(folder)
+    (folder / "metrics.csv").unlink()
+    (folder / "metrics.csv").mkdir()  # open() fails, as for a file of somebody else's
+
+
+@pytest.mark.parametrize(("change", "is_named"), [
+    (stop, True), (damage_metrics, True), (hide_metrics, False), (lambda folder: None, False)])
+def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, change, is_named):
     monkeypatch.chdir(tmp_path)
     run(corpus, steps=2, out="out/mine")
-    if unfinished:
-        os.remove("out/mine/sample.txt")
+    change(tmp_path / "out/mine")
     with chosen_run_dir(Config(), ["mine.py"]) as config:
         assert config.out == "out/mine-2"
-    assert ("train.py out/mine`" in capsys.readouterr().err) == unfinished
+    assert ("train.py out/mine`" in capsys.readouterr().err) == is_named
 
 
 def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus, tmp_path):

@@ -14,7 +14,6 @@ run.lock      who writes here, while a process does
 """
 
 import contextlib
-import csv
 import json
 import os
 import socket
@@ -65,14 +64,17 @@ def claim_folder(name):
 
 
 def unfinished_steps(path):
-    """The steps of the run in the folder `path` that ended before its last one and can be resumed; None for
+    """The steps of the run in the folder `path`, if it ended before its last one and can be resumed; None for
     any other folder. A finished run has a sample, one that still runs a lock."""
-    present = os.listdir(path) if os.path.isdir(path) else []
-    if not {"last.pt", "metrics.csv"} <= {*present} or {"sample.txt", LOCK} & {*present}:
+    try:
+        present = {*os.listdir(path)}
+        with open(os.path.join(path, "metrics.csv"), encoding="utf-8", errors="replace") as file:
+            rows = [line.split(",") for line in file.read().splitlines()]
+    except OSError:  # no run, or somebody else's
         return None
-    with open(os.path.join(path, "metrics.csv"), newline="") as file:
-        steps = [row["step"] for row in csv.DictReader(file)]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    if "last.pt" not in present or {"sample.txt", LOCK} & present:
+        return None
+    return max((int(step) for step, *_ in rows if step.isdecimal()), default=0)
 
 
 def make_folders(path):
