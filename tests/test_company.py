@@ -14,7 +14,7 @@ import train
 from configure import Config, UserError
 from training.checkpoint import read_checkpoint
 from training.cli import chosen_run_dir
-from training.run_dir import locked_folder
+from training.run_dir import LOCK, locked_folder
 
 ENDLESS = {"steps": 100_000, "checkpoint_every": 20, "sample_tokens": 0}
 
@@ -71,6 +71,11 @@ def stop(folder):
     (folder / "sample.txt").unlink()
 
 
+def kill(folder):
+    stop(folder)
+    (folder / LOCK).touch()
+
+
 def damage_metrics(folder):
     stop(folder)
     (folder / "metrics.csv").write_bytes(b"\xff\n")
@@ -83,7 +88,8 @@ def hide_metrics(folder):
 
 
 @pytest.mark.parametrize(("change", "is_named"), [
-    (stop, True), (damage_metrics, True), (hide_metrics, False), (lambda folder: None, False)])
+    (stop, True), (kill, True), (damage_metrics, True), (hide_metrics, False),
+    (lambda folder: None, False)])
 def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, change, is_named):
     monkeypatch.chdir(tmp_path)
     run(corpus, steps=2, out="out/mine")
@@ -91,6 +97,14 @@ def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeyp
     with chosen_run_dir(Config(), ["mine.py"]) as config:
         assert config.out == "out/mine-2"
     assert ("train.py out/mine`" in capsys.readouterr().err) == is_named
+
+
+def test_a_new_run_says_nothing_of_one_that_still_runs(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(corpus, steps=2, out="out/mine")
+    stop(tmp_path / "out/mine")
+    with locked_folder("out/mine"), chosen_run_dir(Config(), ["mine.py"]):
+        assert not capsys.readouterr().err
 
 
 def test_the_processes_of_one_run_choose_one_folder_and_hold_it_together(corpus, tmp_path):

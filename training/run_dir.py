@@ -65,16 +65,27 @@ def claim_folder(name):
 
 def unfinished_steps(path):
     """The steps of the run in the folder `path`, if it ended before its last one and can be resumed; None for
-    any other folder. A finished run has a sample, one that still runs a lock."""
+    any other folder: of a run that is finished (it has a sample) or still runs."""
     try:
         present = {*os.listdir(path)}
         with open(os.path.join(path, "metrics.csv"), encoding="utf-8", errors="replace") as file:
             rows = [line.split(",") for line in file.read().splitlines()]
     except OSError:  # no run, or somebody else's
         return None
-    if "last.pt" not in present or {"sample.txt", LOCK} & present:
+    if "last.pt" not in present or "sample.txt" in present or is_in_use(path):
         return None
     return max((int(step) for step, *_ in rows if step.isdecimal()), default=0)
+
+
+def is_in_use(path):
+    """Whether a process holds the folder `path`; one that was killed leaves the file of its lock behind."""
+    if not os.path.exists(os.path.join(path, LOCK)):
+        return False
+    try:
+        with locked_folder(path):
+            return False
+    except UserError:
+        return True
 
 
 def make_folders(path):
