@@ -76,6 +76,12 @@ def kill(folder):
     (folder / LOCK).touch()
 
 
+def diverge(folder):
+    stop(folder)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("3,384,nan\n")
+
+
 def damage_metrics(folder):
     stop(folder)
     (folder / "metrics.csv").write_bytes(b"\xff\n")
@@ -88,7 +94,7 @@ def hide_metrics(folder):
 
 
 @pytest.mark.parametrize(("change", "is_named"), [
-    (stop, True), (kill, True), (damage_metrics, True), (hide_metrics, False),
+    (stop, True), (kill, True), (damage_metrics, True), (hide_metrics, False), (diverge, False),
     (lambda folder: None, False)])
 def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, change, is_named):
     monkeypatch.chdir(tmp_path)

@@ -65,14 +65,15 @@ def claim_folder(name):
 
 def unfinished_steps(path):
     """The steps of the run in the folder `path`, if it ended before its last one and can be resumed; None for
-    any other folder: of a run that is finished (it has a sample) or still runs."""
+    any other folder: of a run that is finished (it has a sample), diverged or still runs."""
     try:
         present = {*os.listdir(path)}
         with open(os.path.join(path, "metrics.csv"), encoding="utf-8", errors="replace") as file:
             rows = [line.split(",") for line in file.read().splitlines()]
     except OSError:  # no run, or somebody else's
         return None
-    if "last.pt" not in present or "sample.txt" in present or is_in_use(path):
+    diverged = rows and {"nan", "inf", "-inf"} & {*rows[-1]}
+    if diverged or "last.pt" not in present or "sample.txt" in present or is_in_use(path):
         return None
     return max((int(step) for step, *_ in rows if step.isdecimal()), default=0)
 
