@@ -96,13 +96,28 @@ def hide_metrics(folder):
 @pytest.mark.parametrize(("change", "is_named"), [
     (stop, True), (kill, True), (damage_metrics, True), (hide_metrics, False), (diverge, False),
     (lambda folder: None, False)])
-def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, change, is_named):
+def test_a_new_run_names_an_unfinished_one_of_its_name(corpus, tmp_path, monkeypatch, capsys, change,
+                                                       is_named):
     monkeypatch.chdir(tmp_path)
     run(corpus, steps=2, out="out/mine")
     change(tmp_path / "out/mine")
     with chosen_run_dir(Config(), ["mine.py"]) as config:
         assert config.out == "out/mine-2"
     assert ("train.py out/mine`" in capsys.readouterr().err) == is_named
+
+
+def test_all_unfinished_runs_of_a_name_are_named_in_one_line(tmp_path, monkeypatch, capsys):
+    """And nothing that merely begins with that name."""
+    monkeypatch.chdir(tmp_path)
+    for name, steps in (("mine", 3), ("mine-2", 4), ("mine-10", 5), ("mine-else", 6)):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "last.pt").touch()
+        (tmp_path / "out" / name / "metrics.csv").write_text(f"step,tokens\n{steps},1\n")
+    with chosen_run_dir(Config(), ["mine.py"]):
+        [line] = capsys.readouterr().err.splitlines()
+    named = re.findall(r"(\S+) \(after (\d+)", line)
+    assert named == [("out/mine", "3"), ("out/mine-2", "4"), ("out/mine-10", "5")]
+    assert "train.py out/mine-10`" in line
 
 
 def test_a_new_run_says_nothing_of_one_that_still_runs(corpus, tmp_path, monkeypatch, capsys):

@@ -47,13 +47,18 @@ def chosen_run_dir(config, argv):
 
 
 def say_unfinished(name, out):
-    """Says on stderr which run of the name `name` stopped before its end, where the same command begins a
-    new one, in the folder `out`."""
-    for folder in sorted(glob.glob(f"{glob.escape(name)}*")):
+    """Says on stderr which runs of the name `name` stopped before their end, and how to resume the last of
+    them, where the same command begins a new one, in the folder `out`."""
+    folders = [path for path in glob.glob(f"{glob.escape(name)}*")
+               if re.fullmatch(r"(-\d+)?", path.removeprefix(name))]
+    unfinished = []
+    for folder in sorted(folders, key=lambda path: (len(path), path)):  # -10 after -9
         steps = unfinished_steps(folder)
-        if steps is not None and re.fullmatch(r"(-\d+)?", folder.removeprefix(name)):
-            print(f"{folder} is unfinished, after {steps:,} steps: `python train.py {folder}` resumes it. "
-                  f"This is a new run, in {out}", file=sys.stderr)
+        if steps is not None:
+            unfinished.append(f"{folder} (after {steps:,} steps)")
+            resume = f"`python train.py {folder}` resumes it"
+    if unfinished:
+        print(f"unfinished: {', '.join(unfinished)}; {resume}. This is a new run, in {out}", file=sys.stderr)
 
 
 def run_name(argv):
