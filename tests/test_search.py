@@ -131,7 +131,8 @@ def test_best_py_is_not_trained_at_the_default_size_for_want_of_its_target(tmp_p
         reject_missing_target([found, "--lr=0.5"])
     reject_missing_target(["config/target.py", found])
     assert run_name(["config/target.py", found]) == "target"
-    reject_missing_target([found, "--width=64"])
+    for shape in ("--width=64", "--depth=2", "--init_from=out/run"):
+        reject_missing_target([found, shape])
 
 
 @pytest.mark.parametrize(("words", "name"), [

@@ -17,9 +17,10 @@ from training.run_dir import claim_folder, remove_empty, unfinished_steps
 
 def reject_missing_target(argv):
     """Raises UserError where the best.py of a search is all that says what to train: it leaves the size
-    and the batches to its target, and would train the defaults."""
+    and the batches to its target, and would train the defaults. A width, a depth or init_from given by hand
+    says it, too."""
     sources, flags = split_words(argv)
-    if sources and all(map(is_from_search, sources)) and not {"width", "depth"} & flags.keys():
+    if sources and all(map(is_from_search, sources)) and not {"width", "depth", "init_from"} & flags.keys():
         lines = Path(sources[-1]).read_text("utf-8").splitlines()
         targets = [line.removeprefix(FOR_TARGET) for line in lines if line.startswith(FOR_TARGET)]
         command = f"python train.py {targets[0] if targets else 'TARGET.py'} {sources[-1]}"
