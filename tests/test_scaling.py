@@ -930,9 +930,12 @@ def test_an_undecided_check_says_what_would_decide_it_and_does_not_succeed(corpu
     assert coordinate_check_module.main(words) == 1
     output = capsys.readouterr().out
     assert "UNDECIDED: mlp.up" in output and "--seeds=5" in output and "--widths=64,128,256" in output
-    rows[0]["verdict"] = "PASS"
+    rows[0] |= {"verdict": "PASS", "start": np.nan}
     assert coordinate_check_module.main(words) == 0
-    assert "head_dim" in capsys.readouterr().out, "what it cannot see"
+    output = capsys.readouterr().out
+    assert f"within {coordinate_check_module.BOUND} " in output
+    assert " - " in output and "nan" not in output, "it starts at 0, and so has no power there"
+    assert "head_dim" in output, "what it cannot see"
 
 
 def test_the_seeds_of_the_coordinate_check_go_on_from_the_configured_one(corpus):
