@@ -535,6 +535,8 @@ def closest_source(source):
     """The end of an error line about a missing config file or run directory: the most similar one."""
     if os.path.exists(source):
         return ""
+    if os.path.basename(source) == "best.py":
+        return "; a search writes it at its end: python -m scaling search --target=TARGET.py"
     folder = "config" if os.path.isdir("config") else os.path.relpath(Path(__file__).parent / "config")
     files = [str(path) for path in Path(folder).rglob("*.py") if path.name != "config.py"]
     files += map(str, Path(source).parent.glob("*.py"))

@@ -29,7 +29,13 @@ from data.prepare import find_prepared, is_prepared, prepare
 from model import GPT
 from parametrization import format_table, role_of
 from training.checkpoint import folders_of, has_finite_weights, settings_of_checkpoint
-from training.cli import catch_signals, chosen_run_dir, errors_in_one_line, reject_missing_target
+from training.cli import (
+    catch_signals,
+    chosen_run_dir,
+    describe_search,
+    errors_in_one_line,
+    reject_missing_target,
+)
 from training.compile import CudaGraphed, compiled_training, fall_back_or_raise, use_cuda_graph
 from training.device import (
     batches_on_device,
@@ -496,6 +502,9 @@ def main(argv):
     init_distributed()
     reuse_freed_memory()
     use_sensible_threads(config)
+    for line in describe_search(argv):
+        if rank() == 0:
+            print(line)
     for source in split_words(argv)[0]:
         starts_anew = os.path.isdir(source) and config.out != source and config.init_from is None
         if starts_anew and rank() == 0:

@@ -1,4 +1,5 @@
-"""A target for two CPU cores, to try the way from a search to its target in 15 minutes instead of a day:
+"""A target for two CPU cores, to try the way from a search to its target in 15 minutes, not a day. It is so
+small that its search costs more than it does; a large one costs more than its search.
 
     python -m scaling search --target=config/small_target.py --trials=24 --workers=2
     python train.py config/small_target.py out/search/best.py

@@ -1,6 +1,7 @@
 """The journey from a proxy to its target: where the two differ, and what it costs before it is paid for."""
 
 import math
+import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -226,6 +227,10 @@ def describe_time(sizes, target):
     """The lines about minutes on this machine: a few steps of each size are trained for it, and of the target
     on a GPU."""
     lines, total, last = [], 0.0, None
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # processes, in the last minute
+    first = "on this machine:"
+    if select_device(sizes[0].config)[0].type == "cpu" and busy > os.cpu_count():
+        first = f"on this machine, which is busy ({busy:.1f} processes), so the times may be much too long:"
     for size in sizes:
         seconds, _ = seconds_of(size.config)
         total += seconds * size.trainings
@@ -234,14 +239,14 @@ def describe_time(sizes, target):
                      f"{format_seconds(seconds * size.trainings)} for {size.trainings}")
     lines.append(f"  together at most {format_seconds(total)}, one after the other and without evaluations")
     if target is None:
-        return ["on this machine:", *lines]
+        return [first, *lines]
     if select_device(target)[0].type != "cuda":
         seconds = last * training_flops(target)
         lines.append(f"  target: about {format_seconds(seconds)}, if it makes as many FLOPs a second")
-        return ["on this machine:", *lines]
+        return [first, *lines]
     try:
         seconds, memory = seconds_of(target)
         lines.append(f"  target: {format_seconds(seconds)}, {format_bytes(memory)} of memory, measured")
     except UserError as error:
         lines.append(f"  target: {error}")
-    return ["on this machine:", *lines]
+    return [first, *lines]

@@ -98,7 +98,15 @@ from scaling.trials import (
     say_present,
     settings_of,
 )
-from scaling.verify import as_target, count_at_proxy, count_trainings, size_below, sizes_between, verify
+from scaling.verify import (
+    OWN_SETTINGS,
+    as_target,
+    count_at_proxy,
+    count_trainings,
+    size_below,
+    sizes_between,
+    verify,
+)
 from scaling.worker import PARENT, Worker, end_with_parent, pause
 from training.device import reuse_freed_memory, use_sensible_threads
 
@@ -295,7 +303,7 @@ class Search:
     def known(self):
         """[(name, Config)] of the settings that were there before the search."""
         changed = [name for name in TUNED if getattr(self.config, name) != getattr(self.target, name)]
-        whose = "the proxy's own settings" if changed else "your target's own settings"
+        whose = f"the proxy's {OWN_SETTINGS}" if changed else f"your target's {OWN_SETTINGS}"
         own = [(whose, self.config), ("defaults", defaults_for(self.config))]
         return [*presets_for(self.config).items(), *own]
 
@@ -655,7 +663,8 @@ def main(argv):
     other = find_other_search(config, space, options, dataset)
     advice = "--study=ANOTHER_NAME" if options["storage"] else "--out=ANOTHER_FOLDER"
     if other and not options["plan"]:
-        raise UserError(f"out: {other}; add {advice}")
+        missing = "" if target else "; or name the --target that it is for"
+        raise UserError(f"out: {other}; add {advice}{missing}")
     if rank == 0:
         print_plan(config, target, space, options, dataset)
         if other:

@@ -20,6 +20,8 @@ from scaling.forecast import forecast
 from scaling.rows import loss_of
 from training.model_size import model_size
 
+OWN_SETTINGS = "own settings"  # the end of the name of the candidate that no search made
+
 LEAST, MOST = 2, 4  # times the proxy's width: where all candidates are trained
 SECOND = 1.25  # times that width, at the least, for a second size,
 SECOND_COST = 0.2  # and at most this share of a training of the target
@@ -271,7 +273,7 @@ class Verification:
             lines.append(f"chosen: {self.winner.name}, though {self.favourite.name} was best at the proxy; "
                          "at the larger size the two differ by no more than seed noise")
         if self.holds:
-            return lines
+            return lines + self.format_gain()
         if not math.isfinite(self.loss):
             return ["NO CANDIDATE WAS TRAINED TO ITS END at the larger size; before you pay for the target: "
                     "search again with smaller learning rates, for example --space=lr:2**-12..2**-8"]
@@ -282,6 +284,20 @@ class Verification:
             lines.append(f"  {a.name} looked no worse than {b.name} at the proxy, and {outcome} at the "
                          "larger size, on the seeds they share")
         return [*lines, f"before you pay for the target: {self.advice()}"]
+
+    def format_gain(self):
+        """The line that compares what was chosen with the settings that the target has without a search."""
+        own = [each for each in self.found if OWN_SETTINGS in each.name]
+        if not own or own[0] is self.winner:
+            return []
+        ours, theirs = on_shared_seeds([self.winner, own[0]])
+        gain = mean_loss(theirs.rows) - mean_loss(ours.rows)
+        if not math.isfinite(gain):
+            return []
+        error = math.hypot(self.error_of(ours.rows), self.error_of(theirs.rows))
+        where = "at {} x {}".format(*self.sizes[0])
+        return [f"{where} {self.winner.name} ends {abs(gain):.3f} ± {error:.3f} nats "
+                f"{'below' if gain > 0 else 'above'} {own[0].name} (on the seeds that both have)"]
 
     def advice(self):
         """What to change in the proxy."""

@@ -27,7 +27,7 @@ from scaling.trials import read_trials, settings_of
 from scaling.verify import as_target
 from scaling.worker import Worker
 from train import train
-from training.cli import reject_missing_target, run_name
+from training.cli import describe_search, reject_missing_target, run_name
 
 OPTIONS = {"trials": 8, "seeds": 1, "stack": 1, "sampler": "tpe", "storage": "", "study": "search", "seed": 0}
 LR_ONLY = {"lr": Range(2**-14, 2**-5)}
@@ -130,6 +130,8 @@ def test_best_py_is_not_trained_at_the_default_size_for_want_of_its_target(tmp_p
     with pytest.raises(UserError, match=f"train.py {target} {found}`"):
         reject_missing_target([found, "--lr=0.5"])
     reject_missing_target(["config/target.py", found])
+    notes = describe_search(["config/small.py", found])
+    assert [note.endswith("for big.py") for note in notes] == [True] * bool(line)
     assert run_name(["config/target.py", found]) == "target"
     for shape in ("--width=64", "--depth=2", "--init_from=out/run"):
         reject_missing_target([found, shape])

@@ -28,6 +28,21 @@ def reject_missing_target(argv):
                         "or --width and --depth")
 
 
+def describe_search(argv):
+    """Lines about the best.py among the files of the command line: that its search is not finished, or was
+    for another target."""
+    sources, _ = split_words(argv)
+    lines = []
+    for source in filter(is_from_search, sources):
+        text = Path(source).read_text("utf-8").splitlines()
+        if any(line.endswith("the search is not finished.") for line in text):
+            lines.append(f"{source}: its search is not finished; this is the best so far")
+        for target in (line.removeprefix(FOR_TARGET) for line in text if line.startswith(FOR_TARGET)):
+            if os.path.basename(target) not in map(os.path.basename, sources):
+                lines.append(f"{source}: its search was for {target}")
+    return lines
+
+
 @contextlib.contextmanager
 def chosen_run_dir(config, argv):
     """Yields `config` with `out`: as given, or out/NAME, or the first of out/NAME-2, out/NAME-3, ... that

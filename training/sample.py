@@ -57,8 +57,9 @@ def sampling_config(argv):
     if len(sources) != 1 or not asks or sources[0].endswith(".py"):
         return None
     [source] = sources
-    if not os.path.exists(source) and os.path.isdir(os.path.dirname(source)):
-        read_settings(source)  # not the name of a model, but a mistyped path: raises the UserError
+    is_mistyped = not os.path.exists(source) and os.path.isdir(os.path.dirname(source))
+    if is_mistyped or os.path.exists(os.path.join(source, "best.py")) and not is_from_run(source):
+        read_settings(source)  # raises the UserError
     settings = {"sample_tokens": Config.sample_tokens}
     if is_from_run(source):
         settings = {name: value for name, value in read_settings(run_of(source)).items() if name in SAMPLING}

@@ -768,7 +768,7 @@ def front_page_of_targets():
 def front_page_of_searches():
     adamw, muon = ([difference(text, optimizer)[0] for text in TEXTS] for optimizer in OPTIMIZERS)
     yield "{:.2f}, {:.2f} and {:.2f} nats lower with AdamW".format(*sorted(-gain for gain in adamw))
-    yield f"with Muon between {-min(muon):.2f} lower and {max(muon):.2f} higher"
+    yield f"Muon gained nothing: it ended between {-min(muon):.2f} lower and {max(muon):.2f} higher"
     found = [journey_of(*which) for which in JOURNEYS]
     at_proxy = [np.mean(of["preset"].proxy) - np.mean(of["chosen"].proxy) for of in found]
     yield f"better by {min(at_proxy):.2f} to {max(at_proxy):.2f} nats"
@@ -779,11 +779,11 @@ def front_page_of_searches():
     pairs = [pairs_of_settings(folder, "proxy", "256x6")
              for folder in ("settings", "settings_novels", "settings_code")]
     proxy, larger = ([of_text[i]["rank_of_better_half"] for of_text in pairs] for i in range(2))
-    yield "rank correlation is {:+.2f} on this text, {:+.2f} and {:+.2f} on two more".format(*proxy)
-    yield "right it is {:+.2f}, {:+.2f} and {:+.2f}".format(*larger)
+    yield "with the target's is {:+.2f}, {:+.2f} and {:+.2f} for the proxy".format(*proxy)
+    yield "{:+.2f}, {:+.2f} and {:+.2f} for the larger size".format(*larger)
     costs = [[of_text[i]["cost"] for of_text in pairs] for i in range(2)]
-    yield "favourite costs {:.3f}, {:.3f} and {:.3f} nats there".format(*costs[0])
-    yield "that of 256 channels and 6 blocks (right) {:.3f}, {:.3f} and {:.3f}".format(*costs[1])
+    yield "at the target: {:.3f}, {:.3f} and {:.3f} nats above it".format(*costs[0])
+    yield "best at 256 channels and 6 blocks (right) {:.3f}, {:.3f} and {:.3f}".format(*costs[1])
 
 
 @claims_of(README)
