@@ -494,10 +494,10 @@ def read_settings(source):
     try:
         if os.path.exists(os.path.join(source, "best.py")) and not os.path.exists(path):
             raise UserError(f"{source} is the folder of a search; its settings are {source}/best.py")
-        if path != source and not os.path.exists(path):
-            raise UserError(f"{source} is no run: it has no config.json; to train on the texts in it, give a "
-                            f"configuration and --dataset={source}")
         if path != source:
+            if not os.path.exists(path):
+                raise UserError(f"{source} is no run: it has no config.json; to train on the texts in it, "
+                                f"give a configuration and --dataset={source}")
             saved = json.loads(Path(path).read_text("utf-8"))
             return complete_saved(saved) | {"out": source}
         if not source.endswith(".py") and os.path.exists(source):
@@ -521,6 +521,7 @@ def read_settings(source):
 
 FOUND_BY_SEARCH = "# Found by scaling.search"  # so begins a line of the best.py of each search
 FOR_TARGET = "# For the target "  # and one, with its file, where a target was named
+UNFINISHED = "the search is not finished"  # the end of another, until it is
 
 
 def is_from_search(source):

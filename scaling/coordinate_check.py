@@ -277,12 +277,16 @@ def check_sizes(config, options):
     return axis, sizes
 
 
+COLUMNS = ("start", "+.2f", 14), ("change", "+.3f", 10), ("interval", ".3f", 9)  # name, format, characters
+
+
 def print_table(parametrization, axis, rows):
     """The rows, and the verdict with what it does not say."""
     print(f"{parametrization}, powers of {axis}\n{'':<24}  at the start    change      95%   expected")
     for row in rows:
-        numbers = "{layer:<24}{start:>+14.2f}{change:>+10.3f}{interval:>9.3f}{expected:>+11.1f}".format(**row)
-        print(f"{numbers}   {row['verdict']}".replace("+nan", "   -").replace("nan", "  -"))
+        numbers = [("-" if math.isnan(row[name]) else format(row[name], form)).rjust(width)
+                   for name, form, width in COLUMNS]
+        print(f"{row['layer']:<24}{''.join(numbers)}{row['expected']:>+11.1f}   {row['verdict']}")
     verdict = overall(rows)
     of_fail, of_pass = __doc__.split("\n\n")[3:]
     print(f"{verdict}: a row passes where its change is within {BOUND} of what is expected",

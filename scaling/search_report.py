@@ -4,7 +4,7 @@ import math
 import shlex
 from dataclasses import replace
 
-from configure import FOR_TARGET, FOUND_BY_SEARCH, TUNED, names_in, split_words
+from configure import FOR_TARGET, FOUND_BY_SEARCH, TUNED, UNFINISHED, names_in, split_words
 from scaling.fits import lowest_end, mean_and_error
 from scaling.plan import format_share, training_flops
 from scaling.rows import loss_of
@@ -43,7 +43,7 @@ def format_best(search, draws, others):
     if search.best:
         loss = f"{format_losses(search, draws + others, config)}, on seeds that no draw used"
     if search.failed() or not search.best:
-        loss += ": the search is not finished"
+        loss += f": {UNFINISHED}"
     lines = [f"# The best of {len(draws)} trials at width {config.width}, depth {config.depth}, "
              f"{config.steps} steps of {config.batch}x{config.context} tokens.",
              f"# Validation loss {loss}.",

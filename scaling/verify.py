@@ -20,7 +20,7 @@ from scaling.forecast import forecast
 from scaling.rows import loss_of
 from training.model_size import model_size
 
-OWN_SETTINGS = "own settings"  # the end of the name of the candidate that no search made
+OWN_SETTINGS = "own settings"  # the end of a name of the candidate that no search made
 
 LEAST, MOST = 2, 4  # times the proxy's width: where all candidates are trained
 SECOND = 1.25  # times that width, at the least, for a second size,
@@ -287,7 +287,9 @@ class Verification:
 
     def format_gain(self):
         """The line that compares what was chosen with the settings that the target has without a search."""
-        own = [each for each in self.found if OWN_SETTINGS in each.name]
+        # Not a leader that is "= your target's own settings at lr x 1.4"
+        own = [each for each in self.found
+               if any(name.endswith(OWN_SETTINGS) for name in each.name.split(" = "))]
         if not own or own[0] is self.winner:
             return []
         ours, theirs = on_shared_seeds([self.winner, own[0]])
@@ -344,8 +346,8 @@ class Verification:
         """The loss at the larger size against the proxy's, a point for each candidate; one that is far worse
         than the others lies on the edge, so that it does not press them together."""
         finite = [each for each in self.found if mean_loss(each.proxy_rows) + mean_loss(each.rows) < math.inf]
-        x, y = (np.array([mean_loss(rows) for rows in of_size]) for of_size in (
-            [each.proxy_rows for each in finite], [each.rows for each in finite]))
+        x = np.array([mean_loss(each.proxy_rows) for each in finite])
+        y = np.array([mean_loss(each.rows) for each in finite])
         for i, each in enumerate(finite):
             style, at = figures.line_style(i), [min(losses[i], figures.edge_of(losses)) for losses in (x, y)]
             if each is self.winner:

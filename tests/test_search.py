@@ -20,7 +20,7 @@ from children import claim_draws, hold_trial, run_command
 from conftest import snapshot
 from processes import TIMEOUT, Fork, lab_words, wait_until
 
-from configure import FOR_TARGET, FOUND_BY_SEARCH, Config, UserError, configure
+from configure import FOR_TARGET, FOUND_BY_SEARCH, UNFINISHED, Config, UserError, configure
 from scaling import search, space, study, sweep
 from scaling.space import SPACE, Choice, Range, parse_space
 from scaling.trials import read_trials, settings_of
@@ -132,6 +132,9 @@ def test_best_py_is_not_trained_at_the_default_size_for_want_of_its_target(tmp_p
     reject_missing_target(["config/target.py", found])
     notes = describe_search(["config/small.py", found])
     assert [note.endswith("for big.py") for note in notes] == [True] * bool(line)
+    with open(found, "a") as file:
+        file.write(f"\n# Validation loss 4.2 on one seed: {UNFINISHED}.\n")
+    assert "not finished" in describe_search(["big.py", found])[0]
     assert run_name(["config/target.py", found]) == "target"
     for shape in ("--width=64", "--depth=2", "--init_from=out/run"):
         reject_missing_target([found, shape])

@@ -72,6 +72,16 @@ def test_each_column_of_the_table_has_the_noise_of_its_own_size():
     assert min(errors[::2]) > 0.05 > 0.01 > max(errors[1::2])
 
 
+def test_the_gain_is_that_over_the_settings_that_the_target_has_itself():
+    """And not over a leader that is these at another lr."""
+    own = "config/proxy.py = your target's own settings"
+    names = ["leader 1", "leader 2 = your target's own settings at lr x 1.4", own]
+    candidates = list(zip(names, (config for _, config in candidates_of(0.0, 0.01, 0.02)), strict=True))
+    text = verify(FakeSearch(), candidates, TARGET, sizes_between(PROXY, TARGET)).text
+    [gain] = re.findall(f"leader 1 ends ([0-9.]+) ± [0-9.]+ nats below {own} ", text)
+    assert float(gain) == pytest.approx(0.2, abs=0.02)
+
+
 @pytest.mark.parametrize("width", [128, 1024, 2048, 200])
 def test_a_width_that_does_not_lie_between_is_an_error(width):
     with pytest.raises(UserError, match="verify_width"):

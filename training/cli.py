@@ -10,7 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from configure import FOR_TARGET, UserError, is_from_search, split_words, stop
+from configure import FOR_TARGET, UNFINISHED, UserError, is_from_search, split_words, stop
 from training.distributed import from_rank0, rank, world_size
 from training.run_dir import claim_folder, remove_empty, unfinished_steps
 
@@ -21,11 +21,17 @@ def reject_missing_target(argv):
     says it, too."""
     sources, flags = split_words(argv)
     if sources and all(map(is_from_search, sources)) and not {"width", "depth", "init_from"} & flags.keys():
-        lines = Path(sources[-1]).read_text("utf-8").splitlines()
-        targets = [line.removeprefix(FOR_TARGET) for line in lines if line.startswith(FOR_TARGET)]
-        command = f"python train.py {targets[0] if targets else 'TARGET.py'} {sources[-1]}"
+        target, _ = read_header(sources[-1])
+        command = f"python train.py {target or 'TARGET.py'} {sources[-1]}"
         raise UserError(f"{sources[-1]} says how to train, not what: give its target before it, `{command}`, "
                         "or --width and --depth")
+
+
+def read_header(source):
+    """(the target's file, or None where it is not named; whether the search was finished) of a best.py."""
+    lines = Path(source).read_text("utf-8").splitlines()
+    targets = [line.removeprefix(FOR_TARGET) for line in lines if line.startswith(FOR_TARGET)]
+    return targets[0] if targets else None, not any(line.endswith(f"{UNFINISHED}.") for line in lines)
 
 
 def describe_search(argv):
@@ -34,12 +40,11 @@ def describe_search(argv):
     sources, _ = split_words(argv)
     lines = []
     for source in filter(is_from_search, sources):
-        text = Path(source).read_text("utf-8").splitlines()
-        if any(line.endswith("the search is not finished.") for line in text):
+        target, is_finished = read_header(source)
+        if not is_finished:
             lines.append(f"{source}: its search is not finished; this is the best so far")
-        for target in (line.removeprefix(FOR_TARGET) for line in text if line.startswith(FOR_TARGET)):
-            if os.path.basename(target) not in map(os.path.basename, sources):
-                lines.append(f"{source}: its search was for {target}")
+        if target and os.path.basename(target) not in map(os.path.basename, sources):
+            lines.append(f"{source}: its search was for {target}")
     return lines
 
 

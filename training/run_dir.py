@@ -68,12 +68,13 @@ def unfinished_steps(path):
     any other folder: of a run that is finished (it has a sample), diverged or still runs."""
     try:
         present = {*os.listdir(path)}
+        if "last.pt" not in present or "sample.txt" in present or is_in_use(path):
+            return None
         with open(os.path.join(path, "metrics.csv"), encoding="utf-8", errors="replace") as file:
             rows = [line.split(",") for line in file.read().splitlines()]
     except OSError:  # no run, or somebody else's
         return None
-    diverged = rows and {"nan", "inf", "-inf"} & {*rows[-1]}
-    if diverged or "last.pt" not in present or "sample.txt" in present or is_in_use(path):
+    if rows and {"nan", "inf", "-inf"} & {*rows[-1]}:  # it diverged
         return None
     return max((int(step) for step, *_ in rows if step.isdecimal()), default=0)
 
