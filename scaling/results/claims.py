@@ -294,6 +294,11 @@ def forecasts_of_targets():
     yield f"missed the mean of the two seeds by {min(errors):.3f} to {max(errors):.3f}"
 
 
+# Folders of journey/: 24 settings on which text, by which optimizer
+SETTINGS_OF = {"settings": "manuals, AdamW", "settings_novels": "novels, AdamW",
+               "settings_code": "code, Muon"}
+
+
 def pairs_of_settings(folder, *sizes):
     """How 24 settings at each of the sizes, folders in journey/FOLDER, agree with the target."""
     return scatter.pair_folders([str(HERE / "journey" / folder / size) for size in sizes],
@@ -302,10 +307,9 @@ def pairs_of_settings(folder, *sizes):
 
 @claims_of(RESULTS)
 def settings_at_four_sizes():
-    names = {"settings": "manuals, AdamW", "settings_novels": "novels, AdamW", "settings_code": "code, Muon"}
     sizes = {"proxy_half_context": "128 x 4, context 256", "proxy": "128 x 4", "256x6": "256 x 6"}
     rows = []
-    for folder, name in names.items():
+    for folder, name in SETTINGS_OF.items():
         own = [size for size in sizes if (HERE / "journey" / folder / size).exists()]
         for size, pair in zip(own, pairs_of_settings(folder, *own), strict=True):
             ranks = [with_interval(pair[rank], *rank_interval(pair[rank], count), "+.2f")
@@ -776,8 +780,7 @@ def front_page_of_searches():
     yield f"off by at most {max(abs(middle - targets.mean(axis=1))):.2f} nats"
     apart = max(np.ptp(of.target) for text in TEXTS for of in journey_of(text, "adamw").values())
     yield f"two seeds of one target differ by up to {apart:.2f} nats"
-    pairs = [pairs_of_settings(folder, "proxy", "256x6")
-             for folder in ("settings", "settings_novels", "settings_code")]
+    pairs = [pairs_of_settings(folder, "proxy", "256x6") for folder in SETTINGS_OF]
     proxy, larger = ([of_text[i]["rank_of_better_half"] for of_text in pairs] for i in range(2))
     yield "with the target's is {:+.2f}, {:+.2f} and {:+.2f} for the proxy".format(*proxy)
     yield "{:+.2f}, {:+.2f} and {:+.2f} for the larger size".format(*larger)
